@@ -1,0 +1,80 @@
+"""The report's model and recipe on CIFAR-10.
+
+python launch.py --config configs/final.py          # 45,000 images to train on, 5,000 to choose the checkpoint by
+python launch.py --config configs/final.py:full     # all 50,000, and the last checkpoint
+python launch.py --config configs/final.py:smoke    # the same code path in a few steps of a tiny model, on digits
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; "report" is the report that the README names, by section."""
+    if variant not in ("", "full", "smoke"):
+        raise ValueError(f"final.py takes :full or :smoke, not :{variant}")
+    config = ConfigDict()
+    config.seed = 0  # of the parameters, the order of the images and their augmentation
+    config.batch_size = 128  # images a step, over all devices; report 3b
+    config.num_epochs = 50.0  # passes over the training images; report 3b
+    config.label_smoothing = 0.0  # share of the target spread over all classes; the report has none
+    config.eval_batch_size = 500  # images; changes nothing but speed and memory
+    config.eval_every_epochs = 1  # evaluate on validation, and save, each time this many epochs end
+    config.checkpoint_every_steps = 500  # save in between too; 0 for never
+    config.log_every_steps = 50  # a row of metrics.jsonl, the mean over these steps
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR
+    config.data.data_dir = ""  # TFDS's folder; "" for TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.cache_dir = ""  # decoded images; "" for the user's cache folder
+    config.data.image_size = 0  # pixels a side to scale and crop the source's images to; 0 as they are
+    config.data.validation_ratio = 0.0 if variant == "full" else 0.1  # of the training images; report 3b
+    config.data.split_seed = 0  # of the validation split, so that runs of several seeds share it
+    config.data.mean = (
+        0.4914,
+        0.4822,
+        0.4465,
+    )  # of each channel of CIFAR-10's training images, 0..1; authors' notebook
+    config.data.std = (0.2471, 0.2435, 0.2616)  # likewise
+
+    config.augment = ConfigDict()  # report 2c, with torchvision's semantics; 0 switches one off
+    config.augment.flip_probability = 0.5  # left to right
+    config.augment.crop_padding = 4  # black pixels on every side before the random crop
+    config.augment.brightness = 0.2  # factor uniform in 1 +- this
+    config.augment.contrast = 0.2  # likewise
+    config.augment.saturation = 0.2  # likewise; the three in random order
+    config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
+
+    config.model = ConfigDict()
+    config.model.block = "basic"  # or "bottleneck"; report, figure 6
+    config.model.stem = "cifar"  # 3x3, stride 1; or "imagenet": 7x7, stride 2, max-pool; report, figure 6
+    config.model.channel_list = (64, 128, 256, 512)  # of each stage; report 2e
+    config.model.block_list = (3, 5, 3, 0)  # of each stage; report 2e
+    config.model.batch_norm_momentum = 0.9  # weight of the old statistic; PyTorch's default, 1 - 0.1
+    config.model.batch_norm_epsilon = 1e-5  # PyTorch's default
+    config.model.dtype = "float32"  # of the computation; "bfloat16" for accelerators
+    config.model.param_dtype = "float32"  # of the parameters
+    config.model.max_params = 5_000_000  # a larger model is refused; 0 for no limit; report 2e
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # report 2b
+    config.optim.learning_rate = 0.01  # the schedule's highest; report 3b
+    config.optim.b1 = 0.9  # decay of the first moment; report 2b
+    config.optim.b2 = 0.999  # of the second; report 2b
+    config.optim.eps = 1e-8  # report 2b
+    config.optim.weight_decay = 0.001  # decoupled; report 3b
+    config.optim.decay_mask = "all"  # or "kernels", which spares biases and batch norm; authors' notebook
+    config.optim.max_grad_norm = 0.0  # clip the gradient's global norm to this; 0 for not; the report does not
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "warmup_cosine"  # report 2d
+    config.schedule.warmup_epochs = 5.0  # authors' notebook
+    config.schedule.min_ratio = 0.001  # lowest rate / learning_rate; authors' notebook
+
+    if variant == "smoke":
+        config.data.name = "digits"
+        config.num_epochs = 1.0
+        config.schedule.warmup_epochs = 0.5
+        config.log_every_steps = 5
+        config.model.channel_list = (8, 16)
+        config.model.block_list = (1, 1)
+    return config

@@ -1,0 +1,182 @@
+"""What a config holds: every field with its type and range, checked before anything is built.
+
+A config is an `ml_collections.ConfigDict` that a file in `configs/` returns. `FIELDS` is the reference of its fields;
+those of `OPTIMIZER_FIELDS` and `SCHEDULE_FIELDS` are there for the optimizer and the schedule that the config names.
+This module imports neither JAX nor TensorFlow, so a mistake in a config shows within a second.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from resnet_jax.errors import UserError
+
+
+class Field(NamedTuple):
+    """A field's type, the values it accepts, and the words for them."""
+
+    type: type
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def _integer(low: int, high: float = math.inf) -> Field:
+    return Field(int, lambda v: low <= v <= high, f"a whole number >= {low}" + (f", <= {high}" * (high < math.inf)))
+
+
+def _number(words: str, accepts: Callable[[float], bool]) -> Field:
+    return Field(float, lambda v: math.isfinite(v) and accepts(v), words)
+
+
+def _choice(*names: str) -> Field:
+    return Field(str, lambda v: v in names, "one of " + ", ".join(map(repr, names)))
+
+
+def _integers(low: int) -> Field:
+    return Field(
+        tuple,
+        lambda v: len(v) > 0 and all(type(x) is int and x >= low for x in v),
+        f"a tuple of one or more whole numbers >= {low}",
+    )
+
+
+def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
+    return Field(
+        tuple,
+        lambda v: len(v) == 3 and all(type(x) in (int, float) and math.isfinite(x) and accepts(x) for x in v),
+        f"a tuple of three numbers {words}",
+    )
+
+
+_POSITIVE = _number("a number > 0", lambda v: v > 0)
+_NOT_NEGATIVE = _number("a number >= 0", lambda v: v >= 0)
+_FRACTION = _number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
+_TEXT = Field(str, lambda v: True, "text")
+
+FIELDS: dict[str, Field] = {
+    "seed": _integer(0, 2**32 - 1),
+    "batch_size": _integer(1),
+    "num_epochs": _POSITIVE,
+    "label_smoothing": _FRACTION,
+    "eval_batch_size": _integer(1),
+    "eval_every_epochs": _integer(1),
+    "checkpoint_every_steps": _integer(0),
+    "log_every_steps": _integer(1),
+    "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
+    "data.data_dir": _TEXT,
+    "data.cache_dir": _TEXT,
+    "data.image_size": _integer(0),
+    "data.validation_ratio": _FRACTION,
+    "data.split_seed": _integer(0, 2**32 - 1),
+    "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
+    "data.std": _channels("> 0", lambda v: v > 0),
+    "augment.flip_probability": _number("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.crop_padding": _integer(0),
+    "augment.brightness": _FRACTION,
+    "augment.contrast": _FRACTION,
+    "augment.saturation": _FRACTION,
+    "augment.rotation_degrees": _number("a number from 0 to 180", lambda v: 0 <= v <= 180),
+    "model.block": _choice("basic", "bottleneck"),
+    "model.stem": _choice("cifar", "imagenet"),
+    "model.channel_list": _integers(1),
+    "model.block_list": _integers(0),
+    "model.batch_norm_momentum": _FRACTION,
+    "model.batch_norm_epsilon": _POSITIVE,
+    "model.dtype": _choice("float32", "bfloat16"),
+    "model.param_dtype": _choice("float32", "bfloat16"),
+    "model.max_params": _integer(0),
+    "optim.name": _choice("adamw", "sgd"),
+    "optim.learning_rate": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.decay_mask": _choice("all", "kernels"),
+    "optim.max_grad_norm": _NOT_NEGATIVE,
+    "schedule.name": _choice("warmup_cosine", "step"),
+}
+OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
+    "adamw": {"optim.b1": _FRACTION, "optim.b2": _FRACTION, "optim.eps": _POSITIVE},
+    "sgd": {"optim.momentum": _FRACTION, "optim.dampening": _FRACTION},
+}
+SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
+    "warmup_cosine": {"schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.min_ratio": _FRACTION},
+    "step": {
+        "schedule.decay_every_epochs": _POSITIVE,
+        "schedule.decay_factor": _number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
+    },
+}
+
+# Fields that say where, how often or how fast, and leave the trained state as it is: a resumed run may change them.
+NEUTRAL_FIELDS = frozenset({"data.data_dir", "data.cache_dir", "log_every_steps", "checkpoint_every_steps"})
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, (ConfigDict, dict)) else {prefix + key: value}
+    return flat
+
+
+def validate(config: ConfigDict) -> None:
+    """Check every field of a config: that it is known, there, of its type and in its range.
+
+    Raises:
+        UserError: naming the first field that is not, its value, and what it must be.
+    """
+    values = flatten(config)
+    fields = FIELDS
+    for choice, extra in (("optim.name", OPTIMIZER_FIELDS), ("schedule.name", SCHEDULE_FIELDS)):
+        if choice in values:
+            _check(choice, values[choice], FIELDS[choice])
+            fields = fields | extra[values[choice]]
+    for name in fields:
+        if name not in values:
+            because = f" (config.{name.split('.')[0]}.name is {values[name.split('.')[0] + '.name']!r})"
+            raise UserError(
+                f"config.{name} is missing{because * (name not in FIELDS)}: add it to the config file, or start from "
+                "the file in configs/ that has it"
+            )
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean config.{near[0]}?" if near else "remove it"
+            raise UserError(f"config.{name} is not a field that this config uses: {hint}")
+        _check(name, value, fields[name])
+    _check_together(config)
+
+
+def _check(name: str, value: object, field: Field) -> None:
+    accepted = (int, float) if field.type is float else field.type
+    if isinstance(value, bool) or not isinstance(value, accepted) or not field.accepts(value):
+        raise UserError(f"config.{name} is {value!r}: it must be {field.words}")
+
+
+def _check_together(config: ConfigDict) -> None:
+    channels, blocks = config.model.channel_list, config.model.block_list
+    if len(channels) != len(blocks):
+        raise UserError(
+            f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: "
+            "give both one entry a stage"
+        )
+    warmup = config.schedule.get("warmup_epochs", 0.0)
+    if warmup >= config.num_epochs:
+        raise UserError(
+            f"config.schedule.warmup_epochs is {warmup} and config.num_epochs {config.num_epochs}: the warm-up must "
+            "end before the run does"
+        )
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON holds it: tuples become lists."""
+    as_json: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return as_json
+
+
+def differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
+    """The fields in which a config differs from a stored one in a way that changes the result, as "field: old -> new"."""
+    old, new = flatten(stored), flatten(to_json(config))
+    names = sorted((set(old) | set(new)) - NEUTRAL_FIELDS)
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]

@@ -1,0 +1,154 @@
+"""From a name to arrays in memory: uint8 images, labels, class names and a fingerprint.
+
+A name is `digits` (scikit-learn's, embedded), `npz:FILE`, `folder:DIR` (train/<class>/*, test/<class>/*) or that of any
+TFDS image-classification set. What takes time to decode is cached as one `.npz`, which the `npz:` source reads too.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_jax import sampling, sources
+from resnet_jax.errors import UserError
+from resnet_jax.sources import KEYS, Arrays
+
+
+class Split(NamedTuple):
+    """Examples: images uint8 [N, H, W, 3], labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A data set in memory; `fingerprint` is the SHA-256 of all of it, in hexadecimal."""
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Load the data set that `config.data` names.
+
+    Args:
+        config: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
+            user's cache folder) and `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
+            to it and the centre cut out).
+
+    Raises:
+        UserError: where the data are missing, unreadable or not image classification.
+    """
+    source, _, path = config.name.partition(":")
+    if config.name == "digits":
+        arrays = sources.read_digits()
+    elif source == "npz":
+        arrays = sources.read_npz(Path(path).expanduser())
+    elif source == "folder":
+        folder = Path(path).expanduser().resolve()
+        images = sources.list_folder(folder)
+        arrays = _cached(
+            config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size)
+        )
+    else:
+        builder = sources.prepared_tfds_builder(config.name, config.data_dir)
+        folder = Path(builder.data_path)
+        arrays = _cached(config, folder, folder.iterdir(), lambda: sources.read_tfds(builder, config.image_size))
+    return _checked(config.name, arrays)
+
+
+def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split]:
+    """Split the training set into (train, validation), by `config.data`'s `validation_ratio` and `split_seed`.
+
+    Raises:
+        UserError: where a ratio above 0 leaves either part empty.
+    """
+    train, validation = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
+    for part, wanted in ((train, True), (validation, config.validation_ratio > 0)):
+        if wanted and not len(part):
+            raise UserError(
+                f"config.data.validation_ratio {config.validation_ratio} of {len(dataset.train.labels)} training images "
+                "leaves an empty part: change it"
+            )
+    return tuple(Split(dataset.train.images[part], dataset.train.labels[part]) for part in (train, validation))  # type: ignore[return-value]
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """SHA-256 over every array's name, dtype, shape and bytes, by name, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(KEYS):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data if array.dtype.kind != "U" else "\n".join(array.tolist()).encode())
+    return digest.hexdigest()
+
+
+def _checked(name: str, arrays: Arrays) -> Dataset:
+    images = arrays["train_images"], arrays["test_images"]
+    class_names = tuple(map(str, arrays["class_names"]))
+    for part, split, labels in zip(
+        ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
+    ):
+        if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3:
+            raise UserError(f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]")
+        if labels.shape != split.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+            raise UserError(
+                f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(split)} images: give one whole number "
+                "an image, and at least one image"
+            )
+        if labels.min() < 0 or labels.max() >= len(class_names):
+            raise UserError(
+                f"{name}: {part} labels run from {labels.min()} to {labels.max()}: with {len(class_names)} classes they "
+                f"must be in 0..{len(class_names) - 1}"
+            )
+    if images[0].shape[1:] != images[1].shape[1:]:
+        raise UserError(
+            f"{name}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}: make them equal"
+        )
+    arrays = arrays | {key: arrays[key].astype(np.int32) for key in ("train_labels", "test_labels")}
+    return Dataset(
+        name,
+        Split(arrays["train_images"], arrays["train_labels"]),
+        Split(arrays["test_images"], arrays["test_labels"]),
+        class_names,
+        fingerprint(arrays),
+    )
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax"
+
+
+def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
+    """The arrays of a source's files, from the cache where they are there, whole, and as new as the files."""
+    state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    key = hashlib.sha256(repr((state, config.image_size)).encode()).hexdigest()[:16]
+    directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
+    if path.exists():
+        try:
+            arrays = sources.read_npz(path)
+            with np.load(path) as file:
+                if fingerprint(arrays) == str(file["fingerprint"]):
+                    return arrays
+        except (UserError, KeyError):
+            pass
+        print(f"{path} is damaged: decoding {folder} anew")
+    arrays = read()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".incomplete-") as scratch:
+            np.savez(Path(scratch) / "data.npz", fingerprint=np.array(fingerprint(arrays)), **arrays)
+            os.replace(Path(scratch) / "data.npz", path)
+    except OSError as error:
+        raise UserError(f"{directory} cannot take the decoded data ({error}): set config.data.cache_dir") from error
+    return arrays

@@ -1,0 +1,106 @@
+"""Evaluation: every image of a split once, and `--mode eval`, which restores a checkpoint and reports on it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_jax import datasets, input_pipeline, setup, steps, train_state, workdir
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.errors import UserError
+
+
+def evaluate(
+    eval_step: Any, state: train_state.TrainState, split: datasets.Split, batch_size: int, mesh: Mesh
+) -> dict[str, Any]:
+    """Evaluate a state on all of a split.
+
+    Args:
+        eval_step: from `steps.jit_eval_step`.
+        state: reads `params` and `batch_stats`.
+        split: the examples.
+        batch_size: of the global batch; rounded up to a multiple of the number of devices.
+        mesh: of `eval_step`.
+
+    Returns:
+        {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label}.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batches = input_pipeline.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
+    results = [eval_step(state, steps.shard_batch(batch, mesh)) for batch in batches]
+    results = jax.device_get(results)
+    confusion = sum(np.int64(r.confusion.counts) for r in results)
+    seen = int(confusion.sum())
+    if seen != len(split.labels):
+        raise RuntimeError(f"evaluated {seen} images of {len(split.labels)}")
+    return {
+        "loss": float(sum(np.float64(r.loss.total) for r in results) / seen),
+        "accuracy": int(np.trace(confusion)) / seen,
+        "confusion": confusion,
+    }
+
+
+def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
+    """Restore a checkpoint, evaluate it on validation and test, print the report and write `eval.json`.
+
+    Args:
+        config: of the run.
+        directory: the run's workdir.
+        which: "best", "latest" or a step.
+
+    Returns:
+        What `eval.json` holds.
+
+    Raises:
+        UserError: where there is no such run, checkpoint, or data, or the config is another.
+    """
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
+    workdir.check_config(directory, config)
+    checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+    step = checkpoints.choose(which)
+    run_setup = setup.setup(config)
+    state, meta = checkpoints.restore(step, run_setup.state)
+    checkpoints.close()
+    workdir.check_fingerprint(meta, run_setup.dataset)
+    eval_step = steps.jit_eval_step(config, run_setup.mesh)
+    report = {
+        "checkpoint": which,
+        "checkpoint_step": step,
+        "dataset": workdir.describe(run_setup.dataset, run_setup.train, run_setup.validation),
+        "environment": workdir.environment(),
+    }
+    names = run_setup.dataset.class_names
+    for name, split in (("validation", run_setup.validation), ("test", run_setup.dataset.test)):
+        if len(split.labels):
+            result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
+            per_class = np.diag(result["confusion"]) / np.maximum(result["confusion"].sum(axis=1), 1)
+            report[name] = {
+                "loss": result["loss"],
+                "accuracy": result["accuracy"],
+                "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
+                "confusion": result["confusion"].tolist(),
+            }
+    if jax.process_index() == 0:
+        print(_as_text(report, names))
+        workdir.write_json(directory / "eval.json", report)
+        print(f"written to {directory / 'eval.json'}")
+    return report
+
+
+def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The report for a person: a line a split, then the test split class by class."""
+    lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}"]
+    for split in ("validation", "test"):
+        if split in report:
+            lines.append(f"{split:<10}  loss {report[split]['loss']:.4f}  accuracy {report[split]['accuracy']:.2%}")
+    width = max(map(len, names))
+    cell = max(len(str(n)) for row in report["test"]["confusion"] for n in row) + 1
+    lines.append(f"\n{'test':<{width}}  accuracy  confusion (row: label, column: prediction, in the same order)")
+    for name, row in zip(names, report["test"]["confusion"], strict=True):
+        accuracy = report["test"]["accuracy_per_class"][name]
+        lines.append(f"{name:<{width}}  {accuracy:>8.2%}  " + "".join(f"{n:>{cell}}" for n in row))
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""Residual networks for small images (He et al., arXiv:1512.03385), in Flax linen.
+
+`ResNet` takes its stages as two lists: channels and number of blocks. The report's model is `final`. Images are
+`[B, H, W, C]`; batch norm normalises over the global batch when the step is jitted over a sharded batch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+ModuleDef = Callable[..., Any]
+
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
+
+
+class BasicBlock(nn.Module):
+    """3x3 conv, BN, ReLU, 3x3 conv, BN, plus the shortcut, ReLU; [B, H, W, C] -> [B, H/stride, W/stride, channels]."""
+
+    channels: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the block."""
+        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+        y = self.norm(name="norm2")(y)
+        return nn.relu(y + _shortcut(self, x, y.shape))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 (strided), 1x1 convs with BN, plus the shortcut; [B, H, W, C] -> [B, H/stride, W/stride, 4 channels]."""
+
+    channels: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the block."""
+        y = self.conv(self.channels, (1, 1), name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
+        y = self.norm(name="norm3")(y)
+        return nn.relu(y + _shortcut(self, x, y.shape))
+
+
+def _shortcut(block: Any, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The identity, or a 1x1 conv and BN where the block changes the shape (He et al., section 3.3, option B)."""
+    if x.shape == shape:
+        return x
+    x = block.conv(shape[-1], (1, 1), block.stride, name="shortcut_conv")(x)
+    return block.norm(name="shortcut_norm")(x)
+
+
+BLOCKS: dict[str, type[BasicBlock] | type[BottleneckBlock]] = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
+
+
+class ResNet(nn.Module):
+    """A residual network: stem, stages, global average pool, linear classifier.
+
+    Attributes:
+        num_classes: size of the output.
+        channel_list: channels of each stage; with bottleneck blocks a stage puts out four times as many.
+        block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. The first
+            block of every stage but the first has stride 2.
+        block: `BasicBlock` or `BottleneckBlock`.
+        stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
+        batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
+        batch_norm_epsilon: added to the variance.
+        dtype: of the computation; the logits are float32 whatever it is.
+        param_dtype: of the parameters.
+    """
+
+    num_classes: int
+    channel_list: tuple[int, ...]
+    block_list: tuple[int, ...]
+    block: type[BasicBlock] | type[BottleneckBlock] = BasicBlock
+    stem: str = "cifar"
+    batch_norm_momentum: float = 0.9
+    batch_norm_epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Map normalised images to logits.
+
+        Args:
+            x: [B, H, W, C] normalised images, any float dtype.
+            train: normalise with the batch's statistics and update the running ones (`batch_stats` mutable), instead
+                of using the running ones.
+
+        Returns:
+            [B, num_classes] float32 logits.
+        """
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = partial(nn.Conv, use_bias=False, padding=0, kernel_init=conv_init, **dtypes)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.batch_norm_momentum,
+            epsilon=self.batch_norm_epsilon,
+            **dtypes,
+        )
+        width = self.channel_list[0]
+        if self.stem == "cifar":
+            x = conv(width, (3, 3), padding=1, name="stem_conv")(x)
+            x = nn.relu(norm(name="stem_norm")(x))
+        else:
+            x = conv(width, (7, 7), 2, padding=3, name="stem_conv")(x)
+            x = nn.relu(norm(name="stem_norm")(x))
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for i, (channels, blocks) in enumerate(zip(self.channel_list, self.block_list, strict=True)):
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                x = self.block(channels, stride, conv, norm, name=f"stage{i + 1}_block{j + 1}")(x)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, name="classifier", **dtypes)(x).astype(jnp.float32)
+
+
+_IMAGENET_CHANNELS = (64, 128, 256, 512)
+
+final = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 5, 3, 0))
+resnet18 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(2, 2, 2, 2))
+resnet34 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6, 3))
+resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6, 3), block=BottleneckBlock)
+resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
+
+
+def from_config(config: ConfigDict, num_classes: int) -> ResNet:
+    """The network that `config.model` describes."""
+    return ResNet(
+        num_classes=num_classes,
+        channel_list=tuple(config.channel_list),
+        block_list=tuple(config.block_list),
+        block=BLOCKS[config.block],
+        stem=config.stem,
+        batch_norm_momentum=config.batch_norm_momentum,
+        batch_norm_epsilon=config.batch_norm_epsilon,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+    )

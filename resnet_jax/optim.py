@@ -1,0 +1,64 @@
+"""Learning-rate schedules and optimizers, as optax chains that equal the report's formulas and PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
+    """The learning rate as a function of the number of steps done, evaluated at every step.
+
+    With t = step / steps_per_epoch, in epochs:
+
+    - "warmup_cosine" (report, section 2d): eta * t / T_warmup while t < T_warmup, then
+      eta_min + (eta - eta_min) / 2 * (1 + cos(pi * (t - T_warmup) / (T_total - T_warmup))), eta_min = min_ratio * eta.
+    - "step": eta * decay_factor ** floor(t / decay_every_epochs).
+
+    Args:
+        config: a whole config; reads `optim.learning_rate`, `num_epochs` and `schedule`.
+        steps_per_epoch: examples / batch size, not rounded.
+    """
+    eta, schedule = config.optim.learning_rate, config.schedule
+    if schedule.name == "step":
+        period = schedule.decay_every_epochs * steps_per_epoch
+        return lambda step: eta * schedule.decay_factor ** jnp.floor(step / period)
+
+    warmup_steps = schedule.warmup_epochs * steps_per_epoch
+    decay_steps = config.num_epochs * steps_per_epoch - warmup_steps
+    eta_min = schedule.min_ratio * eta
+
+    def warmup_cosine(step: jax.typing.ArrayLike) -> jax.Array:
+        warmup = eta * step / max(warmup_steps, 1e-9)
+        done = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + jnp.cos(jnp.pi * done))
+        return jnp.where(step < warmup_steps, warmup, cosine)
+
+    return warmup_cosine
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer that `config.optim` describes, with its schedule.
+
+    - "adamw" (arXiv:1711.05101): theta -= eta_t * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta).
+    - "sgd" as `torch.optim.SGD`: g += weight_decay * theta (coupled L2); the buffer is g at the first step and then
+      momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
+
+    `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" keeps the decay off biases and
+    batch-norm parameters; "all" decays every parameter, as the report does.
+    """
+    optim = config.optim
+    mask = _kernels if optim.decay_mask == "kernels" else None
+    decay = optax.add_decayed_weights(optim.weight_decay, mask)
+    clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm > 0 else optax.identity()
+    if optim.name == "adamw":
+        update = optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay)
+    else:
+        # optax.trace has no dampening: scaling every gradient but the first before it gives PyTorch's buffer.
+        undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
+        update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
+    return optax.chain(clip, update, optax.scale_by_learning_rate(schedule))
+
+
+def _kernels(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda p: p.ndim > 1, params)

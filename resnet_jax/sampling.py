@@ -1,0 +1,159 @@
+"""All randomness that shapes the data, as functions of (seed, stream, epoch, position in the epoch).
+
+The training stream is continuous: global position p = step * batch_size + i lies in epoch p // N, and an epoch visits
+each of its N examples once, in its own order. Nothing is carried from one step to the next, so any run, process or
+pipeline that asks for position p gets the same example with the same augmentation.
+
+The bits are the raw output of NumPy's counter-based Philox4x64, keyed by (seed, stream) with the epoch in the counter;
+numbers are made from them here, so that no library version changes them.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+STREAMS = {"order": 0, "augment": 1, "split": 2}  # never renumber: it would change every run
+
+_WORDS = 8  # 64-bit words a position draws, two Philox blocks
+_JITTER_STEPS = 4096  # factors are multiples of 1/4096: float32 then holds every product with a pixel exactly
+
+# The three jitters in each of their 6 orders: 0 brightness, 1 contrast, 2 saturation.
+JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
+
+
+class Draws(NamedTuple):
+    """What augments B examples.
+
+    Attributes:
+        flip: bool [B], mirror left to right.
+        crop: int32 [B, 2], row and column of the crop in the padded image, 0..2*padding.
+        jitter: float32 [B, 3], factors of brightness, contrast and saturation, multiples of 1/4096.
+        order: int32 [B, 3], the jitters (0, 1, 2, as in `jitter`) in the order in which they are applied.
+        rotation: int32 [B, 6], the map from output to input pixels, as `rotation_map` gives it.
+    """
+
+    flip: np.ndarray
+    crop: np.ndarray
+    jitter: np.ndarray
+    order: np.ndarray
+    rotation: np.ndarray
+
+
+def _bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndarray:
+    """`count` words of 64 raw bits from word `start`, a multiple of 4, of one epoch of a stream."""
+    counter = np.array([start // 4, 0, epoch, 0], np.uint64)
+    key = np.array([seed, STREAMS[stream]], np.uint64)
+    return np.random.Philox(counter=counter, key=key).random_raw(count)
+
+
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    """Raw bits -> float64 in [0, 1)."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _below(bits: np.ndarray, n: int) -> np.ndarray:
+    """Raw bits -> int32 in 0..n-1, uniform to within n / 2**32."""
+    return (((bits >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int32)
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, num_examples: int, stream: str = "order") -> np.ndarray:
+    """The order in which an epoch visits its examples: int64 [num_examples], read-only."""
+    order = np.argsort(_bits(seed, stream, epoch, 0, num_examples), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _by_epoch(start: int, stop: int, num_examples: int) -> list[tuple[int, int, int]]:
+    """Global positions [start, stop) as (epoch, first position in it, last + 1)."""
+    pieces = []
+    while start < stop:
+        epoch, first = divmod(start, num_examples)
+        last = min(first + stop - start, num_examples)
+        pieces.append((epoch, first, last))
+        start += last - first
+    return pieces
+
+
+def indices(seed: int, start: int, stop: int, num_examples: int) -> np.ndarray:
+    """The examples at global positions [start, stop): int64 [stop - start], each in 0..num_examples-1."""
+    pieces = _by_epoch(start, stop, num_examples)
+    return np.concatenate([permutation(seed, epoch, num_examples)[first:last] for epoch, first, last in pieces])
+
+
+def draws(
+    seed: int, start: int, stop: int, num_examples: int, augment: ConfigDict, image_shape: tuple[int, int]
+) -> Draws:
+    """The augmentation of global positions [start, stop).
+
+    Args:
+        seed: the run's seed.
+        start: first global position.
+        stop: last global position + 1.
+        num_examples: examples in an epoch.
+        augment: `config.augment`; an augmentation of size 0 draws its neutral value, and the others are unchanged.
+        image_shape: (H, W) of the images, for the rotation about their centre.
+    """
+    words = np.concatenate(
+        [
+            _bits(seed, "augment", epoch, first * _WORDS, (last - first) * _WORDS)
+            for epoch, first, last in _by_epoch(start, stop, num_examples)
+        ]
+    ).reshape(-1, _WORDS)
+    strength = np.array([augment.brightness, augment.contrast, augment.saturation])
+    factors = 1.0 + strength * (2.0 * _uniform(words[:, 3:6]) - 1.0)
+    degrees = augment.rotation_degrees * (2.0 * _uniform(words[:, 7]) - 1.0)
+    return Draws(
+        flip=_uniform(words[:, 0]) < augment.flip_probability,
+        crop=_below(words[:, 1:3], 2 * augment.crop_padding + 1),
+        jitter=(np.round(factors * _JITTER_STEPS) / _JITTER_STEPS).astype(np.float32),
+        order=JITTER_ORDERS[_below(words[:, 6], len(JITTER_ORDERS))],
+        rotation=rotation_map(degrees, *image_shape),
+    )
+
+
+def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The inverse map of a counter-clockwise rotation about the image's centre, in 16.16 fixed point.
+
+    The centre of output pixel (x, y) comes from input pixel (floor(u), floor(v)) with u = a x + b y + c and
+    v = d x + e y + f. Integers make the choice of pixel the same on every backend; the numbers are those of Pillow's
+    `Image.rotate`, nearest neighbour.
+
+    Args:
+        degrees: float64 [B].
+        height: H of the images.
+        width: W of the images.
+
+    Returns:
+        int32 [B, 6]: (a, b, c, d, e, f) * 65536.
+    """
+    cos, sin = np.cos(-np.radians(degrees)), np.sin(-np.radians(degrees))
+    y, x = 0.5 - height / 2, 0.5 - width / 2  # the centre of pixel (0, 0), seen from the image's centre
+    rows = [cos, sin, cos * x + sin * y + width / 2, -sin, cos, -sin * x + cos * y + height / 2]
+    return np.floor(np.stack(rows, axis=1) * 65536.0 + 0.5).astype(np.int32)
+
+
+def stratified_split(labels: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split examples in two, class by class, the same on every machine.
+
+    Args:
+        labels: int [N], in the source's own order.
+        ratio: the second part's share; it gets round(ratio * N) examples, and each class its share of them to within
+            one example.
+        seed: of the split.
+
+    Returns:
+        (first, second): sorted int64 indices; together every example once.
+    """
+    counts = np.bincount(labels)
+    share = counts * ratio
+    quota = np.floor(share).astype(np.int64)
+    short = round(len(labels) * ratio) - quota.sum()
+    quota[np.argsort(quota - share, kind="stable")[:short]] += 1  # largest remainders first
+    chosen = np.zeros(len(labels), bool)
+    for label, (count, size) in enumerate(zip(counts, quota, strict=True)):
+        members = np.flatnonzero(labels == label)
+        chosen[members[permutation(seed, label, int(count), "split")[:size]]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -1,0 +1,78 @@
+"""What training and evaluation both start from: the data, the mesh and the state of step 0."""
+
+import math
+import os
+from typing import NamedTuple
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_jax import datasets, train_state
+from resnet_jax.errors import UserError
+
+
+class Setup(NamedTuple):
+    """A run's data, devices and initial state.
+
+    Attributes:
+        dataset: all of it.
+        train: the part of `dataset.train` that is trained on.
+        validation: the rest of it, possibly empty.
+        mesh: every device, on the axis "data".
+        state: of step 0.
+        total_steps: ceil(num_epochs * len(train) / batch_size).
+    """
+
+    dataset: datasets.Dataset
+    train: datasets.Split
+    validation: datasets.Split
+    mesh: Mesh
+    state: train_state.TrainState
+    total_steps: int
+
+
+def setup(config: ConfigDict) -> Setup:
+    """Load the data and build the state, checking what can be wrong before the first step.
+
+    Raises:
+        UserError: where the data are not to be had, the batch does not divide over the devices, or the model has more
+            parameters than `config.model.max_params`.
+    """
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(datasets.default_cache_dir() / "xla"),
+    )
+    mesh = train_state.make_mesh()
+    check_batch_size(config.batch_size, mesh.size)
+    dataset = datasets.load(config.data)
+    train, validation = datasets.validation_split(dataset, config.data)
+    state = train_state.create(
+        config, len(dataset.class_names), train.images.shape[1:], len(train.labels) / config.batch_size, mesh
+    )
+    if jax.process_index() == 0:
+        print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+    check_budget(train_state.num_params(state), config.model.max_params)
+    total_steps = math.ceil(config.num_epochs * len(train.labels) / config.batch_size)
+    return Setup(dataset, train, validation, mesh, state, total_steps)
+
+
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Refuse a batch that does not divide over the devices, naming the nearest ones that do."""
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
+        raise UserError(f"config.batch_size {batch_size} does not divide over {devices} devices: set it to {nearest}")
+
+
+def check_budget(num_params: int, max_params: int) -> None:
+    """Refuse a model over its budget; 0 is no budget."""
+    budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
+    if max_params and num_params > max_params:
+        raise UserError(
+            f"the model has {num_params:,} parameters{budget}: make config.model.channel_list or block_list smaller, or "
+            "raise the budget (0 for none)"
+        )
+    if jax.process_index() == 0:
+        print(f"{num_params:,} trainable parameters{budget}", flush=True)

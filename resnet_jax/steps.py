@@ -1,0 +1,152 @@
+"""The two functions that run on the devices: one step of training and one batch of evaluation.
+
+Both are pure, take uint8 images and are jitted over a mesh on whose axis "data" the batch is sharded; the statistics of
+batch norm, the loss and the gradient are those of the global batch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from resnet_jax.train_state import TrainMetrics, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def normalize(images: jax.Array, config: ConfigDict) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 (x / 255 - mean) / std, with `config.data`'s mean and std of each channel."""
+    mean, std = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (config.mean, config.std))
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Each example's loss: float32 [B, num_classes], int32 [B] -> float32 [B].
+
+    Smoothing spreads that share of the target over all classes (arXiv:1512.00567, section 7).
+    """
+    if label_smoothing == 0.0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, TrainMetrics]:
+    """One step of training.
+
+    Args:
+        state: before the step.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
+        config: a whole config; static.
+
+    Returns:
+        The state after the step, and the means of its metrics since the last logged step.
+    """
+
+    def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
+        logits, updates = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            normalize(batch["images"], config.data),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        loss = cross_entropy(logits, batch["labels"], config.label_smoothing).mean()
+        return loss, (logits, updates["batch_stats"])
+
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    now = TrainMetrics.single_from_model_output(
+        loss=loss,
+        accuracy=(jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32),
+        grad_norm=optax.global_norm(grads),
+    )
+    first_of_row = state.step % config.log_every_steps == 0
+    since_row = jax.tree.map(partial(jnp.where, first_of_row), now, state.metrics.merge(now))
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        metrics=since_row,
+    )
+    return state, since_row
+
+
+@flax.struct.dataclass
+class ConfusionMatrix(metrics.Metric):
+    """Counts of examples: int32 [num_classes, num_classes], row the label, column the prediction."""
+
+    counts: jax.Array
+
+    @classmethod
+    def from_model_output(
+        cls, logits: jax.Array, labels: jax.Array, mask: jax.Array, **_: jax.Array
+    ) -> "ConfusionMatrix":
+        """Count the examples that `mask`, bool [B], keeps."""
+        num_classes = logits.shape[-1]
+        cell = labels * num_classes + jnp.argmax(logits, axis=-1)
+        counts = jnp.zeros(num_classes**2, jnp.int32).at[cell].add(mask.astype(jnp.int32))
+        return cls(counts.reshape(num_classes, num_classes))
+
+    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
+        """Add two counts."""
+        return type(self)(self.counts + other.counts)
+
+    def compute(self) -> jax.Array:
+        """The counts."""
+        return self.counts
+
+
+@flax.struct.dataclass
+class EvalMetrics(metrics.Collection):
+    """The mean loss and the confusion matrix of the examples seen so far."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    confusion: ConfusionMatrix
+
+
+def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> EvalMetrics:
+    """The metrics of one batch, with the running statistics of batch norm.
+
+    Args:
+        state: reads `params` and `batch_stats`.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; examples that `mask` leaves out do
+            not count.
+        config: a whole config; static.
+    """
+    logits = state.apply_fn(
+        {"params": state.params, "batch_stats": state.batch_stats}, normalize(batch["images"], config.data), train=False
+    )
+    return EvalMetrics.single_from_model_output(
+        loss=cross_entropy(logits, batch["labels"]), logits=logits, labels=batch["labels"], mask=batch["mask"]
+    )
+
+
+def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
+    """`train_step` compiled for a mesh: state replicated and donated, batch sharded."""
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    return jax.jit(
+        partial(train_step, config=config),
+        in_shardings=(replicated, sharded),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch], EvalMetrics]:
+    """`eval_step` compiled for a mesh: state replicated, batch sharded."""
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    return jax.jit(partial(eval_step, config=config), in_shardings=(replicated, sharded), out_shardings=replicated)
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Put each process's slice of a batch on its devices, as one global array a field."""
+    sharding = NamedSharding(mesh, P("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,270 @@
+"""The training loop: from a config and a folder to `result.json`, from wherever the folder's run was left."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from resnet_jax import STARTED, input_pipeline, optim, steps, train_state, workdir
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.errors import UserError
+from resnet_jax.evaluate import evaluate
+from resnet_jax.progress import Progress
+from resnet_jax.setup import Setup, setup
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+        signum: the signal's number.
+        message: for a person.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Signals:
+    """SIGTERM and SIGINT, noted instead of obeyed; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Note the signals that arrive in this block."""
+        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(signum: int, _: FrameType | None) -> None:
+            self.received = signum
+            for s in previous:
+                signal.signal(s, signal.SIG_DFL)
+
+        for s in previous:
+            signal.signal(s, note)
+        try:
+            yield
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+
+def train(config: ConfigDict, directory: Path) -> dict[str, Any]:
+    """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
+
+    Args:
+        config: validated by `config.validate`.
+        directory: the workdir, made where it is not there.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        UserError: where the config, the data or the folder does not allow the run.
+        Interrupted: after a signal, with the state saved.
+    """
+    workdir.prepare(directory, config)
+    if (directory / "result.json").exists():
+        result: dict[str, Any] = workdir.read_json(directory / "result.json")
+        if jax.process_index() == 0:
+            print(f"{directory} is complete: {_summary(result)}")
+        return result
+    run = Run(config, directory, setup(config))
+    try:
+        with run.signals.caught():
+            run.loop()
+        return run.finish()
+    finally:
+        run.close()
+
+
+def evaluation_steps(num_epochs: float, every_epochs: int, steps_per_epoch: float, total_steps: int) -> set[int]:
+    """The steps after which a run evaluates and saves: as each whole `every_epochs` ends, and at the last step."""
+    ends = range(every_epochs, math.floor(num_epochs) + 1, every_epochs)
+    return {min(math.ceil(epoch * steps_per_epoch), total_steps) for epoch in ends} | {total_steps}
+
+
+class Run:
+    """A run under way: its state, and everything that it writes to."""
+
+    def __init__(self, config: ConfigDict, directory: Path, start: Setup) -> None:
+        self.config, self.directory, self.start = config, directory, start
+        self.signals = Signals()
+        self.state = start.state
+        self.seconds_before = 0.0  # of earlier sessions of this run
+        self.validation: dict[str, float] | None = None
+        self.checkpoints = Checkpoints(directory / "checkpoints")
+        if self.checkpoints.latest is not None:
+            self.state, meta = self.checkpoints.restore(self.checkpoints.latest, start.state)
+            workdir.check_fingerprint(meta, start.dataset)
+            self.seconds_before = meta["seconds"]
+        self.first_step = int(self.state.step)
+        self.steps_per_epoch = len(start.train.labels) / config.batch_size
+        self.schedule = optim.make_schedule(config, self.steps_per_epoch)
+        self.train_step = steps.jit_train_step(config, start.mesh)
+        self.eval_step = steps.jit_eval_step(config, start.mesh)
+        self.log = workdir.MetricsLog(directory, self.first_step)
+        self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
+        self.startup_seconds: float | None = None
+        if jax.process_index() == 0:
+            workdir.write_json(directory / "environment.json", workdir.environment())
+        if self.first_step:
+            self.progress.note(f"resuming {directory} at step {self.first_step} of {start.total_steps}")
+
+    def seconds(self) -> float:
+        """Wall time spent on this run, earlier sessions up to their last checkpoint included."""
+        return self.seconds_before + time.monotonic() - STARTED
+
+    def loop(self) -> None:
+        """Take the steps that are left, logging, evaluating and saving on the way.
+
+        The metrics of a logged step are fetched once the next step is dispatched, so the device never waits for them.
+        """
+        config, total = self.config, self.start.total_steps
+        evaluations = evaluation_steps(config.num_epochs, config.eval_every_epochs, self.steps_per_epoch, total)
+        batches = input_pipeline.train_batches(
+            self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
+        )
+        pending: tuple[int, train_state.TrainMetrics] | None = None
+        for step, batch in enumerate(batches, start=self.first_step + 1):
+            self.state, metrics = self.train_step(self.state, steps.shard_batch(batch, self.start.mesh))
+            if self.startup_seconds is None:
+                self.startup_seconds = time.monotonic() - STARTED
+                self.progress.note(f"first step dispatched {self.startup_seconds:.1f} s after the start")
+                jax.block_until_ready(metrics)
+                self.progress.restart_clock(step)
+            if pending:
+                self.log_row(*pending)
+                pending = None
+            if step % config.log_every_steps == 0 or step == total:
+                pending = step, metrics
+            stop = self.signals.received is not None
+            save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
+            if stop or save or step in evaluations:
+                if pending:
+                    self.log_row(*pending)
+                    pending = None
+                self.check_finite(step, metrics)
+                if step in evaluations:
+                    self.validate(step)
+                self.save(step, step in evaluations)
+                self.progress.restart_clock(step)
+            if stop and step < total:
+                self.checkpoints.wait()
+                name = signal.Signals(self.signals.received).name
+                raise Interrupted(
+                    self.signals.received,
+                    f"stopped by {name} at step {step} of {total}, saved in {self.directory}: the same command goes on",
+                )
+
+    def row(self, step: int, split: str, figures: dict[str, float | None]) -> dict[str, Any]:
+        """A row of `metrics.jsonl`."""
+        return {"step": step, "epoch": round(step / self.steps_per_epoch, 6), "split": split, **figures}
+
+    def log_row(self, step: int, metrics: train_state.TrainMetrics) -> None:
+        """Log the means of the steps since the last row."""
+        self.check_finite(step, metrics)
+        figures = {name: float(value) for name, value in metrics.compute().items()}
+        row = self.row(
+            step,
+            "train",
+            {
+                "loss": figures["loss"],
+                "accuracy": figures["accuracy"],
+                "learning_rate": float(self.schedule(step - 1)),
+                "grad_norm": figures["grad_norm"],
+                "images_per_second": self.progress.images_per_second(step),
+            },
+        )
+        self.log.write(row)
+        self.progress.show(row)
+
+    def check_finite(self, step: int, metrics: train_state.TrainMetrics) -> None:
+        """Stop a run whose loss or gradient is no longer a number, before it saves anything of that."""
+        figures = {name: float(value) for name, value in metrics.compute().items()}
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
+        if broken:
+            first = (step - 1) // self.config.log_every_steps * self.config.log_every_steps + 1
+            self.checkpoints.wait()
+            kept = self.checkpoints.latest
+            raise UserError(
+                f"{' and '.join(broken)} became non-finite between step {first} and step {step}; "
+                + (f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet")
+                + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the data"
+            )
+
+    def validate(self, step: int) -> None:
+        """Evaluate on the validation split, where there is one."""
+        if not len(self.start.validation.labels):
+            return
+        result = evaluate(
+            self.eval_step, self.state, self.start.validation, self.config.eval_batch_size, self.start.mesh
+        )
+        self.validation = {"loss": result["loss"], "accuracy": result["accuracy"]}
+        self.log.write(self.row(step, "validation", self.validation))
+        self.progress.note(
+            f"step {step}  validation loss {result['loss']:.4f}  validation accuracy {result['accuracy']:.2%}"
+        )
+
+    def save(self, step: int, validated: bool) -> None:
+        """Save, unless this very step is saved already."""
+        if self.checkpoints.latest == step:
+            return
+        validation = self.validation if validated else None
+        meta = {
+            "fingerprint": self.start.dataset.fingerprint,
+            "seconds": self.seconds(),
+            "validation": validation,
+        }
+        self.checkpoints.save(self.state, meta, validation["accuracy"] if validation else None)
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best checkpoint on the test split and write `result.json`."""
+        self.checkpoints.wait()
+        last_digest = train_state.digest(self.state)
+        best = self.checkpoints.choose("best")
+        state, meta = self.checkpoints.restore(best, self.state)
+        test = evaluate(self.eval_step, state, self.start.dataset.test, self.config.eval_batch_size, self.start.mesh)
+        self.log.write(self.row(best, "test", {"loss": test["loss"], "accuracy": test["accuracy"]}))
+        result = {
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+            "validation_accuracy": meta["validation"]["accuracy"] if meta["validation"] else None,
+            "num_params": train_state.num_params(state),
+            "checkpoint_step": best,
+            "steps": self.start.total_steps,
+            "state_digest": last_digest,
+            "seconds": self.seconds(),
+            "startup_seconds": self.startup_seconds,
+            "config": self.config.to_dict(),
+            "seed": self.config.seed,
+            "dataset": workdir.describe(self.start.dataset, self.start.train, self.start.validation),
+            "environment": workdir.environment(),
+        }
+        if jax.process_index() == 0:
+            workdir.write_json(self.directory / "result.json", result)
+            self.progress.note(f"{self.directory} is complete: {_summary(result)}")
+        return result
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.checkpoints.close()
+        self.log.close()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    validation = result["validation_accuracy"]
+    return (
+        f"test accuracy {result['test_accuracy']:.2%}, "
+        + ("" if validation is None else f"validation accuracy {validation:.2%}, ")
+        + f"checkpoint of step {result['checkpoint_step']} of {result['steps']}, {result['seconds']:.0f} s"
+    )

@@ -1,0 +1,105 @@
+"""What a run carries from step to step, how it starts, and its digest."""
+
+import hashlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from resnet_jax import models, optim
+
+
+@flax.struct.dataclass
+class TrainMetrics(metrics.Collection):
+    """Means over the steps since the last row of `metrics.jsonl`."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    accuracy: metrics.Average.from_output("accuracy")  # type: ignore[valid-type]
+    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a checkpoint holds, and the two functions that act on it.
+
+    Attributes:
+        step: int32 [], number of steps done.
+        params: the model's parameters.
+        batch_stats: batch norm's running statistics, float32.
+        opt_state: the optimizer's.
+        metrics: means since the last logged step; kept here so that a resumed run logs the same rows.
+        apply_fn: the model's `apply`; not saved.
+        tx: the optimizer; not saved.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    metrics: TrainMetrics
+    apply_fn: Any = flax.struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+
+
+def make_mesh() -> Mesh:
+    """All devices of all processes in one row, named "data"."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def create(
+    config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], steps_per_epoch: float, mesh: Mesh
+) -> TrainState:
+    """The state of step 0, replicated on the mesh.
+
+    Parameters are drawn from `jax.random.key(config.seed)`. The model is initialised lazily, which runs the
+    initialisers alone: compiling a whole forward pass for it takes a CPU four times as long.
+
+    Args:
+        config: a whole config.
+        num_classes: size of the output.
+        image_shape: (H, W, C) of an image.
+        steps_per_epoch: for the learning-rate schedule.
+        mesh: where the state is to live.
+    """
+    model = models.from_config(config.model, num_classes)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = model.lazy_init(jax.random.key(config.seed), image, train=False)
+    tx = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))
+    zero = jnp.zeros(())
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(variables["params"]),
+        metrics=TrainMetrics.single_from_model_output(loss=zero, accuracy=zero, grad_norm=zero),
+        apply_fn=model.apply,
+        tx=tx,
+    )
+    return jax.device_put(state, NamedSharding(mesh, P()))
+
+
+def num_params(state: TrainState) -> int:
+    """Number of trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def digest(state: TrainState) -> str:
+    """SHA-256 of the trained state, in hexadecimal.
+
+    Over params, batch_stats and opt_state, leaf by leaf in the order of their paths (sorted as text): the line
+    "path dtype shape" and the leaf's bytes in C order.
+    """
+    tree = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    sha = hashlib.sha256()
+    for path, leaf in sorted(leaves.items()):
+        array = np.asarray(leaf, order="C")
+        sha.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,172 @@
+"""What a run leaves in its folder, besides checkpoints: JSON files, `metrics.jsonl`, TensorBoard events."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from resnet_jax import config as config_lib
+from resnet_jax.datasets import Dataset, Split
+from resnet_jax.errors import UserError
+
+_PACKAGES = (
+    "resnet_jax jax jaxlib flax optax orbax-checkpoint clu ml_collections numpy tensorflow-cpu tensorflow "
+    "tensorflow-datasets"
+).split()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file so that a reader sees the old one or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the whole new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): mend it, or choose another --workdir") from error
+
+
+def prepare(directory: Path, config: ConfigDict) -> None:
+    """Make the folder of a run and note its config, or check that the folder's run has this config.
+
+    Raises:
+        UserError: where the folder cannot be written, or its run has another config, naming the fields.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "config.json").exists():
+            check_config(directory, config)
+        elif jax.process_index() == 0:
+            write_json(directory / "config.json", config_lib.to_json(config))
+    except OSError as error:
+        raise UserError(f"--workdir {directory} cannot be written ({error.strerror}): choose another") from error
+
+
+def check_config(directory: Path, config: ConfigDict) -> None:
+    """Refuse a config that differs from the one of the folder's run.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    differences = config_lib.differences(config, read_json(directory / "config.json"))
+    if differences:
+        raise UserError(
+            f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --workdir, or give the "
+            "run's own values"
+        )
+
+
+def check_fingerprint(meta: dict[str, Any], dataset: Dataset) -> None:
+    """Refuse data other than those a checkpoint was trained on.
+
+    Raises:
+        UserError: naming both fingerprints.
+    """
+    if meta["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"{dataset.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
+            f"{dataset.fingerprint[:12]} now): give the run's own data, or choose another --workdir"
+        )
+
+
+def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any]:
+    """A data set as `result.json` names it."""
+    sizes = {"train": len(train.labels), "validation": len(validation.labels), "test": len(dataset.test.labels)}
+    return {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": sizes}
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides config and data: code, versions, devices, host."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    return {
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "backend": devices[0].platform,
+        "devices": [device.device_kind for device in devices],
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code and whether its files differ from it; None where the code is not in a git repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class MetricsLog:
+    """The rows of `metrics.jsonl`, and the same figures as TensorBoard events; only process 0 writes.
+
+    Args:
+        directory: of the run.
+        resume_step: rows of later steps, written before the run was cut off, are dropped: they will come again.
+    """
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        from clu import metric_writers  # imports TensorFlow
+
+        primary = jax.process_index() == 0
+        self._path = directory / "metrics.jsonl"
+        self._writer = metric_writers.create_default_writer(str(directory / "tensorboard"), just_logging=not primary)
+        if primary:
+            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+            if kept != lines:
+                write_text(self._path, "".join(kept))
+        self._primary = primary
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; "step", "epoch" and "split" name it, the rest are its figures."""
+        if self._primary:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        figures = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "epoch", "split")}
+        self._writer.write_scalars(row["step"], figures)
+
+    def close(self) -> None:
+        """Flush the events."""
+        self._writer.close()
