@@ -1,9 +1,10 @@
 """Train or evaluate: `python launch.py --config configs/final.py [--workdir DIR] [--mode train|eval] ...`."""
 
+import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from resnet_jax.config import validate
@@ -24,6 +25,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; whatever is wrong with it becomes one line."""
     with exit_on_user_error():
         app.define_help_flags()
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings
         try:
             rest = flags.FLAGS(argv)[1:]
         except SystemExit:
@@ -40,6 +42,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Run what the flags say."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what the libraries tell
     with exit_on_user_error():
         config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
         directory = Path(WORKDIR.value or Path("runs") / config_file.stem).expanduser().absolute()

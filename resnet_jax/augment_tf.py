@@ -8,10 +8,8 @@ operations, the batch's size or the machine. Images stay uint8; the step normali
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-Tensor = tf.Tensor
 
-
-def augment(images: Tensor, indices: Tensor, draws: dict[str, Tensor], config: ConfigDict) -> Tensor:
+def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
     Args:
@@ -34,7 +32,7 @@ def augment(images: Tensor, indices: Tensor, draws: dict[str, Tensor], config: C
     return images
 
 
-def flip_and_crop(images: Tensor, indices: Tensor, flip: Tensor, crop: Tensor, padding: int) -> Tensor:
+def flip_and_crop(images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: tf.Tensor, padding: int) -> tf.Tensor:
     """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
 
     Args:
@@ -54,7 +52,7 @@ def flip_and_crop(images: Tensor, indices: Tensor, flip: Tensor, crop: Tensor, p
     return _take_pixels(images, indices, y[:, :, tf.newaxis], x[:, tf.newaxis, :])
 
 
-def rotate(images: Tensor, rotation: Tensor) -> Tensor:
+def rotate(images: tf.Tensor, rotation: tf.Tensor) -> tf.Tensor:
     """Rotate about the centre, nearest neighbour, black outside: `PIL.Image.rotate`.
 
     Args:
@@ -72,7 +70,7 @@ def rotate(images: Tensor, rotation: Tensor) -> Tensor:
     return _take_pixels(images, tf.range(tf.shape(images, tf.int64)[0]), source_y, source_x)
 
 
-def _take_pixels(images: Tensor, indices: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _take_pixels(images: tf.Tensor, indices: tf.Tensor, y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
     _, height, width, channels = images.shape
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -81,7 +79,7 @@ def _take_pixels(images: Tensor, indices: Tensor, y: Tensor, x: Tensor) -> Tenso
     return taken * tf.cast(inside, tf.uint8)[..., tf.newaxis]
 
 
-def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
     """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
 
     Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
@@ -105,14 +103,14 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return tf.cast(pixels, tf.uint8)
 
 
-def _grey(pixels: Tensor) -> Tensor:
+def _grey(pixels: tf.Tensor) -> tf.Tensor:
     """Pillow's conversion to "L": float32 [B, H, W, 3] whole numbers -> [B, H, W]."""
     weights = tf.constant([19595.0, 38470.0, 7471.0])  # ITU-R 601-2 luma, times 65536
     total = tf.linalg.matvec(pixels, weights)
     return tf.floor((total + 32768.0) * 2.0**-16)
 
 
-def _mean(grey: Tensor) -> Tensor:
+def _mean(grey: tf.Tensor) -> tf.Tensor:
     """The mean of each image, rounded half up: [B, H, W] -> [B, 1, 1]."""
     count = grey.shape[1] * grey.shape[2]
     total = tf.reduce_sum(tf.cast(grey, tf.int32), axis=(1, 2), keepdims=True)

@@ -147,7 +147,7 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".incomplete-") as scratch:
-            np.savez(Path(scratch) / "data.npz", fingerprint=np.array(fingerprint(arrays)), **arrays)
+            np.savez(Path(scratch) / "data.npz", **arrays, fingerprint=np.array(fingerprint(arrays)))  # type: ignore[arg-type]
             os.replace(Path(scratch) / "data.npz", path)
     except OSError as error:
         raise UserError(f"{directory} cannot take the decoded data ({error}): set config.data.cache_dir") from error

@@ -32,12 +32,12 @@ def evaluate(
     batches = input_pipeline.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
     results = [eval_step(state, steps.shard_batch(batch, mesh)) for batch in batches]
     results = jax.device_get(results)
-    confusion = sum(np.int64(r.confusion.counts) for r in results)
+    confusion = np.sum([r.confusion.counts for r in results], axis=0, dtype=np.int64)
     seen = int(confusion.sum())
     if seen != len(split.labels):
         raise RuntimeError(f"evaluated {seen} images of {len(split.labels)}")
     return {
-        "loss": float(sum(np.float64(r.loss.total) for r in results) / seen),
+        "loss": float(np.sum([r.loss.total for r in results], dtype=np.float64)) / seen,
         "accuracy": int(np.trace(confusion)) / seen,
         "confusion": confusion,
     }

@@ -108,8 +108,8 @@ class ResNet(nn.Module):
             [B, num_classes] float32 logits.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(nn.Conv, use_bias=False, padding=0, kernel_init=conv_init, **dtypes)
-        norm = partial(
+        conv: ModuleDef = partial(nn.Conv, use_bias=False, padding=0, kernel_init=conv_init, **dtypes)
+        norm: ModuleDef = partial(
             nn.BatchNorm,
             use_running_average=not train,
             momentum=self.batch_norm_momentum,

@@ -4,12 +4,13 @@ Both are pure, take uint8 images and are jitted over a mesh on whose axis "data"
 batch norm, the loss and the gradient are those of the global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax.train_state import TrainMetrics, TrainState
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
 
 
 def normalize(images: jax.Array, config: ConfigDict) -> jax.Array:
@@ -146,7 +147,7 @@ def jit_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch
     return jax.jit(partial(eval_step, config=config), in_shardings=(replicated, sharded), out_shardings=replicated)
 
 
-def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     """Put each process's slice of a batch on its devices, as one global array a field."""
     sharding = NamedSharding(mesh, P("data"))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -158,7 +158,7 @@ class Run:
                     self.validate(step)
                 self.save(step, step in evaluations)
                 self.progress.restart_clock(step)
-            if stop and step < total:
+            if self.signals.received is not None and step < total:
                 self.checkpoints.wait()
                 name = signal.Signals(self.signals.received).name
                 raise Interrupted(
@@ -166,7 +166,7 @@ class Run:
                     f"stopped by {name} at step {step} of {total}, saved in {self.directory}: the same command goes on",
                 )
 
-    def row(self, step: int, split: str, figures: dict[str, float | None]) -> dict[str, Any]:
+    def row(self, step: int, split: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
         return {"step": step, "epoch": round(step / self.steps_per_epoch, 6), "split": split, **figures}
 

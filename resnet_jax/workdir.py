@@ -16,10 +16,20 @@ from resnet_jax import config as config_lib
 from resnet_jax.datasets import Dataset, Split
 from resnet_jax.errors import UserError
 
-_PACKAGES = (
-    "resnet_jax jax jaxlib flax optax orbax-checkpoint clu ml_collections numpy tensorflow-cpu tensorflow "
-    "tensorflow-datasets"
-).split()
+_PACKAGES = [
+    "resnet_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "clu",
+    "ml_collections",
+    "numpy",
+    "tensorflow-cpu",
+    "tensorflow",
+    "tensorflow-datasets",
+]
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,0 +1,37 @@
+# make run, make test and make lint set up .venv by themselves; a set-up that is current is left alone.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: run test lint clean
+
+run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
+	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
+	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN) --mode eval --checkpoint best
+	@echo
+	@echo "$(RUN)/result.json     the result, with config, data fingerprint and environment"
+	@echo "$(RUN)/eval.json       accuracy by class and confusion matrix of the best checkpoint"
+	@echo "$(RUN)/metrics.jsonl   loss, accuracy, learning rate and speed, step by step"
+	@echo "$(RUN)/tensorboard     the same for: $(BIN)/tensorboard --logdir runs"
+	@echo "$(RUN)/checkpoints     the best and the latest two"
+
+test: $(VENV)/installed ## run the tests, with line coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+clean: ## remove .venv and the tools' caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* *.egg-info
