@@ -25,7 +25,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; whatever is wrong with it becomes one line."""
     with exit_on_user_error():
         app.define_help_flags()
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # likewise
         try:
             rest = flags.FLAGS(argv)[1:]
         except SystemExit:
@@ -43,7 +43,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(_: list[str]) -> None:
     """Run what the flags say."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what the libraries tell
+        logging.set_verbosity(logging.ERROR)  # --verbosity=0 shows what the libraries tell
     with exit_on_user_error():
         config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
         directory = Path(WORKDIR.value or Path("runs") / config_file.stem).expanduser().absolute()

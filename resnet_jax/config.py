@@ -109,7 +109,9 @@ SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
 }
 
 # Fields that say where, how often or how fast, and leave the trained state as it is: a resumed run may change them.
-NEUTRAL_FIELDS = frozenset({"data.data_dir", "data.cache_dir", "log_every_steps", "checkpoint_every_steps"})
+NEUTRAL_FIELDS = frozenset(
+    {"data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"}
+)
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

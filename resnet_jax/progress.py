@@ -41,8 +41,8 @@ class Progress:
         left = "" if rate is None else _clock((self._total_steps - step) * self._batch_size / rate)
         text = (
             f"epoch {row['epoch']:.2f}/{self._total_epochs:g}  step {step}/{self._total_steps}  loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.2%}  lr {row['learning_rate']:.3g}  "
-            + ("" if rate is None else f"{rate:.0f} images/s  ETA {left}")
+            f"accuracy {row['accuracy']:.2%}  lr {row['learning_rate']:.3g}"
+            + ("" if rate is None else f"  {rate:.0f} images/s  ETA {left}")
         )
         if self._live:
             done = 20 * step // self._total_steps

@@ -66,7 +66,7 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
     now = TrainMetrics.single_from_model_output(
         loss=loss,
         accuracy=(jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32),
-        grad_norm=optax.global_norm(grads),
+        grad_norm=optax.tree.norm(grads),
     )
     first_of_row = state.step % config.log_every_steps == 0
     since_row = jax.tree.map(partial(jnp.where, first_of_row), now, state.metrics.merge(now))

@@ -174,6 +174,7 @@ class Run:
         """Log the means of the steps since the last row."""
         self.check_finite(step, metrics)
         figures = {name: float(value) for name, value in metrics.compute().items()}
+        speed = self.progress.images_per_second(step)
         row = self.row(
             step,
             "train",
@@ -182,7 +183,8 @@ class Run:
                 "accuracy": figures["accuracy"],
                 "learning_rate": float(self.schedule(step - 1)),
                 "grad_norm": figures["grad_norm"],
-                "images_per_second": self.progress.images_per_second(step),
+                # Too few steps to measure, at the end of a run whose steps log_every_steps does not divide:
+                "images_per_second": None if step % self.config.log_every_steps else speed,
             },
         )
         self.log.write(row)

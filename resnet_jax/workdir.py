@@ -174,7 +174,9 @@ class MetricsLog:
         if self._primary:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        figures = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "epoch", "split")}
+        figures = {
+            f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None
+        }
         self._writer.write_scalars(row["step"], figures)
 
     def close(self) -> None:

@@ -1,0 +1,70 @@
+"""Two fake CPU devices, strict ranks, one compilation cache, and what several tests share."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import final, quickstart
+from resnet_jax import datasets
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(datasets.default_cache_dir() / "xla-tests"))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache of decoded data for this session alone."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny_config(cache_dir: str) -> ConfigDict:
+    """A run of a few seconds on digits: 41 steps in two epochs, an evaluation after each."""
+    config = quickstart.get_config()
+    config.num_epochs = 2.0
+    config.schedule.warmup_epochs = 0.5
+    config.eval_every_epochs = 1
+    config.log_every_steps = 10
+    config.model.channel_list = (8, 16)
+    config.model.block_list = (1, 1)
+    config.data.cache_dir = cache_dir
+    return config
+
+
+@pytest.fixture
+def final_config() -> ConfigDict:
+    """The report's config."""
+    return final.get_config()
+
+
+def launch(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `launch.py` as a user does."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+    )
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line on stderr, with these words in it."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]

@@ -1,0 +1,97 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from resnet_jax import train_state
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.errors import UserError
+
+
+@pytest.fixture
+def state(tiny_config):
+    return train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+
+
+def save_all(directory, state, accuracies):
+    """Save a checkpoint per accuracy, at steps 1, 2, ...; the step is also added to every parameter."""
+    checkpoints = Checkpoints(directory)
+    for step, accuracy in enumerate(accuracies, start=1):
+        params = jax.tree.map(lambda p, step=step: p + step, state.params)
+        checkpoints.save(state.replace(step=np.int32(step), params=params), {"seconds": step}, accuracy)
+    checkpoints.wait()
+    return checkpoints
+
+
+def kept(checkpoints):
+    return sorted(checkpoints._manager.all_steps())
+
+
+def test_the_best_and_the_latest_two_are_kept(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [0.5, 0.9, 0.8, 0.1, 0.7])
+    assert kept(checkpoints) == [2, 4, 5]
+    assert [checkpoints.choose(which) for which in ("best", "latest", "4")] == [2, 5, 4]
+    checkpoints.close()
+
+
+def test_checkpoints_without_validation_keep_the_latest_two_and_the_last_is_the_best(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [None] * 4)
+    assert kept(checkpoints) == [3, 4]
+    assert checkpoints.choose("best") == 4
+    checkpoints.close()
+
+
+def test_a_save_without_validation_between_does_not_cost_the_best(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [0.9, None, 0.3, None, None])
+    assert kept(checkpoints) == [1, 4, 5]
+    assert checkpoints.choose("best") == 1
+    checkpoints.close()
+
+
+def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [0.5])
+    expected = state.replace(params=jax.tree.map(lambda p: p + 1, state.params))
+    for devices in (1, 2):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        like = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        restored, meta = checkpoints.restore(1, like)
+        assert meta == {"seconds": 1}
+        assert int(restored.step) == 1
+        assert train_state.digest(restored) == train_state.digest(expected)
+        assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
+    checkpoints.close()
+
+
+def test_another_process_finds_the_same_checkpoints(tmp_path, state):
+    save_all(tmp_path, state, [0.5, 0.9, 0.8]).close()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.choose("best") == 2
+    assert reader.latest == 3
+    reader.close()
+
+
+def test_saving_a_step_that_is_not_later_is_an_error_and_not_silent(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [0.5, 0.6])
+    with pytest.raises(RuntimeError, match="did not save step 1"):
+        checkpoints.save(state.replace(step=np.int32(1)), {}, 0.7)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [("7", "choose one of 1, 2"), ("-1", "must be best, latest or a step"), ("bset", "must be best, latest or a step")],
+)
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, state, which, words):
+    checkpoints = save_all(tmp_path, state, [0.5, 0.6])
+    with pytest.raises(UserError, match=words):
+        checkpoints.choose(which)
+    checkpoints.close()
+
+
+def test_an_empty_folder_has_no_checkpoint_and_is_not_made_by_a_reader(tmp_path):
+    reader = Checkpoints(tmp_path / "none", read_only=True)
+    assert reader.latest is None
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        reader.choose("best")
+    reader.close()
+    assert not (tmp_path / "none").exists()

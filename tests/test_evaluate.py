@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+
+from resnet_jax import evaluate, train
+from resnet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its folder and its result."""
+    directory = tmp_path_factory.mktemp("run")
+    return directory, {}
+
+
+@pytest.fixture
+def finished(run, tiny_config):
+    directory, result = run
+    if not result:
+        result.update(train.train(tiny_config, directory))
+    return directory, result, tiny_config
+
+
+def test_evaluation_gives_the_very_figures_that_training_recorded(finished, capsys):
+    directory, result, config = finished
+    report = evaluate.run(config, directory, "best")
+    assert report["checkpoint_step"] == result["checkpoint_step"]
+    assert report["test"]["accuracy"] == result["test_accuracy"]
+    assert report["test"]["loss"] == result["test_loss"]
+    assert report["validation"]["accuracy"] == result["validation_accuracy"]
+    assert json.loads((directory / "eval.json").read_text()) == report
+    out = capsys.readouterr().out
+    assert f"accuracy {result['test_accuracy']:.2%}" in out
+    assert out.count("%  ") >= 10  # a line a class
+
+
+def test_the_confusion_matrix_holds_every_image_and_gives_the_accuracies(finished):
+    directory, _, config = finished
+    test = evaluate.run(config, directory, "latest")["test"]
+    confusion = np.array(test["confusion"])
+    assert confusion.sum() == 359
+    assert np.trace(confusion) / 359 == test["accuracy"]
+    for name, row in zip(map(str, range(10)), confusion, strict=True):
+        assert test["accuracy_per_class"][name] == row[int(name)] / row.sum()
+
+
+def test_a_step_is_chosen_by_number(finished):
+    directory, _, config = finished
+    assert evaluate.run(config, directory, "41")["checkpoint_step"] == 41
+    with pytest.raises(UserError, match="no checkpoint of step 40: choose one of 21, 41"):
+        evaluate.run(config, directory, "40")
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 100, 359, 1000])
+def test_the_accuracy_does_not_depend_on_the_batch(finished, eval_batch_size):
+    directory, result, config = finished
+    config.eval_batch_size = eval_batch_size
+    report = evaluate.run(config, directory, "best")
+    assert report["test"]["accuracy"] == result["test_accuracy"]
+    assert report["test"]["loss"] == pytest.approx(result["test_loss"], rel=1e-5)  # float32 sums in another order
+
+
+def test_a_run_of_another_config_and_a_folder_without_a_run_are_refused(finished, tmp_path):
+    directory, _, config = finished
+    config.model.channel_list = (8, 32)
+    with pytest.raises(UserError, match=r"model.channel_list: \[8, 16\] -> \[8, 32\]"):
+        evaluate.run(config, directory, "best")
+    with pytest.raises(UserError, match="holds no run"):
+        evaluate.run(config, tmp_path, "best")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax import models
+
+
+def shapes(model, size=32):
+    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=True), image)
+
+
+def count(variables):
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (models.final(10), 4_918_602),
+        (models.resnet18(10), 11_173_962),
+        # He et al.'s networks on ImageNet, as torchvision counts them:
+        (models.resnet18(1000, stem="imagenet"), 11_689_512),
+        (models.resnet34(1000, stem="imagenet"), 21_797_672),
+        (models.resnet50(1000, stem="imagenet"), 25_557_032),
+        (models.resnet101(1000, stem="imagenet"), 44_549_160),
+    ],
+    ids=["final", "resnet18", "resnet18-imagenet", "resnet34", "resnet50", "resnet101"],
+)
+def test_parameters_are_counted_exactly(model, size):
+    logits, variables = shapes(model)
+    assert logits.shape == (2, model.num_classes)
+    assert count(variables) == size
+
+
+def test_config_builds_the_preset(final_config):
+    assert models.from_config(final_config.model, 10) == models.final(10)
+
+
+def test_a_stage_without_blocks_is_the_identity():
+    _, with_stage = shapes(models.ResNet(10, (8, 16, 32), (1, 1, 0)))
+    _, without = shapes(models.ResNet(10, (8, 16), (1, 1)))
+    assert with_stage == without
+
+
+def test_the_cifar_stem_keeps_the_resolution_and_the_imagenet_stem_quarters_it():
+    def stage_shape(stem):
+        model = models.ResNet(10, (8,), (1,), stem=stem)
+        x = jnp.zeros((1, 32, 32, 3))
+        _, state = jax.eval_shape(
+            lambda x: model.init_with_output(
+                jax.random.key(0), x, train=False, capture_intermediates=True, mutable=True
+            ),
+            x,
+        )
+        return state["intermediates"]["stage1_block1"]["__call__"][0].shape
+
+    assert stage_shape("cifar") == (1, 32, 32, 8)
+    assert stage_shape("imagenet") == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("block", [models.BasicBlock, models.BottleneckBlock])
+def test_computation_in_bfloat16_keeps_parameters_and_statistics_in_float32(block):
+    model = models.ResNet(10, (8, 16), (1, 1), block, dtype=jnp.bfloat16)
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
+    logits = model.apply(variables, x, train=False)
+    assert logits.dtype == jnp.float32
+    exact = model.clone(dtype=jnp.float32).apply(variables, x, train=False)
+    assert not np.array_equal(logits, exact)
+    np.testing.assert_allclose(logits, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 keeps 8 bits
+
+
+def test_batch_norm_follows_its_momentum_and_epsilon():
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(8, 4, 4, 3)).astype(np.float32)
+    model = models.ResNet(2, (4,), (0,), batch_norm_momentum=0.75, batch_norm_epsilon=0.5)
+    variables = model.init(jax.random.key(0), x, train=False)
+    features = jax.lax.conv_general_dilated(
+        x,
+        variables["params"]["stem_conv"]["kernel"],
+        (1, 1),
+        [(1, 1), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    mean, var = np.mean(features, axis=(0, 1, 2)), np.var(features, axis=(0, 1, 2))
+    logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(updates["batch_stats"]["stem_norm"]["mean"], 0.25 * mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["stem_norm"]["var"], 0.75 + 0.25 * var, rtol=1e-5)
+    normalised = np.maximum((features - mean.reshape(1, 1, 1, 4)) / np.sqrt(var + 0.5).reshape(1, 1, 1, 4), 0)
+    head = variables["params"]["classifier"]
+    expected = normalised.mean(axis=(1, 2)) @ head["kernel"] + np.reshape(head["bias"], (1, 2))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)

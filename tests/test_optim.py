@@ -1,0 +1,94 @@
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import final, sgd
+from resnet_jax import optim
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizer_trajectories.json").read_text())
+
+
+def loss(params):
+    """The problem of golden/make_optimizer_trajectories.py."""
+    waves = jnp.sin(3.0 * params["kernel"]) * jnp.array([[1.0, -2.0]])
+    return waves.sum() + 0.5 * ((params["kernel"] + params["bias"][None]) ** 2).sum()
+
+
+def descend(tx, params, steps):
+    state, path = tx.init(params), []
+    for _ in range(steps):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["adamw", "sgd"])
+def test_ten_steps_equal_pytorch(config, dtype, tolerance):
+    """In float64 the formulas are the same; in float32 optax's 1 - b2**t rounds, which shows in the seventh digit."""
+    with jax.enable_x64(dtype == "float64"):
+        rates = jnp.array(GOLDEN["learning_rates"], dtype)
+        params = {name: jnp.array(value, dtype) for name, value in GOLDEN["initial"].items()}
+        path = descend(optim.make_optimizer(config, lambda step: rates[step]), params, 10)
+    for step, (ours, theirs) in enumerate(zip(path, GOLDEN[config.optim.name], strict=True)):
+        for name in ("kernel", "bias"):
+            assert ours[name].dtype == dtype
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=f"{step + 1} {name}")
+
+
+def test_warmup_and_cosine_are_the_reports_formulas(final_config):
+    steps_per_epoch = 45_000 / 128
+    schedule = optim.make_schedule(final_config, steps_per_epoch)
+    for step in (0, 1, 100, 1757, 1758, 1759, 5000, 9999, 17_000, 17_578):
+        t = step / steps_per_epoch
+        if t < 5:
+            expected = 0.01 * t / 5
+        else:
+            expected = 1e-5 + 0.5 * (0.01 - 1e-5) * (1 + math.cos(math.pi * (t - 5) / (50 - 5)))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-4, abs=1e-8), (
+            step
+        )  # float32 cosine near its zero
+    assert float(schedule(0)) == 0.0
+    assert max(float(schedule(s)) for s in (1757, 1758, 1759)) == pytest.approx(0.01, rel=1e-3)
+    assert float(schedule(17_579)) == pytest.approx(1e-5, rel=1e-4)
+
+
+def test_no_warmup_starts_at_the_full_rate(final_config):
+    final_config.schedule.warmup_epochs = 0.0
+    assert float(optim.make_schedule(final_config, 100.0)(0)) == pytest.approx(0.01)
+
+
+def test_step_decay_is_that_of_pytorchs_step_lr():
+    schedule = optim.make_schedule(sgd.get_config(), 100.0)
+    for step, power in ((0, 0), (299, 0), (300, 1), (599, 1), (600, 2), (4999, 16)):
+        assert float(schedule(step)) == pytest.approx(0.01 * 0.7**power, rel=1e-6), step
+
+
+def test_clipping_bounds_the_global_norm(final_config):
+    final_config.optim.name, final_config.optim.max_grad_norm = "sgd", 0.5
+    final_config.optim.momentum, final_config.optim.dampening, final_config.optim.weight_decay = 0.0, 0.0, 0.0
+    tx = optim.make_optimizer(final_config, lambda step: 1.0)
+    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    grads = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -4.0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-6)
+    small = jax.tree.map(lambda g: g * 1e-3, grads)
+    updates, _ = tx.update(small, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -small["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("mask", "bias_decays"), [("all", True), ("kernels", False)])
+def test_the_decay_mask_spares_what_it_says(final_config, mask, bias_decays):
+    final_config.optim.decay_mask = mask
+    tx = optim.make_optimizer(final_config, lambda step: 1.0)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.001, rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], -0.001 if bias_decays else 0.0, rtol=1e-6)

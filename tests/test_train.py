@@ -1,0 +1,231 @@
+import json
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from configs import sgd
+from resnet_jax import config as config_lib
+from resnet_jax import datasets, evaluate, train
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.errors import UserError
+
+
+def rows(directory, split=None):
+    """The rows of metrics.jsonl, without the speeds."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k != "images_per_second"} for row in found if split in (None, row["split"])
+    ]
+
+
+def at_step(monkeypatch, step, action):
+    """Do something right after the given step of the next run was dispatched."""
+    make = train.steps.jit_train_step
+
+    def jit_train_step(*arguments):
+        compiled = make(*arguments)
+
+        def train_step(state, batch):
+            state, metrics = compiled(state, batch)
+            if int(state.step) == step:
+                action()
+            return state, metrics
+
+        return train_step
+
+    monkeypatch.setattr(train.steps, "jit_train_step", jit_train_step)
+
+
+class Died(BaseException):
+    """Stands for kill -9: nothing in the trainer catches it."""
+
+
+def die():
+    raise Died
+
+
+@pytest.fixture(params=["adamw", "sgd"])
+def config(request, tiny_config):
+    if request.param == "sgd":
+        tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
+    return tiny_config
+
+
+def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
+    result = train.train(tiny_config, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert set(result) == {
+        *("test_accuracy", "test_loss", "validation_accuracy", "num_params", "checkpoint_step", "steps", "seconds"),
+        *("startup_seconds", "state_digest", "config", "seed", "dataset", "environment"),
+    }
+    assert result["steps"] == 41 == math.ceil(2 * 1294 / 64)
+    assert result["dataset"]["splits"] == {"train": 1294, "validation": 144, "test": 359}
+    assert result["dataset"]["name"] == "digits"
+    assert len(result["dataset"]["fingerprint"]) == len(result["state_digest"]) == 64
+    assert result["config"] == tiny_config.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(tiny_config)
+    assert json.loads((tmp_path / "environment.json").read_text()) == result["environment"]
+
+    training = rows(tmp_path, "train")
+    assert [row["step"] for row in training] == [10, 20, 30, 40, 41]
+    for row in training:
+        assert set(row) == {"step", "epoch", "split", "loss", "accuracy", "learning_rate", "grad_norm"}
+        assert row["epoch"] == pytest.approx(row["step"] * 64 / 1294, abs=1e-5)
+    assert training[-1]["loss"] < training[0]["loss"]
+    validation = rows(tmp_path, "validation")
+    assert [row["step"] for row in validation] == [21, 41]
+    best = max(validation, key=lambda row: row["accuracy"])
+    assert (result["checkpoint_step"], result["validation_accuracy"]) == (best["step"], best["accuracy"])
+    (test,) = rows(tmp_path, "test")
+    assert (test["step"], test["accuracy"], test["loss"]) == (
+        best["step"],
+        result["test_accuracy"],
+        result["test_loss"],
+    )
+    out = capsys.readouterr().out
+    assert "stage2_block1/shortcut_conv/kernel" in out
+    assert f"{result['num_params']:,} trainable parameters of 5,000,000 allowed" in out
+    assert "first step dispatched" in out
+
+
+def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypatch):
+    result = train.train(tiny_config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(train, "setup", die)
+    assert train.train(tiny_config, tmp_path) == json.loads(json.dumps(result))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "is complete: test accuracy" in capsys.readouterr().out
+
+
+def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, config, monkeypatch):
+    whole = train.train(config, tmp_path / "whole")
+    for step, signum in ((13, signal.SIGTERM), (30, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda signum=signum: os.kill(os.getpid(), signum))
+            with pytest.raises(train.Interrupted, match=f"at step {step} of 41") as stop:
+                train.train(config, tmp_path / "parts")
+        assert stop.value.signum == signum
+        assert not (tmp_path / "parts" / "result.json").exists()
+    parts = train.train(config, tmp_path / "parts")
+    assert parts["state_digest"] == whole["state_digest"]
+    assert parts["test_loss"] == whole["test_loss"]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_path, config, monkeypatch):
+    config.checkpoint_every_steps = 7
+    whole = train.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 34, die)
+        with pytest.raises(Died):
+            train.train(config, tmp_path / "parts")
+    assert max(row["step"] for row in rows(tmp_path / "parts")) == 30  # later than the checkpoint of step 28
+    parts = train.train(config, tmp_path / "parts")
+    assert parts["state_digest"] == whole["state_digest"]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
+    digests = set()
+    for every in (3, 10):
+        tiny_config.log_every_steps = every
+        digests.add(train.train(tiny_config, tmp_path / str(every))["state_digest"])
+    assert len(digests) == 1
+
+
+def test_another_config_is_refused_and_neutral_fields_are_not(tmp_path, tiny_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train.Interrupted):
+            train.train(tiny_config, tmp_path)
+    tiny_config.seed = 1
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        train.train(tiny_config, tmp_path)
+    tiny_config.seed = 0
+    tiny_config.checkpoint_every_steps = 1000
+    assert train.train(tiny_config, tmp_path)["steps"] == 41
+
+
+def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
+    digits = datasets.load(tiny_config.data)
+    arrays = {
+        "train_images": digits.train.images,
+        "train_labels": digits.train.labels,
+        "test_images": digits.test.images,
+        "test_labels": digits.test.labels,
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    tiny_config.data.name = f"npz:{tmp_path / 'data.npz'}"
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(train.Interrupted):
+        train.train(tiny_config, tmp_path / "run")
+    arrays["train_images"] = np.roll(arrays["train_images"], 1, axis=1)
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(UserError, match="has changed since the run began"):
+        train.train(tiny_config, tmp_path / "run")
+    with pytest.raises(UserError, match="has changed since the run began"):
+        evaluate.run(tiny_config, tmp_path / "run", "latest")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, tiny_config):
+    tiny_config.optim.learning_rate = 1e30
+    tiny_config.checkpoint_every_steps = 1
+    with pytest.raises(UserError, match=r"became non-finite between step 1 and step \d+; the checkpoint of step") as stop:
+        train.train(tiny_config, tmp_path)
+    failed, kept = (int(re.search(rf"{words} (\d+)", str(stop.value))[1]) for words in ("and step", "checkpoint of step"))
+    assert kept == failed - 1
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.latest == kept
+    checkpoints.close()
+    assert not (tmp_path / "result.json").exists()
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_config):
+    tiny_config.data.validation_ratio = 0.0
+    tiny_config.num_epochs = 1.5
+    result = train.train(tiny_config, tmp_path)
+    assert result["validation_accuracy"] is None
+    assert result["checkpoint_step"] == result["steps"] == math.ceil(1.5 * 1438 / 64)
+    assert rows(tmp_path, "validation") == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "per_epoch", "expected"),
+    [
+        (3.0, 1, 10.0, {10, 20, 30}),
+        (3.0, 2, 10.0, {20, 30}),
+        (2.0, 1, 20.22, {21, 41}),
+        (0.25, 1, 100.0, {25}),
+        (2.5, 1, 10.0, {10, 20, 25}),
+        (4.0, 1, 0.5, {1, 2}),
+    ],
+)
+def test_a_run_evaluates_as_epochs_end_and_at_its_last_step(epochs, every, per_epoch, expected):
+    assert train.evaluation_steps(epochs, every, per_epoch, math.ceil(epochs * per_epoch)) == expected
+
+
+def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):
+    tiny_config.model.max_params = 1000
+    with pytest.raises(UserError, match=r"has [\d,]+ parameters of 1,000 allowed \(config.model.max_params\)"):
+        train.train(tiny_config, tmp_path)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_names_the_nearest_that_do(tmp_path, tiny_config):
+    tiny_config.batch_size = 63
+    with pytest.raises(UserError, match="63 does not divide over 2 devices: set it to 62 or 64"):
+        train.train(tiny_config, tmp_path)
+
+
+def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_config):
+    tiny_config.model.dtype = "bfloat16"
+    tiny_config.model.block = "bottleneck"
+    tiny_config.label_smoothing, tiny_config.optim.max_grad_norm = 0.1, 1.0
+    tiny_config.optim.decay_mask = "kernels"
+    result = train.train(tiny_config, tmp_path)
+    assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
+    assert 0 <= result["test_accuracy"] <= 1

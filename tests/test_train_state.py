@@ -1,0 +1,60 @@
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import train_state
+
+
+def create(config):
+    return train_state.create(config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+
+
+def test_a_seed_gives_the_same_parameters_and_another_gives_others(tiny_config):
+    first, again = create(tiny_config), create(tiny_config)
+    assert train_state.digest(first) == train_state.digest(again)
+    tiny_config.seed = 1
+    assert train_state.digest(create(tiny_config)) != train_state.digest(first)
+
+
+def test_convolutions_start_as_he_et_al_say(tiny_config):
+    tiny_config.model.channel_list = (64, 128)
+    kernel = create(tiny_config).params["stage2_block1"]["conv2"]["kernel"]
+    assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.02)
+    assert abs(float(kernel.mean())) < 0.001
+
+
+def test_parameters_equal_those_of_an_ordinary_init(tiny_config):
+    state = create(tiny_config)
+    module = state.apply_fn.__self__
+    ordinary = module.init(jax.random.key(tiny_config.seed), np.zeros((1, 8, 8, 3), np.float32), train=False)
+    lazy = {"params": state.params, "batch_stats": state.batch_stats}
+    assert jax.tree.structure(lazy) == jax.tree.structure(ordinary)
+    assert all(map(np.array_equal, jax.tree.leaves(lazy), jax.tree.leaves(ordinary)))
+
+
+def test_the_digest_is_what_its_docstring_says(tiny_config):
+    state = create(tiny_config)
+    tree = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    sha = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ):
+        sha.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode() + np.asarray(leaf).tobytes())
+    assert train_state.digest(state) == sha.hexdigest()
+
+
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
+def test_the_digest_sees_one_changed_number_anywhere(tiny_config, part):
+    state = create(tiny_config)
+    leaves, structure = jax.tree.flatten(getattr(state, part))
+    flat = np.array(leaves[-1])
+    flat.reshape(-1)[-1:] = np.nextafter(flat.reshape(-1)[-1:], 9, dtype=flat.dtype) if flat.dtype.kind == "f" else 9
+    changed = state.replace(**{part: jax.tree.unflatten(structure, [*leaves[:-1], flat])})
+    assert train_state.digest(changed) != train_state.digest(state)
+
+
+def test_the_digest_leaves_step_and_metrics_out(tiny_config):
+    state = create(tiny_config)
+    assert train_state.digest(state.replace(step=state.step + 1)) == train_state.digest(state)

@@ -1,0 +1,92 @@
+import json
+
+import jax
+import pytest
+
+from resnet_jax import workdir
+from resnet_jax.errors import UserError
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def row(step, split="train"):
+    return {"step": step, "epoch": step / 10, "split": split, "loss": 1.0 / step}
+
+
+def test_rows_are_appended_and_those_after_the_resumed_step_dropped(tmp_path):
+    log = workdir.MetricsLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write(row(step))
+    log.write(row(30, "validation"))
+    log.close()
+    log = workdir.MetricsLog(tmp_path, 20)
+    log.write(row(30))
+    log.close()
+    assert rows(tmp_path) == [row(10), row(20), row(30)]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(10)) + "\n" + '{"step": 20, "ep')
+    log = workdir.MetricsLog(tmp_path, 20)
+    log.write(row(20))
+    log.close()
+    assert rows(tmp_path) == [row(10), row(20)]
+
+
+def test_figures_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    log = workdir.MetricsLog(tmp_path, 0)
+    log.write(row(10))
+    log.write(row(10, "validation"))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert sorted(events.Tags()["tensors"]) == ["train/loss", "validation/loss"]
+    (event,) = events.Tensors("train/loss")
+    assert event.step == 10
+    assert make_ndarray(event.tensor_proto) == pytest.approx(0.1)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "result.json"
+    workdir.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(UnicodeEncodeError):
+        workdir.write_text(path, "half of it \ud800")
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tiny_config):
+    workdir.prepare(tmp_path, tiny_config)
+    tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
+    workdir.prepare(tmp_path, tiny_config)
+    tiny_config.optim.learning_rate, tiny_config.model.block_list = 0.5, (2, 2)
+    with pytest.raises(UserError, match=r"model.block_list: \[1, 1\] -> \[2, 2\]; optim.learning_rate: 0.01 -> 0.5"):
+        workdir.prepare(tmp_path, tiny_config)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_config):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot be written"):
+            workdir.prepare(path, tiny_config)
+
+
+def test_an_unreadable_config_is_one_line(tmp_path, tiny_config):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read as JSON"):
+        workdir.prepare(tmp_path, tiny_config)
+
+
+def test_the_environment_names_code_versions_and_devices():
+    found = workdir.environment()
+    assert found["versions"]["jax"] == jax.__version__
+    assert {"flax", "optax", "orbax-checkpoint", "resnet_jax"} <= set(found["versions"])
+    assert found["devices"] == ["cpu", "cpu"]
+    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    json.dumps(found)
