@@ -8,6 +8,7 @@ This module imports neither JAX nor TensorFlow, so a mistake in a config shows w
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,8 +29,12 @@ def _integer(low: int, high: float = math.inf) -> Field:
     return Field(int, lambda v: low <= v <= high, f"a whole number >= {low}" + (f", <= {high}" * (high < math.inf)))
 
 
+def _finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # also of a whole number too large for a float, and of nan
+
+
 def _number(words: str, accepts: Callable[[float], bool]) -> Field:
-    return Field(float, lambda v: math.isfinite(v) and accepts(v), words)
+    return Field(float, lambda v: _finite(v) and accepts(v), words)
 
 
 def _choice(*names: str) -> Field:
@@ -47,7 +52,7 @@ def _integers(low: int) -> Field:
 def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
     return Field(
         tuple,
-        lambda v: len(v) == 3 and all(type(x) in (int, float) and math.isfinite(x) and accepts(x) for x in v),
+        lambda v: len(v) == 3 and all(type(x) in (int, float) and _finite(x) and accepts(x) for x in v),
         f"a tuple of three numbers {words}",
     )
 
@@ -118,7 +123,8 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
     """`{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, (ConfigDict, dict)) else {prefix + key: value}
+        nested = isinstance(value, (ConfigDict, dict)) and len(value)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 
@@ -136,10 +142,10 @@ def validate(config: ConfigDict) -> None:
             fields = fields | extra[values[choice]]
     for name in fields:
         if name not in values:
-            because = f" (config.{name.split('.')[0]}.name is {values[name.split('.')[0] + '.name']!r})"
+            chooser = f"{name.split('.')[0]}.name"
+            because = "" if name in FIELDS else f", which config.{chooser} {values[chooser]!r} needs"
             raise UserError(
-                f"config.{name} is missing{because * (name not in FIELDS)}: add it to the config file, or start from "
-                "the file in configs/ that has it"
+                f"config.{name} is missing{because}: add it, or start from the file in configs/ that has it"
             )
     for name, value in values.items():
         if name not in fields:

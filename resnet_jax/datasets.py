@@ -51,9 +51,9 @@ def load(config: ConfigDict) -> Dataset:
     if config.name == "digits":
         arrays = sources.read_digits()
     elif source == "npz":
-        arrays = sources.read_npz(Path(path).expanduser())
+        arrays = sources.read_npz(Path(os.path.expanduser(path)))
     elif source == "folder":
-        folder = Path(path).expanduser().resolve()
+        folder = Path(os.path.expanduser(path)).resolve()
         images = sources.list_folder(folder)
         arrays = _cached(
             config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size)
@@ -93,11 +93,13 @@ def fingerprint(arrays: Arrays) -> str:
 
 def _checked(name: str, arrays: Arrays) -> Dataset:
     images = arrays["train_images"], arrays["test_images"]
-    class_names = tuple(map(str, arrays["class_names"]))
+    class_names = tuple(arrays["class_names"].reshape(-1).tolist())
+    if arrays["class_names"].dtype.kind != "U" or len(set(class_names)) < arrays["class_names"].size:
+        raise UserError(f"{name}: class_names must be text, each name once")
     for part, split, labels in zip(
         ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
     ):
-        if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3:
+        if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3 or 0 in split.shape[1:]:
             raise UserError(f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]")
         if labels.shape != split.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
             raise UserError(
@@ -132,14 +134,13 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
     """The arrays of a source's files, from the cache where they are there, whole, and as new as the files."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((state, config.image_size)).encode()).hexdigest()[:16]
-    directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else default_cache_dir()
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
     if path.exists():
         try:
             arrays = sources.read_npz(path)
-            with np.load(path) as file:
-                if fingerprint(arrays) == str(file["fingerprint"]):
-                    return arrays
+            if fingerprint(arrays) == str(arrays["fingerprint"]):
+                return arrays
         except (UserError, KeyError):
             pass
         print(f"{path} is damaged: decoding {folder} anew")

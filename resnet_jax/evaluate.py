@@ -59,7 +59,7 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     """
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
-    workdir.check_config(directory, config)
+    workdir.check(directory, config)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     step = checkpoints.choose(which)
     run_setup = setup.setup(config)

@@ -1,10 +1,11 @@
 """The readers behind `datasets.load`: each turns one kind of source into the same five arrays."""
 
+import http.client
+import os
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +41,21 @@ def read_npz(path: Path) -> Arrays:
     if not path.is_file():
         raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS[:4] if key not in file]
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}: it holds {', '.join(file.files) or 'nothing'}")
-            arrays = {key: file[key] for key in KEYS if key in file}
-    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # a damaged file makes NumPy and zipfile raise a dozen kinds
         raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
+    missing = [key for key in KEYS[:4] if key not in arrays]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}")
     if "class_names" not in arrays:
         labels = arrays["train_labels"]
         count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-        arrays["class_names"] = np.array([str(label) for label in range(count)])
+        if count > labels.size:
+            raise UserError(
+                f"{path}: train labels run to {count - 1} with {labels.size} images: number the classes from 0"
+            )
+        arrays["class_names"] = np.array([str(label) for label in range(count)], np.str_)
     return arrays
 
 
@@ -71,7 +76,7 @@ def list_folder(folder: Path) -> list[LabelledFile]:
     files = [
         LabelledFile(file, part, directory.name)
         for part in ("train", "test")
-        for directory in sorted((folder / part).glob("*/"))
+        for directory in sorted((folder / part).glob("[!.]*/"))
         for file in sorted(directory.iterdir())
         if file.is_file() and not file.name.startswith(".")
     ]
@@ -100,7 +105,7 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
                 with Image.open(file.path) as image:
                     images.append(_to_uint8(image, image_size))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"{file.path} cannot be read as an image: mend or remove it") from error
+                raise UserError(f"{file.path} cannot be read as an image ({error}): mend or remove it") from error
         arrays[f"{part}_images"] = _stack(images)
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
     return arrays
@@ -108,6 +113,8 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
 
 def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
     """An image as uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and cuts out the centre."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels are not of 8 bits (mode {image.mode})")
     image = image.convert("RGB")
     if image_size:
         scale = image_size / min(image.size)
@@ -141,16 +148,14 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    directory = Path(data_dir).expanduser() if data_dir else None
     try:
-        builder = tfds.builder(name, data_dir=directory)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))])
         raise UserError(
             f"config.data.name {name!r}: {reason} Give a TFDS name such as cifar10, or digits, npz:FILE or folder:DIR"
         ) from error
-    if not builder.is_prepared():
-        _download(builder)
     features = dict(getattr(builder.info.features, "items", dict)())
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
@@ -161,6 +166,8 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
         raise UserError(
             f"config.data.name {name!r}: its images are {image.np_dtype}, not uint8: convert them to an .npz"
         )
+    if not builder.is_prepared():
+        _download(builder)
     return builder
 
 
@@ -201,14 +208,14 @@ def _download(builder: Any) -> None:
         f"{builder.name} is not prepared in {builder.data_path}, and {{}}. Prepare it where there is a network and point "
         "TFDS_DATA_DIR (or --config.data.data_dir) at that folder, or give the images as --config.data.name=npz:FILE"
     )
-    for host, url in {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos}.items():
+    for host, url in {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or {}}.items():
         if not _answers(url):
             raise UserError(remedy.format(f"{host} cannot be reached to download it"))
     print(f"downloading {builder.name} to {builder.data_path}", flush=True)
     try:
         builder.download_and_prepare()
-    except (OSError, ValueError) as error:  # a network that fails, a disk that is full, a checksum that differs
-        raise UserError(remedy.format(f"its download failed ({error})")) from error
+    except Exception as error:  # a network that fails, a disk that is full, a checksum that differs, a manual download
+        raise UserError(remedy.format(f"its download failed ({type(error).__name__}: {error})")) from error
 
 
 def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
@@ -221,7 +228,7 @@ def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
             answers.append(True)
         except urllib.error.HTTPError:
             answers.append(True)  # it answered, if only to refuse a HEAD request
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             answers.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)

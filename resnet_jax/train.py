@@ -72,13 +72,15 @@ def train(config: ConfigDict, directory: Path) -> dict[str, Any]:
         UserError: where the config, the data or the folder does not allow the run.
         Interrupted: after a signal, with the state saved.
     """
-    workdir.prepare(directory, config)
+    workdir.check(directory, config)
     if (directory / "result.json").exists():
         result: dict[str, Any] = workdir.read_json(directory / "result.json")
         if jax.process_index() == 0:
             print(f"{directory} is complete: {_summary(result)}")
         return result
-    run = Run(config, directory, setup(config))
+    start = setup(config)
+    workdir.start(directory, config)
+    run = Run(config, directory, start)
     try:
         with run.signals.caught():
             run.loop()
@@ -115,8 +117,6 @@ class Run:
         self.log = workdir.MetricsLog(directory, self.first_step)
         self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
         self.startup_seconds: float | None = None
-        if jax.process_index() == 0:
-            workdir.write_json(directory / "environment.json", workdir.environment())
         if self.first_step:
             self.progress.note(f"resuming {directory} at step {self.first_step} of {start.total_steps}")
 

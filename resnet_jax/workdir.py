@@ -63,34 +63,38 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}): mend it, or choose another --workdir") from error
 
 
-def prepare(directory: Path, config: ConfigDict) -> None:
-    """Make the folder of a run and note its config, or check that the folder's run has this config.
+def check(directory: Path, config: ConfigDict) -> None:
+    """Check that a folder can take, or go on with, a run of this config; nothing is written.
 
     Raises:
-        UserError: where the folder cannot be written, or its run has another config, naming the fields.
+        UserError: where the folder cannot be written, or its run has another config, naming the fields that differ.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if (directory / "config.json").exists():
-            check_config(directory, config)
-        elif jax.process_index() == 0:
-            write_json(directory / "config.json", config_lib.to_json(config))
-    except OSError as error:
-        raise UserError(f"--workdir {directory} cannot be written ({error.strerror}): choose another") from error
-
-
-def check_config(directory: Path, config: ConfigDict) -> None:
-    """Refuse a config that differs from the one of the folder's run.
-
-    Raises:
-        UserError: naming the fields that differ.
-    """
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--workdir {directory}: {existing} is not a folder that can be written: choose another")
+    if not (directory / "config.json").exists():
+        return
     differences = config_lib.differences(config, read_json(directory / "config.json"))
     if differences:
         raise UserError(
             f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --workdir, or give the "
             "run's own values"
         )
+
+
+def start(directory: Path, config: ConfigDict) -> None:
+    """Make the folder of a run, and note its config and the environment of this session.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    if jax.process_index() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / "config.json", config_lib.to_json(config))
+            write_json(directory / "environment.json", environment())
+        except OSError as error:
+            raise UserError(f"--workdir {directory} cannot be written ({error.strerror}): choose another") from error
 
 
 def check_fingerprint(meta: dict[str, Any], dataset: Dataset) -> None:

@@ -173,15 +173,20 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, tiny_config):
     tiny_config.optim.learning_rate = 1e30
-    tiny_config.checkpoint_every_steps = 1
-    with pytest.raises(UserError, match=r"became non-finite between step 1 and step \d+; the checkpoint of step") as stop:
+    tiny_config.checkpoint_every_steps = tiny_config.log_every_steps = 1
+    with pytest.raises(
+        UserError, match=r"became non-finite between step \d+ and step \d+; the checkpoint of step"
+    ) as stop:
         train.train(tiny_config, tmp_path)
-    failed, kept = (int(re.search(rf"{words} (\d+)", str(stop.value))[1]) for words in ("and step", "checkpoint of step"))
+    failed, kept = (
+        int(re.search(rf"{words} (\d+)", str(stop.value))[1]) for words in ("and step", "checkpoint of step")
+    )
     assert kept == failed - 1
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert checkpoints.latest == kept
     checkpoints.close()
     assert not (tmp_path / "result.json").exists()
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, failed))
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
 
 

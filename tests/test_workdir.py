@@ -62,25 +62,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tiny_config):
-    workdir.prepare(tmp_path, tiny_config)
+    workdir.check(tmp_path, tiny_config)
+    assert list(tmp_path.iterdir()) == []
+    workdir.start(tmp_path, tiny_config)
     tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
-    workdir.prepare(tmp_path, tiny_config)
+    workdir.check(tmp_path, tiny_config)
     tiny_config.optim.learning_rate, tiny_config.model.block_list = 0.5, (2, 2)
     with pytest.raises(UserError, match=r"model.block_list: \[1, 1\] -> \[2, 2\]; optim.learning_rate: 0.01 -> 0.5"):
-        workdir.prepare(tmp_path, tiny_config)
+        workdir.check(tmp_path, tiny_config)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_config):
+@pytest.mark.parametrize("path", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_config, path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot be written"):
-            workdir.prepare(path, tiny_config)
+    with pytest.raises(UserError, match="file is not a folder that can be written"):
+        workdir.check(tmp_path / path, tiny_config)
 
 
 def test_an_unreadable_config_is_one_line(tmp_path, tiny_config):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read as JSON"):
-        workdir.prepare(tmp_path, tiny_config)
+        workdir.check(tmp_path, tiny_config)
 
 
 def test_the_environment_names_code_versions_and_devices():

@@ -1,0 +1,241 @@
+import inspect
+import json
+import math
+import re
+
+import pytest
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from configs import final, quickstart, sgd
+from resnet_jax import config as config_lib
+from resnet_jax.config import FIELDS, NEUTRAL_FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
+from resnet_jax.errors import UserError
+
+SHIPPED = {
+    "final": final.get_config,
+    "final:full": lambda: final.get_config("full"),
+    "final:smoke": lambda: final.get_config("smoke"),
+    "sgd": sgd.get_config,
+    "quickstart": quickstart.get_config,
+}
+ALL_FIELDS = FIELDS | {
+    name: field
+    for by_choice in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS)
+    for extra in by_choice.values()
+    for name, field in extra.items()
+}
+
+# By field: accepted at the edge of its range, and refused just beyond it.
+RANGES = {
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "batch_size": ([1], [0, -1]),
+    "num_epochs": ([5.1, 300], [0.0, -1.0]),
+    "label_smoothing": ([0, 0.99], [-0.01, 1.0]),
+    "eval_batch_size": ([1], [0, -1]),
+    "eval_every_epochs": ([1], [0, -1]),
+    "checkpoint_every_steps": ([0], [-1]),
+    "log_every_steps": ([1], [0, -1]),
+    "data.name": (["digits", "npz:a file"], ["", " "]),
+    "data.data_dir": (["", "a"], []),
+    "data.cache_dir": (["", "a"], []),
+    "data.image_size": ([0], [-1]),
+    "data.validation_ratio": ([0.0, 0.99], [-0.01, 1.0]),
+    "data.split_seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "data.mean": ([(0, 0.5, 1)], [(-0.1, 0.5, 0.5), (0.5, 0.5, 127.5), (0.5, 0.5)]),
+    "data.std": ([(0.1, 1, 2)], [(0.0, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)]),
+    "augment.flip_probability": ([0, 1], [-0.01, 1.01]),
+    "augment.crop_padding": ([0], [-1]),
+    "augment.brightness": ([0.0, 0.99], [-0.01, 1.0]),
+    "augment.contrast": ([0.0, 0.99], [-0.01, 1.0]),
+    "augment.saturation": ([0.0, 0.99], [-0.01, 1.0]),
+    "augment.rotation_degrees": ([0, 180.0], [-0.01, 180.1]),
+    "model.block": (["basic", "bottleneck"], ["Basic"]),
+    "model.stem": (["cifar", "imagenet"], [""]),
+    "model.channel_list": ([(1, 1, 1, 1)], [(1, 1, 1, 0)]),
+    "model.block_list": ([(1, 0, 0, 0)], [(1, 0, 0, -1)]),
+    "model.batch_norm_momentum": ([0.0, 0.99], [-0.01, 1.0]),
+    "model.batch_norm_epsilon": ([1e-12], [0.0, -1e-5]),
+    "model.dtype": (["float32", "bfloat16"], ["float16"]),
+    "model.param_dtype": (["float32", "bfloat16"], ["float64"]),
+    "model.max_params": ([0], [-1]),
+    "optim.name": ([], ["adam"]),  # another name needs other fields
+    "optim.learning_rate": ([1e-6], [0.0, -0.01]),
+    "optim.weight_decay": ([0], [-0.01]),
+    "optim.decay_mask": (["all", "kernels"], ["none"]),
+    "optim.max_grad_norm": ([0], [-0.01]),
+    "optim.b1": ([0.0, 0.99], [-0.01, 1.0]),
+    "optim.b2": ([0.0, 0.9999], [-0.01, 1.0]),
+    "optim.eps": ([1e-12], [0.0, -1e-8]),
+    "optim.momentum": ([0.0, 0.99], [-0.01, 1.0]),
+    "optim.dampening": ([0.0, 0.99], [-0.01, 1.0]),
+    "schedule.name": ([], ["cosine"]),
+    "schedule.warmup_epochs": ([0, 49.9], [-0.01]),
+    "schedule.min_ratio": ([0, 0.99], [-0.01, 1.0]),
+    "schedule.decay_every_epochs": ([0.5], [0.0, -1.0]),
+    "schedule.decay_factor": ([0.01, 1], [0.0, 1.01]),
+}
+WRONG_TYPE = {
+    int: [None, True, "1", 1.5, 2.0, (1,)],
+    float: [None, True, "0.5", (0.5,), math.nan, math.inf, -math.inf],
+    str: [None, True, 3, ("basic",)],
+    tuple: [None, True, 3, "1,2", [1, 1, 1], (), ("1", "1", "1"), (True, True, True), (math.nan, math.nan, math.nan)],
+}
+
+
+def with_value(name, value):
+    """A shipped config that has this field, with another value in it."""
+    config = next(c for c in (final.get_config(), sgd.get_config()) if name in config_lib.flatten(c))
+    put(config, name, value)
+    return config
+
+
+def put(config, name, value):
+    *sections, leaf = name.split(".")
+    holder = config[sections[0]] if sections else config
+    with config.ignore_type():
+        if leaf in holder:
+            del holder[leaf]  # for a ConfigDict casts a new value to the type of the old one
+        holder[leaf] = value
+
+
+def refusal(config):
+    with pytest.raises(UserError) as refused:
+        config_lib.validate(config)
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_valid_and_has_the_fields_of_the_reference_and_no_other(name):
+    config = SHIPPED[name]()
+    config_lib.validate(config)
+    extra = OPTIMIZER_FIELDS[config.optim.name] | SCHEDULE_FIELDS[config.schedule.name]
+    assert set(config_lib.flatten(config)) == set(FIELDS | extra)
+
+
+def test_the_report_takes_no_other_variant():
+    with pytest.raises(ValueError, match=":full or :smoke, not :fast"):
+        final.get_config("fast")
+
+
+def test_the_table_of_ranges_knows_every_field():
+    assert set(RANGES) == set(ALL_FIELDS)
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_a_value_of_the_wrong_type_is_refused_naming_field_value_and_remedy(name):
+    field = ALL_FIELDS[name]
+    for value in WRONG_TYPE[field.type]:
+        assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {field.words}"
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_a_range_ends_where_it_says(name):
+    inside, outside = RANGES[name]
+    for value in inside:
+        config_lib.validate(with_value(name, value))
+    for value in outside:
+        assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {ALL_FIELDS[name].words}"
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_every_field_is_read_by_the_code(name):
+    sources = [path.read_text() for path in (ROOT / "resnet_jax").glob("*.py") if path.name != "config.py"]
+    *sections, leaf = name.split(".")
+    attribute = re.compile(rf"\b(config|{'|'.join(sections) or 'config'})\.{leaf}\b")
+    assert any(attribute.search(source) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("batchsize", "did you mean config.batch_size?"),
+        ("model.channels_list", "did you mean config.model.channel_list?"),
+        ("optim.lerning_rate", "did you mean config.optim.learning_rate?"),
+        ("zzz", "remove it"),
+        ("optim.momentum", "not a field that this config uses"),  # adamw's config
+        ("schedule.decay_factor", "not a field that this config uses"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(name, hint):
+    config = final.get_config()
+    put(config, name, 0.9)
+    message = refusal(config)
+    assert message.startswith(f"config.{name} is not a field that this config uses: ")
+    assert hint in message
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_a_missing_field_is_named(name):
+    config = with_value(name, None)
+    *section, leaf = name.split(".")
+    del (config[section[0]] if section else config)[leaf]
+    assert refusal(config).startswith(f"config.{name} is missing")
+
+
+def test_a_field_missing_for_the_optimizer_or_schedule_says_which_one_wants_it():
+    config = final.get_config()
+    config.optim.name = "sgd"
+    assert "config.optim.momentum is missing, which config.optim.name 'sgd' needs" in refusal(config)
+    config = final.get_config()
+    config.schedule.name = "step"
+    assert "config.schedule.decay_every_epochs is missing, which config.schedule.name 'step' needs" in refusal(config)
+
+
+def test_stages_need_a_width_and_a_depth_each():
+    message = refusal(with_value("model.block_list", (3, 5, 3)))
+    assert "config.model.channel_list has 4 entries" in message
+    assert "config.model.block_list 3" in message
+
+
+@pytest.mark.parametrize("warmup", [50.0, 51])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup):
+    message = refusal(with_value("schedule.warmup_epochs", warmup))
+    assert f"config.schedule.warmup_epochs is {warmup} and config.num_epochs 50.0" in message
+
+
+def test_flatten_joins_the_names_of_sections():
+    nested = {"a": 1, "b": {"c": 2, "d": {"e": (3, 4)}}}
+    assert config_lib.flatten(nested) == {"a": 1, "b.c": 2, "b.d.e": (3, 4)}
+    assert config_lib.flatten(ConfigDict(nested)) == config_lib.flatten(nested)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_stored_as_json_differs_in_nothing_when_read_back(name):
+    config = SHIPPED[name]()
+    stored = json.loads(json.dumps(config_lib.to_json(config)))
+    assert stored["model"]["block_list"] == list(config.model.block_list)
+    assert config_lib.differences(config, stored) == []
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_a_changed_field_is_a_difference_unless_it_is_neutral(name):
+    config = with_value(name, "something else")
+    stored = config_lib.to_json(with_value(name, "as it was"))
+    expected = [] if name in NEUTRAL_FIELDS else [f"{name}: 'as it was' -> 'something else'"]
+    assert config_lib.differences(config, stored) == expected
+
+
+def test_differences_name_old_and_new_and_fields_that_only_one_has():
+    stored = config_lib.to_json(final.get_config())
+    del stored["augment"]["brightness"]
+    stored["augment"]["cutout"] = 8
+    config = final.get_config()
+    config.seed = 7
+    config.model.block_list = (3, 5, 2, 0)
+    assert config_lib.differences(config, stored) == [
+        "augment.brightness: None -> 0.2",
+        "augment.cutout: 8 -> None",
+        "model.block_list: [3, 5, 3, 0] -> [3, 5, 2, 0]",
+        "seed: 0 -> 7",
+    ]
+
+
+def test_fields_that_leave_the_result_are_known_fields():
+    assert set(FIELDS) >= NEUTRAL_FIELDS
+
+
+def test_checking_a_config_imports_neither_jax_nor_tensorflow():
+    assert not re.search(r"^\s*(import|from) (jax|flax|tensorflow)", inspect.getsource(config_lib), re.MULTILINE)
