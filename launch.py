@@ -66,6 +66,17 @@ def _reason(error: Exception) -> str:
     return reason + (f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else "")
 
 
+def _join_cluster() -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize()  # finds its peers in the cluster's environment
+    except ValueError as error:
+        raise UserError(
+            f"--distributed: no cluster's environment here ({error}): start the processes with srun, mpirun or a JobSet"
+        ) from error
+
+
 def main(_: list[str]) -> None:
     """Run what the flags say."""
     with exit_on_user_error():
@@ -75,9 +86,7 @@ def main(_: list[str]) -> None:
         from resnet_jax import evaluate, train  # after the config is checked: importing JAX takes seconds
 
         if DISTRIBUTED.value:
-            import jax
-
-            jax.distributed.initialize()
+            _join_cluster()
         try:
             if MODE.value == "eval":
                 evaluate.run(CONFIG.value, directory, CHECKPOINT.value)

@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from resnet_jax import STARTED, input_pipeline, optim, steps, train_state, workdir
@@ -147,7 +149,7 @@ class Run:
                 pending = None
             if step % config.log_every_steps == 0 or step == total:
                 pending = step, metrics
-            stop = self.signals.received is not None
+            stop = self.stop_signal(step)
             save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
             if stop or save or step in evaluations:
                 if pending:
@@ -158,13 +160,21 @@ class Run:
                     self.validate(step)
                 self.save(step, step in evaluations)
                 self.progress.restart_clock(step)
-            if self.signals.received is not None and step < total:
+            if stop and step < total:
                 self.checkpoints.wait()
-                name = signal.Signals(self.signals.received).name
                 raise Interrupted(
-                    self.signals.received,
-                    f"stopped by {name} at step {step} of {total}, saved in {self.directory}: the same command goes on",
+                    stop,
+                    f"stopped by {signal.Signals(stop).name} at step {step} of {total}, saved in {self.directory}: the same command goes on",
                 )
+
+    def stop_signal(self, step: int) -> int | None:
+        """The signal to stop for after this step; several processes agree on it, and on the step, as they log."""
+        received = self.signals.received
+        if jax.process_count() == 1:
+            return received
+        if step % self.config.log_every_steps:
+            return None
+        return int(multihost_utils.process_allgather(np.int32(received or 0)).max()) or None
 
     def row(self, step: int, split: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""

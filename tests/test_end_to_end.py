@@ -103,6 +103,50 @@ def test_the_loss_does_not_depend_on_the_number_of_devices(tmp_path):
         np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)
 
 
+def start_two_processes(*arguments):
+    """As SLURM starts them on one host."""
+    job = str(os.getpid() % 4096 + 20_000)  # JAX derives the coordinator's port from it
+    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "XLA_FLAGS": ""}
+    return [
+        subprocess.Popen(
+            [sys.executable, "launch.py", "--distributed", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path):
+    more = ("--config.num_epochs=5.0", "--config.log_every_steps=3")
+    alone = launch(*SMOKE, *more, "--workdir", tmp_path / "alone", XLA_FLAGS="")
+    assert alone.returncode == 0, alone.stderr
+    processes = start_two_processes(*SMOKE, *more, "--workdir", tmp_path / "both")
+    for line in processes[0].stdout:
+        if line.startswith("epoch"):
+            break
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    assert not (tmp_path / "both" / "result.json").exists()
+    processes = start_two_processes(*SMOKE, *more, "--workdir", tmp_path / "both")
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "resuming" in outputs[0][0]
+    assert "epoch" not in outputs[1][0]  # the first process speaks for all
+    for split in ("train", "validation", "test"):
+        one, two = ([row["loss"] for row in rows(tmp_path / name, split)] for name in ("alone", "both"))
+        np.testing.assert_allclose(two, one, rtol=1e-3)
+
+
+def test_a_host_that_is_in_no_cluster_is_told_so():
+    assert_user_error(launch(*SMOKE, "--distributed"), "--distributed", "srun")
+
+
 @needs_cifar10
 def test_the_reports_recipe_runs_on_cifar10(tmp_path):
     done = launch(
