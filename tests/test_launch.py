@@ -116,8 +116,8 @@ def test_help_lists_the_flags_and_starts_nothing(here):
 @pytest.mark.parametrize("arguments", [[FINAL], [FINAL + ":smoke", "--config.batch_size=8"], [QUICKSTART]])
 def test_flags_and_config_are_checked_before_jax_or_tensorflow_is_imported(arguments):
     program = (
-        "import sys, launch; launch.parse_flags(sys.argv)\n"
-        "print(launch.CONFIG.value.batch_size, sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
+        "import sys, launch; launch.cli._parse_flags(sys.argv)\n"
+        "print(launch.cli.CONFIG.value.batch_size, sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     expected = {FINAL: 128, FINAL + ":smoke": 8, QUICKSTART: 64}[arguments[0]]

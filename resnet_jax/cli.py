@@ -1,0 +1,70 @@
+"""The command line that every tool with a config shares: `--config FILE[:variant] [--config.field=value ...]`."""
+
+import os
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from resnet_jax.config import validate
+from resnet_jax.errors import UserError, exit_on_user_error
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="File of the config, with :variant where it has one; --config.field=value overrides."
+)
+
+
+def run(main: Callable[[ConfigDict], None]) -> None:
+    """Parse the command line, check the config and run a tool on it; a `UserError` is one line and exit code 2."""
+
+    def guarded(_: list[str]) -> None:
+        with exit_on_user_error():
+            main(CONFIG.value)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_file() -> tuple[Path, str]:
+    """The config file and its variant, the part after a colon."""
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path(file), variant
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line and check the config; whatever is wrong becomes one line."""
+    with exit_on_user_error():
+        app.define_help_flags()
+        setattr(flags.FLAGS, "verbosity", logging.ERROR)  # noqa: B010  --verbosity=0 shows what the libraries tell
+        os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ  # quiet TensorFlow too
+        try:
+            rest = flags.FLAGS(argv)[1:]
+            config = CONFIG.value
+        except Exception as error:
+            raise UserError(_reason(error)) from error
+        if rest:
+            raise UserError(f"{' '.join(rest)}: stray argument; give --flag=value")
+        if not flags.FLAGS["config"].present:
+            raise UserError("--config is missing: give a file of configs/, as in --config configs/final.py")
+        file, _ = config_file()
+        if not file.is_file():
+            raise UserError(f"--config {file} is not a file: give a file of configs/")
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"{file}: get_config() returned {config!r}: it must return a ConfigDict")
+        validate(config)
+    return argv
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong while the flags were parsed and the config file was run, and where in that file."""
+    reason = (str(error).strip().splitlines() or [""])[-1]
+    if not isinstance(error, flags.Error):
+        kind = "no such field" if isinstance(error, (AttributeError, KeyError)) else type(error).__name__
+        quoted = r"\\n|\\'|'|\""  # ml_collections' messages come as the repr of a repr
+        reason = f"--config: {kind}: {re.sub(quoted, ' ', reason)}"
+    ours = [
+        f for f in traceback.extract_tb(error.__traceback__)[1:] if not re.search(r"site-packages|<frozen", f.filename)
+    ]
+    return reason + (f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else "")
