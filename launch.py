@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
@@ -9,6 +10,8 @@ from ml_collections import ConfigDict
 
 from resnet_jax import cli
 from resnet_jax.errors import UserError
+
+STARTED = time.monotonic()
 
 flags.declare_key_flag("config")  # so that --help shows it
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config file's name>[-variant] if not given.")
@@ -32,7 +35,7 @@ def main(config: ConfigDict) -> None:
         if MODE.value == "eval":
             evaluate.run(config, directory, CHECKPOINT.value)
         else:
-            train.train(config, directory)
+            train.train(config, directory, STARTED)
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,10 @@ def run(main: Callable[[ConfigDict], None]) -> None:
 
     def guarded(_: list[str]) -> None:
         with exit_on_user_error():
-            main(CONFIG.value)
+            try:
+                main(CONFIG.value)
+            except KeyboardInterrupt:
+                sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from resnet_jax import STARTED, input_pipeline, optim, steps, train_state, workdir
+from resnet_jax import input_pipeline, optim, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import evaluate
@@ -60,12 +60,13 @@ class Signals:
                 signal.signal(s, handler)
 
 
-def train(config: ConfigDict, directory: Path) -> dict[str, Any]:
+def train(config: ConfigDict, directory: Path, started: float | None = None) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
     Args:
         config: validated by `config.validate`.
         directory: the workdir, made where it is not there.
+        started: the `time.monotonic()` from which the run's seconds count; from this call if not given.
 
     Returns:
         What `result.json` holds.
@@ -74,6 +75,7 @@ def train(config: ConfigDict, directory: Path) -> dict[str, Any]:
         UserError: where the config, the data or the folder does not allow the run.
         Interrupted: after a signal, with the state saved.
     """
+    started = time.monotonic() if started is None else started
     workdir.check(directory, config)
     if (directory / "result.json").exists():
         result: dict[str, Any] = workdir.read_json(directory / "result.json")
@@ -82,7 +84,7 @@ def train(config: ConfigDict, directory: Path) -> dict[str, Any]:
         return result
     start = setup(config)
     workdir.start(directory, config)
-    run = Run(config, directory, start)
+    run = Run(config, directory, start, started)
     try:
         with run.signals.caught():
             run.loop()
@@ -100,8 +102,8 @@ def evaluation_steps(num_epochs: float, every_epochs: int, steps_per_epoch: floa
 class Run:
     """A run under way: its state, and everything that it writes to."""
 
-    def __init__(self, config: ConfigDict, directory: Path, start: Setup) -> None:
-        self.config, self.directory, self.start = config, directory, start
+    def __init__(self, config: ConfigDict, directory: Path, start: Setup, started: float) -> None:
+        self.config, self.directory, self.start, self.started = config, directory, start, started
         self.signals = Signals()
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
@@ -124,7 +126,7 @@ class Run:
 
     def seconds(self) -> float:
         """Wall time spent on this run, earlier sessions up to their last checkpoint included."""
-        return self.seconds_before + time.monotonic() - STARTED
+        return self.seconds_before + time.monotonic() - self.started
 
     def loop(self) -> None:
         """Take the steps that are left, logging, evaluating and saving on the way.
@@ -140,7 +142,7 @@ class Run:
         for step, batch in enumerate(batches, start=self.first_step + 1):
             self.state, metrics = self.train_step(self.state, steps.shard_batch(batch, self.start.mesh))
             if self.startup_seconds is None:
-                self.startup_seconds = time.monotonic() - STARTED
+                self.startup_seconds = time.monotonic() - self.started
                 self.progress.note(f"first step dispatched {self.startup_seconds:.1f} s after the start")
                 jax.block_until_ready(metrics)
                 self.progress.restart_clock(step)
@@ -164,7 +166,8 @@ class Run:
                 self.checkpoints.wait()
                 raise Interrupted(
                     stop,
-                    f"stopped by {signal.Signals(stop).name} at step {step} of {total}, saved in {self.directory}: the same command goes on",
+                    f"stopped by {signal.Signals(stop).name} at step {step} of {total}, saved in {self.directory}: "
+                    "the same command goes on",
                 )
 
     def stop_signal(self, step: int) -> int | None:

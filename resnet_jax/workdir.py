@@ -152,12 +152,22 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
+def _is_before(line: str, resume_step: int) -> bool:
+    """Whether a line of `metrics.jsonl` is a whole row that a run resumed at this step will not write again."""
+    try:
+        row = json.loads(line)
+        return line.endswith("\n") and row["step"] <= resume_step and row["split"] != "test"
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 class MetricsLog:
     """The rows of `metrics.jsonl`, and the same figures as TensorBoard events; only process 0 writes.
 
     Args:
         directory: of the run.
-        resume_step: rows of later steps, written before the run was cut off, are dropped: they will come again.
+        resume_step: rows that will come again are dropped: those of later steps, those of the test split, which ends
+            a run, and a line that was cut off.
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
@@ -168,7 +178,7 @@ class MetricsLog:
         self._writer = metric_writers.create_default_writer(str(directory / "tensorboard"), just_logging=not primary)
         if primary:
             lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+            kept = [line for line in lines if _is_before(line, resume_step)]
             if kept != lines:
                 write_text(self._path, "".join(kept))
         self._primary = primary

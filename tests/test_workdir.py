@@ -27,8 +27,9 @@ def test_rows_are_appended_and_those_after_the_resumed_step_dropped(tmp_path):
     assert rows(tmp_path) == [row(10), row(20), row(30)]
 
 
-def test_a_torn_last_line_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(10)) + "\n" + '{"step": 20, "ep')
+def test_a_torn_last_line_and_the_test_row_of_a_run_that_did_not_end_are_dropped(tmp_path):
+    whole = "".join(json.dumps(r) + "\n" for r in (row(10), row(10, "test")))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 20, "ep')
     log = workdir.MetricsLog(tmp_path, 20)
     log.write(row(20))
     log.close()

@@ -1,0 +1,45 @@
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def result(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+CELLS = {
+    "quickstart-cpu.json": lambda r: f"{r['test_accuracy']:.2%} test accuracy in {r['seconds']:.0f} s",
+    "final-321-steps-cpu.json": lambda r: (
+        f"{r['test_accuracy']:.2%} test accuracy after {r['steps']} steps in {r['seconds']:.0f} s"
+    ),
+    "benchmark-final-cpu.json": lambda r: ", ".join(
+        f"{what} {r['images_per_second'][name]['median']:,.0f} images/s"
+        for what, name in (("train step", "train_step"), ("pipeline alone", "tf_data_pipeline"))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_figure_is_the_one_that_a_run_wrote(name):
+    (row,) = [line for line in README.splitlines() if line.startswith("|") and f"results/{name}" in line]
+    assert f"| {CELLS[name](result(name))} |" in row
+
+
+def test_every_result_named_in_the_readme_is_held_to_its_file():
+    named = set(re.findall(r"results/([\w-]+\.json)", README))
+    assert named == set(CELLS)
+
+
+def test_the_quickstart_has_the_parameters_that_the_readme_says():
+    assert f"{result('quickstart-cpu.json')['num_params']:,} parameters" in README
+
+
+def test_every_file_that_the_readme_points_at_is_there():
+    paths = re.findall(r"(?:`|\()((?:resnet_jax|configs|results)/[\w/.-]+\.\w+|LICENSE)", README)
+    assert len(paths) > 15
+    for path in paths:
+        assert (ROOT / path).is_file(), path
