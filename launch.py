@@ -17,6 +17,9 @@ flags.declare_key_flag("config")  # so that --help shows it
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config file's name>[-variant] if not given.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or go on training), or evaluate a checkpoint.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Checkpoint to evaluate: best, latest or a step.")
+MAX_SECONDS = flags.DEFINE_float(
+    "max-seconds", None, "Stop training after this many seconds, saved and with exit code 124.", lower_bound=0.0
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as SLURM, Open MPI, a TPU pod or Kubernetes (JobSet) started them."
 )
@@ -29,16 +32,16 @@ def main(config: ConfigDict) -> None:
     directory = Path(os.path.expanduser(WORKDIR.value or default)).absolute()
     if DISTRIBUTED.value:
         join_cluster()
-    from resnet_jax import evaluate, train  # after the config is checked: importing JAX takes seconds
+    from resnet_jax import evaluate, preemption, train  # after the config is checked: importing JAX takes seconds
 
     try:
         if MODE.value == "eval":
             evaluate.run(config, directory, CHECKPOINT.value)
         else:
-            train.train(config, directory, STARTED)
-    except train.Interrupted as stop:
+            train.train(config, directory, STARTED, MAX_SECONDS.value)
+    except preemption.Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        sys.exit(stop.exit_code)
 
 
 def join_cluster() -> None:

@@ -1,20 +1,15 @@
 """The training loop: from a config and a folder to `result.json`, from wherever the folder's run was left."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from resnet_jax import input_pipeline, optim, steps, train_state, workdir
+from resnet_jax import input_pipeline, optim, preemption, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import evaluate
@@ -22,58 +17,23 @@ from resnet_jax.progress import Progress
 from resnet_jax.setup import Setup, setup
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved.
-
-    Attributes:
-        signum: the signal's number.
-        message: for a person.
-    """
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
-class Signals:
-    """SIGTERM and SIGINT, noted instead of obeyed; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Note the signals that arrive in this block."""
-        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-        def note(signum: int, _: FrameType | None) -> None:
-            self.received = signum
-            for s in previous:
-                signal.signal(s, signal.SIG_DFL)
-
-        for s in previous:
-            signal.signal(s, note)
-        try:
-            yield
-        finally:
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-
-
-def train(config: ConfigDict, directory: Path, started: float | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict, directory: Path, started: float | None = None, max_seconds: float | None = None
+) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
     Args:
         config: validated by `config.validate`.
         directory: the workdir, made where it is not there.
         started: the `time.monotonic()` from which the run's seconds count; from this call if not given.
+        max_seconds: stop, with the state saved, at the first step that ends later than this after `started`.
 
     Returns:
         What `result.json` holds.
 
     Raises:
         UserError: where the config, the data or the folder does not allow the run.
-        Interrupted: after a signal, with the state saved.
+        preemption.Interrupted: after a signal or `max_seconds`, with the state saved.
     """
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
@@ -84,10 +44,11 @@ def train(config: ConfigDict, directory: Path, started: float | None = None) -> 
         return result
     start = setup(config)
     workdir.start(directory, config)
+    stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     run = Run(config, directory, start, started)
     try:
-        with run.signals.caught():
-            run.loop()
+        with stop_request.noted():
+            run.loop(stop_request)
         return run.finish()
     finally:
         run.close()
@@ -104,7 +65,6 @@ class Run:
 
     def __init__(self, config: ConfigDict, directory: Path, start: Setup, started: float) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
-        self.signals = Signals()
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.validation: dict[str, float] | None = None
@@ -128,7 +88,7 @@ class Run:
         """Wall time spent on this run, earlier sessions up to their last checkpoint included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def loop(self) -> None:
+    def loop(self, stop_request: preemption.StopRequest) -> None:
         """Take the steps that are left, logging, evaluating and saving on the way.
 
         The metrics of a logged step are fetched once the next step is dispatched, so the device never waits for them.
@@ -151,7 +111,7 @@ class Run:
                 pending = None
             if step % config.log_every_steps == 0 or step == total:
                 pending = step, metrics
-            stop = self.stop_signal(step)
+            stop = stop_request.exit_code(step, config.log_every_steps)
             save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
             if stop or save or step in evaluations:
                 if pending:
@@ -164,20 +124,11 @@ class Run:
                 self.progress.restart_clock(step)
             if stop and step < total:
                 self.checkpoints.wait()
-                raise Interrupted(
+                raise preemption.Interrupted(
                     stop,
-                    f"stopped by {signal.Signals(stop).name} at step {step} of {total}, saved in {self.directory}: "
+                    f"stopped by {preemption.reason(stop)} at step {step} of {total}, saved in {self.directory}: "
                     "the same command goes on",
                 )
-
-    def stop_signal(self, step: int) -> int | None:
-        """The signal to stop for after this step; several processes agree on it, and on the step, as they log."""
-        received = self.signals.received
-        if jax.process_count() == 1:
-            return received
-        if step % self.config.log_every_steps:
-            return None
-        return int(multihost_utils.process_allgather(np.int32(received or 0)).max()) or None
 
     def row(self, step: int, split: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""

@@ -9,7 +9,7 @@ import pytest
 
 from configs import sgd
 from resnet_jax import config as config_lib
-from resnet_jax import datasets, evaluate, train
+from resnet_jax import datasets, evaluate, preemption, train
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 
@@ -103,12 +103,12 @@ def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypa
 
 def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, config, monkeypatch):
     whole = train.train(config, tmp_path / "whole")
-    for step, signum in ((13, signal.SIGTERM), (30, signal.SIGINT)):
+    for step, signum in ((13, signal.SIGTERM), (22, signal.SIGUSR1), (30, signal.SIGINT)):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda signum=signum: os.kill(os.getpid(), signum))
-            with pytest.raises(train.Interrupted, match=f"at step {step} of 41") as stop:
+            with pytest.raises(preemption.Interrupted, match=f"at step {step} of 41") as stop:
                 train.train(config, tmp_path / "parts")
-        assert stop.value.signum == signum
+        assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
     parts = train.train(config, tmp_path / "parts")
     assert parts["state_digest"] == whole["state_digest"]
@@ -140,7 +140,7 @@ def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
 def test_another_config_is_refused_and_neutral_fields_are_not(tmp_path, tiny_config, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(preemption.Interrupted):
             train.train(tiny_config, tmp_path)
     tiny_config.seed = 1
     with pytest.raises(UserError, match="seed: 0 -> 1"):
@@ -161,7 +161,7 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
     np.savez(tmp_path / "data.npz", **arrays)
     tiny_config.data.name = f"npz:{tmp_path / 'data.npz'}"
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(preemption.Interrupted):
         train.train(tiny_config, tmp_path / "run")
     arrays["train_images"] = np.roll(arrays["train_images"], 1, axis=1)
     np.savez(tmp_path / "data.npz", **arrays)
@@ -234,3 +234,12 @@ def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_conf
     result = train.train(tiny_config, tmp_path)
     assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
     assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, tiny_config):
+    whole = train.train(tiny_config, tmp_path / "whole")
+    for step in (1, 2, 3):
+        with pytest.raises(preemption.Interrupted, match=f"stopped by its time limit at step {step} of 41") as stop:
+            train.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
+        assert stop.value.exit_code == 124
+    assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]

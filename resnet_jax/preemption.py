@@ -1,0 +1,78 @@
+"""When a run must stop before its end: a signal, or a limit on its time."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends USR1 ahead of a time limit, if asked to
+TIME_LIMIT = 124  # exit code, that of timeout(1)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved.
+
+    Attributes:
+        exit_code: 128 + the signal's number, or `TIME_LIMIT`.
+    """
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def reason(exit_code: int) -> str:
+    """What stopped a run, for a person."""
+    return "its time limit" if exit_code == TIME_LIMIT else signal.Signals(exit_code - 128).name
+
+
+class StopRequest:
+    """Whether the run was asked to stop: signals are noted instead of obeyed, and the clock is read.
+
+    Args:
+        deadline: `time.monotonic()` at which to stop; None for never.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self._deadline = deadline
+        self._signum: int | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the first signal that arrives in this block; a second one acts at once."""
+        previous = {s: signal.getsignal(s) for s in SIGNALS}
+
+        def note(signum: int, _: FrameType | None) -> None:
+            self._signum = signum
+            for s in SIGNALS:
+                signal.signal(s, signal.SIG_DFL)
+
+        for s in SIGNALS:
+            signal.signal(s, note)
+        try:
+            yield
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def exit_code(self, step: int, agree_every_steps: int) -> int | None:
+        """The exit code to stop with after this step, None to go on.
+
+        A signal reaches the processes of a run at different steps, so several processes agree, every
+        `agree_every_steps`, and stop after the same step.
+        """
+        code = 0
+        if self._signum is not None:
+            code = 128 + self._signum
+        elif self._deadline is not None and time.monotonic() >= self._deadline:
+            code = TIME_LIMIT
+        if jax.process_count() > 1:
+            if step % agree_every_steps:
+                return None
+            code = int(multihost_utils.process_allgather(np.int32(code)).max())
+        return code or None
