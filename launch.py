@@ -50,9 +50,9 @@ def join_cluster() -> None:
 
     try:
         jax.distributed.initialize()
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--distributed: no cluster's environment here ({error}): start the processes with srun, mpirun or a JobSet"
+            f"--distributed: the other processes were not found ({error}): start them all with srun, mpirun or a JobSet"
         ) from error
 
 

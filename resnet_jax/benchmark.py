@@ -83,8 +83,8 @@ def measure(config: ConfigDict, repeats: int, min_seconds: float) -> dict[str, A
 def main(config: ConfigDict) -> None:
     """Measure, print a table and write the result."""
     output = Path(OUTPUT.value).absolute() if OUTPUT.value else None
-    if output and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        raise UserError(f"--output {output}: {output.parent} is not a folder that can be written")
+    if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise UserError(f"--output {output}: give a file in a folder that can be written")
     from resnet_jax import workdir
 
     result = measure(config, REPEATS.value, SECONDS.value)

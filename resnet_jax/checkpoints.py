@@ -1,5 +1,7 @@
 """Checkpoints through Orbax: written in the background, the latest two and the best kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,21 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        with self._readable():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    @contextmanager
+    def _readable(self, step: int | None = None) -> Iterator[None]:
+        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `UserError`."""
+        try:
+            yield
+        except Exception as error:
+            what = self._directory if step is None else self._directory / str(step)
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(
+                f"{what} cannot be read, for it is damaged or of another model ({type(error).__name__}: {reason}): move it "
+                "away to go on from an earlier checkpoint, or choose another --workdir"
+            ) from error
 
     @property
     def latest(self) -> int | None:
@@ -77,7 +93,8 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            best = self._manager.best_step()
+            with self._readable():
+                best = self._manager.best_step()
             return steps[-1] if best is None else best
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which!r} must be best, latest or a step")
@@ -96,17 +113,19 @@ class Checkpoints:
 
         Returns:
             The state, and the `meta` it was saved with.
+
+        Raises:
+            UserError: where the checkpoint is damaged or of another model.
         """
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-        )
-        return restored["state"], restored["meta"]
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` of a checkpoint alone."""
-        meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return meta
+        with self._readable(step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            )
+            state, meta = restored["state"], restored["meta"]
+            if not isinstance(meta, dict):
+                raise TypeError("its meta is no object")
+        return state, meta
 
     def wait(self) -> None:
         """Return once everything is written; an error of the last write is raised here."""

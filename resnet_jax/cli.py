@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_jax.config import validate
+from resnet_jax.config import check_name, validate
 from resnet_jax.errors import UserError, exit_on_user_error
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -44,9 +44,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
         app.define_help_flags()
         setattr(flags.FLAGS, "verbosity", logging.ERROR)  # noqa: B010  --verbosity=0 shows what the libraries tell
         os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ  # quiet TensorFlow too
+        for argument in argv[1:]:
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                check_name(override[1])
         try:
             rest = flags.FLAGS(argv)[1:]
             config = CONFIG.value
+        except SystemExit:
+            sys.exit(0)  # --help has been printed
         except Exception as error:
             raise UserError(_reason(error)) from error
         if rest:
@@ -64,7 +69,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _reason(error: Exception) -> str:
     """What went wrong while the flags were parsed and the config file was run, and where in that file."""
-    reason = (str(error).strip().splitlines() or [""])[-1]
+    reason = str(error).strip()
+    if "Traceback" in reason:
+        reason = reason.splitlines()[-1]
     if not isinstance(error, flags.Error):
         kind = "no such field" if isinstance(error, (AttributeError, KeyError)) else type(error).__name__
         quoted = r"\\n|\\'|'|\""  # ml_collections' messages come as the repr of a repr

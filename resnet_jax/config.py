@@ -7,9 +7,8 @@ This module imports neither JAX nor TensorFlow, so a mistake in a config shows w
 
 import difflib
 import json
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -25,8 +24,8 @@ class Field(NamedTuple):
     words: str
 
 
-def _integer(low: int, high: float = math.inf) -> Field:
-    return Field(int, lambda v: low <= v <= high, f"a whole number >= {low}" + (f", <= {high}" * (high < math.inf)))
+def _integer(low: int, high: int = 2**31 - 1) -> Field:
+    return Field(int, lambda v: low <= v <= high, f"a whole number from {low} to {high}")
 
 
 def _finite(value: float) -> bool:
@@ -64,23 +63,23 @@ _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
     "seed": _integer(0, 2**32 - 1),
-    "batch_size": _integer(1),
+    "batch_size": _integer(1, 2**20),
     "num_epochs": _POSITIVE,
     "label_smoothing": _FRACTION,
-    "eval_batch_size": _integer(1),
+    "eval_batch_size": _integer(1, 2**20),
     "eval_every_epochs": _integer(1),
     "checkpoint_every_steps": _integer(0),
     "log_every_steps": _integer(1),
     "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
-    "data.image_size": _integer(0),
+    "data.image_size": _integer(0, 4096),
     "data.validation_ratio": _FRACTION,
     "data.split_seed": _integer(0, 2**32 - 1),
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.std": _channels("> 0", lambda v: v > 0),
     "augment.flip_probability": _number("a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "augment.crop_padding": _integer(0),
+    "augment.crop_padding": _integer(0, 1024),
     "augment.brightness": _FRACTION,
     "augment.contrast": _FRACTION,
     "augment.saturation": _FRACTION,
@@ -111,6 +110,10 @@ SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
         "schedule.decay_every_epochs": _POSITIVE,
         "schedule.decay_factor": _number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
     },
+}
+
+ALL_FIELDS = FIELDS | {
+    k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }
 
 # Fields that say where, how often or how fast, and leave the trained state as it is: a resumed run may change them.
@@ -148,12 +151,18 @@ def validate(config: ConfigDict) -> None:
                 f"config.{name} is missing{because}: add it, or start from the file in configs/ that has it"
             )
     for name, value in values.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean config.{near[0]}?" if near else "remove it"
-            raise UserError(f"config.{name} is not a field that this config uses: {hint}")
+        check_name(name, fields)
         _check(name, value, fields[name])
     _check_together(config)
+
+
+def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
+    """Refuse a name that is not among the fields, suggesting the nearest that is."""
+    if name not in fields:
+        section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"
+        raise UserError(f"config.{name} is not a field that this config uses: {hint}")
 
 
 def _check(name: str, value: object, field: Field) -> None:

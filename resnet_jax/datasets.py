@@ -47,22 +47,27 @@ def load(config: ConfigDict) -> Dataset:
     Raises:
         UserError: where the data are missing, unreadable or not image classification.
     """
+    try:
+        return _checked(config.name, _read(config))
+    except OSError as error:
+        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+
+
+def _read(config: ConfigDict) -> Arrays:
     source, _, path = config.name.partition(":")
+    if config.image_size and source in ("digits", "npz"):
+        raise UserError(f"config.data.image_size is for images that are decoded, not for {source}: set it to 0")
     if config.name == "digits":
-        arrays = sources.read_digits()
-    elif source == "npz":
-        arrays = sources.read_npz(Path(os.path.expanduser(path)))
-    elif source == "folder":
+        return sources.read_digits()
+    if source == "npz":
+        return sources.read_npz(Path(os.path.expanduser(path)))
+    if source == "folder":
         folder = Path(os.path.expanduser(path)).resolve()
         images = sources.list_folder(folder)
-        arrays = _cached(
-            config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size)
-        )
-    else:
-        builder = sources.prepared_tfds_builder(config.name, config.data_dir)
-        folder = Path(builder.data_path)
-        arrays = _cached(config, folder, folder.iterdir(), lambda: sources.read_tfds(builder, config.image_size))
-    return _checked(config.name, arrays)
+        return _cached(config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size))
+    builder = sources.prepared_tfds_builder(config.name, config.data_dir)
+    folder = Path(builder.data_path)
+    return _cached(config, folder, folder.iterdir(), lambda: sources.read_tfds(builder, config.image_size))
 
 
 def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split]:
@@ -93,14 +98,21 @@ def fingerprint(arrays: Arrays) -> str:
 
 def _checked(name: str, arrays: Arrays) -> Dataset:
     images = arrays["train_images"], arrays["test_images"]
-    class_names = tuple(arrays["class_names"].reshape(-1).tolist())
-    if arrays["class_names"].dtype.kind != "U" or len(set(class_names)) < arrays["class_names"].size:
+    try:
+        class_names = tuple(arrays["class_names"].reshape(-1).tolist())
+        "".join(class_names).encode()
+    except (SystemError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: class_names must be text, each name once ({error})") from error
+    if len(set(class_names)) < len(class_names):
         raise UserError(f"{name}: class_names must be text, each name once")
     for part, split, labels in zip(
         ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
     ):
         if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3 or 0 in split.shape[1:]:
-            raise UserError(f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]")
+            raise UserError(
+                f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]; grey ones as "
+                "np.repeat(images[..., None], 3, axis=3)"
+            )
         if labels.shape != split.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
             raise UserError(
                 f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(split)} images: give one whole number "

@@ -1,5 +1,6 @@
 """Evaluation: every image of a split once, and `--mode eval`, which restores a checkpoint and reports on it."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ def evaluate(
         eval_step: from `steps.jit_eval_step`.
         state: reads `params` and `batch_stats`.
         split: the examples.
-        batch_size: of the global batch; rounded up to a multiple of the number of devices.
+        batch_size: of the global batch; no larger than the split, and rounded up to a multiple of the number of devices.
         mesh: of `eval_step`.
 
     Returns:
         {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label}.
     """
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = -(-min(batch_size, len(split.labels)) // mesh.size) * mesh.size
     batches = input_pipeline.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
     results = [eval_step(state, steps.shard_batch(batch, mesh)) for batch in batches]
     results = jax.device_get(results)
@@ -60,11 +61,10 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     workdir.check(directory, config)
-    checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-    step = checkpoints.choose(which)
-    run_setup = setup.setup(config)
-    state, meta = checkpoints.restore(step, run_setup.state)
-    checkpoints.close()
+    with closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
+        step = checkpoints.choose(which)
+        run_setup = setup.setup(config)
+        state, meta = checkpoints.restore(step, run_setup.state)
     workdir.check_fingerprint(meta, run_setup.dataset)
     eval_step = steps.jit_eval_step(config, run_setup.mesh)
     report = {
@@ -99,8 +99,10 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
             lines.append(f"{split:<10}  loss {report[split]['loss']:.4f}  accuracy {report[split]['accuracy']:.2%}")
     width = max(map(len, names))
     cell = max(len(str(n)) for row in report["test"]["confusion"] for n in row) + 1
-    lines.append(f"\n{'test':<{width}}  accuracy  confusion (row: label, column: prediction, in the same order)")
+    matrix = len(names) <= 20
+    confusion = "confusion (row: label, column: prediction, in the same order)" if matrix else ""
+    lines.append(f"\n{'test':<{width}}  accuracy  {confusion}")
     for name, row in zip(names, report["test"]["confusion"], strict=True):
         accuracy = report["test"]["accuracy_per_class"][name]
-        lines.append(f"{name:<{width}}  {accuracy:>8.2%}  " + "".join(f"{n:>{cell}}" for n in row))
+        lines.append(f"{name:<{width}}  {accuracy:>8.2%}  " + "".join(f"{n:>{cell}}" for n in row if matrix))
     return "\n".join(lines)

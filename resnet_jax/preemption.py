@@ -61,7 +61,7 @@ class StopRequest:
                 signal.signal(s, handler)
 
     def exit_code(self, step: int, agree_every_steps: int) -> int | None:
-        """The exit code to stop with after this step, None to go on.
+        """The exit code to stop with after this step, None to go on; the clock counts from the first step on.
 
         A signal reaches the processes of a run at different steps, so several processes agree, every
         `agree_every_steps`, and stop after the same step.
@@ -69,7 +69,7 @@ class StopRequest:
         code = 0
         if self._signum is not None:
             code = 128 + self._signum
-        elif self._deadline is not None and time.monotonic() >= self._deadline:
+        elif step and self._deadline is not None and time.monotonic() >= self._deadline:
             code = TIME_LIMIT
         if jax.process_count() > 1:
             if step % agree_every_steps:

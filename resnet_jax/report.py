@@ -19,7 +19,9 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        if not all({"epoch", "split"} <= row.keys() for row in rows):
+            raise ValueError("a row lacks epoch or split")
+    except (AttributeError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a run") from error
     if not rows:
         raise UserError(f"{path} is empty: train first")
@@ -42,6 +44,7 @@ def draw_curves(rows: list[dict[str, Any]], output: Path) -> None:
         if quantity != "learning_rate":
             axes.legend()
     try:
+        output.parent.mkdir(exist_ok=True)
         figure.savefig(output, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {output} cannot be written: {error}") from error
@@ -56,8 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error():
         rows = read_rows(arguments.run)
         output = arguments.output or arguments.run / "report" / "curves.png"
-        if not arguments.output:
-            output.parent.mkdir(exist_ok=True)
         draw_curves(rows, output)
         print(output)
 

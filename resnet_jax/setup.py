@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -48,13 +49,18 @@ def setup(config: ConfigDict) -> Setup:
     check_batch_size(config.batch_size, mesh.size)
     dataset = datasets.load(config.data)
     train, validation = datasets.validation_split(dataset, config.data)
-    state = train_state.create(
-        config, len(dataset.class_names), train.images.shape[1:], len(train.labels) / config.batch_size, mesh
+    steps_per_epoch = len(train.labels) / config.batch_size
+    total_steps = math.ceil(config.num_epochs * steps_per_epoch)
+    if total_steps >= 2**31:
+        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: 2**31 - 1 is the most")
+    create = partial(
+        train_state.create, config, len(dataset.class_names), train.images.shape[1:], steps_per_epoch, mesh
     )
+    params = jax.eval_shape(create).params  # the shapes alone: a model over its budget is never built
     if jax.process_index() == 0:
-        print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
-    check_budget(train_state.num_params(state), config.model.max_params)
-    total_steps = math.ceil(config.num_epochs * len(train.labels) / config.batch_size)
+        print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
+    check_budget(train_state.num_params(params), config.model.max_params)
+    state = create()
     return Setup(dataset, train, validation, mesh, state, total_steps)
 
 

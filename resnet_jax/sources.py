@@ -51,6 +51,8 @@ def read_npz(path: Path) -> Arrays:
     if "class_names" not in arrays:
         labels = arrays["train_labels"]
         count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+        if labels.size and labels.dtype.kind in "iu" and labels.min() < 0:
+            raise UserError(f"{path}: train labels run from {labels.min()}: number the classes from 0")
         if count > labels.size:
             raise UserError(
                 f"{path}: train labels run to {count - 1} with {labels.size} images: number the classes from 0"

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +39,42 @@ def train(
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
     if (directory / "result.json").exists():
-        result: dict[str, Any] = workdir.read_json(directory / "result.json")
+        result = workdir.read_json(directory / "result.json", ("test_accuracy", "validation_accuracy", "seconds"))
         if jax.process_index() == 0:
             print(f"{directory} is complete: {_summary(result)}")
         return result
-    start = setup(config)
-    workdir.start(directory, config)
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
-    run = Run(config, directory, start, started)
-    try:
-        with stop_request.noted():
+    with stop_request.noted():
+        start = setup(config)
+        if code := stop_request.exit_code(0, 1):
+            raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} before the first step")
+        with (
+            workdir.opened(directory, config),
+            closing(Checkpoints(directory / "checkpoints")) as checkpoints,
+            closing(Run(config, directory, start, started, checkpoints)) as run,
+        ):
             run.loop(stop_request)
-        return run.finish()
-    finally:
-        run.close()
+            return run.finish()
 
 
-def evaluation_steps(num_epochs: float, every_epochs: int, steps_per_epoch: float, total_steps: int) -> set[int]:
-    """The steps after which a run evaluates and saves: as each whole `every_epochs` ends, and at the last step."""
-    ends = range(every_epochs, math.floor(num_epochs) + 1, every_epochs)
-    return {min(math.ceil(epoch * steps_per_epoch), total_steps) for epoch in ends} | {total_steps}
+def evaluates_after(step: int, total_steps: int, batch_size: int, num_examples: int, every_epochs: int) -> bool:
+    """Whether a run evaluates and saves after a step: as each whole `every_epochs` ends, and at the last step."""
+    period = num_examples * every_epochs  # images
+    return step == total_steps or step * batch_size // period > (step - 1) * batch_size // period
 
 
 class Run:
     """A run under way: its state, and everything that it writes to."""
 
-    def __init__(self, config: ConfigDict, directory: Path, start: Setup, started: float) -> None:
+    def __init__(
+        self, config: ConfigDict, directory: Path, start: Setup, started: float, checkpoints: Checkpoints
+    ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
+        self.checkpoints = checkpoints
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
-        self.validation: dict[str, float] | None = None
-        self.checkpoints = Checkpoints(directory / "checkpoints")
-        if self.checkpoints.latest is not None:
-            self.state, meta = self.checkpoints.restore(self.checkpoints.latest, start.state)
+        if checkpoints.latest is not None:
+            self.state, meta = checkpoints.restore(checkpoints.latest, start.state)
             workdir.check_fingerprint(meta, start.dataset)
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
@@ -94,7 +98,6 @@ class Run:
         The metrics of a logged step are fetched once the next step is dispatched, so the device never waits for them.
         """
         config, total = self.config, self.start.total_steps
-        evaluations = evaluation_steps(config.num_epochs, config.eval_every_epochs, self.steps_per_epoch, total)
         batches = input_pipeline.train_batches(
             self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
         )
@@ -113,14 +116,15 @@ class Run:
                 pending = step, metrics
             stop = stop_request.exit_code(step, config.log_every_steps)
             save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-            if stop or save or step in evaluations:
+            examples = len(self.start.train.labels)
+            evaluates = evaluates_after(step, total, config.batch_size, examples, config.eval_every_epochs)
+            if stop or save or evaluates:
                 if pending:
                     self.log_row(*pending)
                     pending = None
-                self.check_finite(step, metrics)
-                if step in evaluations:
-                    self.validate(step)
-                self.save(step, step in evaluations)
+                else:
+                    self.fetch(step, metrics)
+                self.save(self.validate(step) if evaluates else None)
                 self.progress.restart_clock(step)
             if stop and step < total:
                 self.checkpoints.wait()
@@ -136,8 +140,7 @@ class Run:
 
     def log_row(self, step: int, metrics: train_state.TrainMetrics) -> None:
         """Log the means of the steps since the last row."""
-        self.check_finite(step, metrics)
-        figures = {name: float(value) for name, value in metrics.compute().items()}
+        figures = self.fetch(step, metrics)
         speed = self.progress.images_per_second(step)
         row = self.row(
             step,
@@ -154,8 +157,8 @@ class Run:
         self.log.write(row)
         self.progress.show(row)
 
-    def check_finite(self, step: int, metrics: train_state.TrainMetrics) -> None:
-        """Stop a run whose loss or gradient is no longer a number, before it saves anything of that."""
+    def fetch(self, step: int, metrics: train_state.TrainMetrics) -> dict[str, float]:
+        """Wait for the metrics of a step, and stop a run whose loss or gradient is no longer a number."""
         figures = {name: float(value) for name, value in metrics.compute().items()}
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if broken:
@@ -167,25 +170,24 @@ class Run:
                 + (f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet")
                 + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the data"
             )
+        return figures
 
-    def validate(self, step: int) -> None:
-        """Evaluate on the validation split, where there is one."""
+    def validate(self, step: int) -> dict[str, float] | None:
+        """Evaluate on the validation split, where there is one: {"loss", "accuracy"}."""
         if not len(self.start.validation.labels):
-            return
+            return None
         result = evaluate(
             self.eval_step, self.state, self.start.validation, self.config.eval_batch_size, self.start.mesh
         )
-        self.validation = {"loss": result["loss"], "accuracy": result["accuracy"]}
-        self.log.write(self.row(step, "validation", self.validation))
+        validation = {"loss": result["loss"], "accuracy": result["accuracy"]}
+        self.log.write(self.row(step, "validation", validation))
         self.progress.note(
             f"step {step}  validation loss {result['loss']:.4f}  validation accuracy {result['accuracy']:.2%}"
         )
+        return validation
 
-    def save(self, step: int, validated: bool) -> None:
-        """Save, unless this very step is saved already."""
-        if self.checkpoints.latest == step:
-            return
-        validation = self.validation if validated else None
+    def save(self, validation: dict[str, float] | None) -> None:
+        """Save the state, with what validation gave for it, if it was validated."""
         meta = {
             "fingerprint": self.start.dataset.fingerprint,
             "seconds": self.seconds(),
@@ -205,7 +207,7 @@ class Run:
             "test_accuracy": test["accuracy"],
             "test_loss": test["loss"],
             "validation_accuracy": meta["validation"]["accuracy"] if meta["validation"] else None,
-            "num_params": train_state.num_params(state),
+            "num_params": train_state.num_params(state.params),
             "checkpoint_step": best,
             "steps": self.start.total_steps,
             "state_digest": last_digest,
@@ -222,8 +224,7 @@ class Run:
         return result
 
     def close(self) -> None:
-        """Finish what is being written."""
-        self.checkpoints.close()
+        """Flush the log."""
         self.log.close()
 
 

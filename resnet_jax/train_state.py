@@ -1,6 +1,7 @@
 """What a run carries from step to step, how it starts, and its digest."""
 
 import hashlib
+import math
 from typing import Any
 
 import flax.struct
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from resnet_jax import models, optim
+from resnet_jax.errors import UserError
 
 
 @flax.struct.dataclass
@@ -48,8 +50,15 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_mesh() -> Mesh:
-    """All devices of all processes in one row, named "data"."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    """All devices of all processes in one row, named "data".
+
+    Raises:
+        UserError: where JAX finds no device to use.
+    """
+    try:
+        return Mesh(np.array(jax.devices()), ("data",))
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"JAX finds no device ({error}): install its plugin, or unset JAX_PLATFORMS") from error
 
 
 def create(
@@ -84,9 +93,9 @@ def create(
     return jax.device_put(state, NamedSharding(mesh, P()))
 
 
-def num_params(state: TrainState) -> int:
-    """Number of trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def num_params(params: Any) -> int:
+    """Number of trainable parameters, of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def digest(state: TrainState) -> str:

@@ -1,11 +1,14 @@
 """What a run leaves in its folder, besides checkpoints: JSON files, `metrics.jsonl`, TensorBoard events."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +42,30 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        new = Path(scratch) / path.name
+        with new.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        new.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a JSON object that has these keys.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: where it cannot be read, is no object or lacks a key.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        if missing := [key for key in keys if key not in value]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): mend it, or choose another --workdir") from error
+        raise UserError(f"{path} cannot be used ({error}): mend it, or choose another --workdir") from error
+    return value
 
 
 def check(directory: Path, config: ConfigDict) -> None:
@@ -69,10 +74,17 @@ def check(directory: Path, config: ConfigDict) -> None:
     Raises:
         UserError: where the folder cannot be written, or its run has another config, naming the fields that differ.
     """
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"--workdir {directory}: {error.strerror}: choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--workdir {directory}: {existing} is not a folder that can be written: choose another")
     if not (directory / "config.json").exists():
+        if left := [name for name in ("result.json", "checkpoints") if (directory / name).exists()]:
+            raise UserError(
+                f"{directory} has {left[0]} and no config.json to say of what run: choose another --workdir"
+            )
         return
     differences = config_lib.differences(config, read_json(directory / "config.json"))
     if differences:
@@ -82,19 +94,32 @@ def check(directory: Path, config: ConfigDict) -> None:
         )
 
 
-def start(directory: Path, config: ConfigDict) -> None:
-    """Make the folder of a run, and note its config and the environment of this session.
+@contextmanager
+def opened(directory: Path, config: ConfigDict) -> Iterator[None]:
+    """Make the folder of a run, lock it, and note the config and the environment of this session.
+
+    The lock is the kernel's: it goes with the process that holds it, however that ends.
 
     Raises:
-        UserError: where the folder cannot be written.
+        UserError: where the folder cannot be written, or another process is training in it.
     """
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        yield
+        return
+    with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((directory / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
+            check(directory, config)
             write_json(directory / "config.json", config_lib.to_json(config))
             write_json(directory / "environment.json", environment())
         except OSError as error:
             raise UserError(f"--workdir {directory} cannot be written ({error.strerror}): choose another") from error
+        yield
 
 
 def check_fingerprint(meta: dict[str, Any], dataset: Dataset) -> None:
@@ -177,7 +202,7 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         self._writer = metric_writers.create_default_writer(str(directory / "tensorboard"), just_logging=not primary)
         if primary:
-            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+            lines = self._path.read_text(errors="replace").splitlines(keepends=True) if self._path.exists() else []
             kept = [line for line in lines if _is_before(line, resume_step)]
             if kept != lines:
                 write_text(self._path, "".join(kept))

@@ -1,3 +1,7 @@
+import gc
+import shutil
+from contextlib import closing
+
 import jax
 import numpy as np
 import pytest
@@ -95,3 +99,70 @@ def test_an_empty_folder_has_no_checkpoint_and_is_not_made_by_a_reader(tmp_path)
         reader.choose("best")
     reader.close()
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def collect():
+    """Let what Orbax leaves behind be collected inside the test that made it."""
+    yield
+    gc.collect()
+
+
+def orbax_drops_its_tasks(test):
+    """Orbax abandons the tasks of a restore that failed, and Python warns of them as it collects them."""
+    ignore = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+    return pytest.mark.usefixtures("collect")(ignore(test))
+
+
+def remove(path):
+    shutil.rmtree(path)
+
+
+def truncate_data(path):
+    for file in path.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGE = {
+    "no state": lambda step: remove(step / "state"),
+    "no meta": lambda step: remove(step / "meta"),
+    "truncated data": truncate_data,
+    "meta of another form": lambda step: (step / "meta" / "metadata").write_text("[]"),
+    "meta cut off": lambda step: (step / "meta" / "metadata").write_text('{"seco'),
+    "an empty folder": lambda step: (remove(step), step.mkdir()),
+}
+
+
+@orbax_drops_its_tasks
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, state, damage):
+    save_all(tmp_path, state, [0.5]).close()
+    damage(tmp_path / "1")
+    with closing(Checkpoints(tmp_path, read_only=True)) as checkpoints, pytest.raises(UserError) as refusal:
+        checkpoints.restore(1, state)
+    assert str(refusal.value).startswith(f"{tmp_path / '1'} cannot be read, for it is damaged or of another model")
+    assert "\n" not in str(refusal.value)
+
+
+@orbax_drops_its_tasks
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, state, tiny_config):
+    save_all(tmp_path, state, [0.5]).close()
+    tiny_config.model.channel_list = (8, 24)
+    other = train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+    with (
+        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
+        pytest.raises(UserError, match="damaged or of another model"),
+    ):
+        checkpoints.restore(1, other)
+
+
+@orbax_drops_its_tasks
+@pytest.mark.parametrize("content", ["{bad", "{}"])
+def test_unreadable_metrics_of_a_checkpoint_are_one_line(tmp_path, state, content):
+    save_all(tmp_path, state, [0.5, 0.6]).close()
+    (tmp_path / "2" / "metrics" / "metrics").write_text(content)
+    with (
+        pytest.raises(UserError, match="cannot be read"),
+        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
+    ):
+        checkpoints.choose("best")

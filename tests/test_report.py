@@ -37,7 +37,13 @@ def test_the_curves_hold_the_rows_figures(run):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read"), ("", "is empty: train first"), ('{"step": 1', "cannot be read")],
+    [
+        (None, "cannot be read"),
+        ("", "is empty: train first"),
+        ('{"step": 1', "cannot be read"),
+        ("{}\n", "lacks epoch"),
+        ("[1]\n", "cannot be read"),
+    ],
 )
 def test_a_folder_without_rows_is_one_line(tmp_path, capsys, content, words):
     if content is not None:
@@ -51,7 +57,7 @@ def test_a_folder_without_rows_is_one_line(tmp_path, capsys, content, words):
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("output", ["nowhere/curves.png", "curves.nosuchformat"])
+@pytest.mark.parametrize("output", ["nowhere/deeper/curves.png", "curves.nosuchformat"])
 def test_an_output_that_cannot_be_written_is_one_line(run, capsys, output):
     with pytest.raises(SystemExit) as stop:
         report.main([str(run), "--output", str(run / output)])

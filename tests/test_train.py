@@ -200,18 +200,47 @@ def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_con
 
 
 @pytest.mark.parametrize(
-    ("epochs", "every", "per_epoch", "expected"),
+    ("epochs", "every", "batch_size", "num_examples", "expected"),
     [
-        (3.0, 1, 10.0, {10, 20, 30}),
-        (3.0, 2, 10.0, {20, 30}),
-        (2.0, 1, 20.22, {21, 41}),
-        (0.25, 1, 100.0, {25}),
-        (2.5, 1, 10.0, {10, 20, 25}),
-        (4.0, 1, 0.5, {1, 2}),
+        (3.0, 1, 10, 100, {10, 20, 30}),
+        (3.0, 2, 10, 100, {20, 30}),
+        (2.0, 1, 64, 1294, {21, 41}),
+        (0.25, 1, 10, 1000, {25}),
+        (2.5, 1, 10, 100, {10, 20, 25}),
+        (4.0, 1, 100, 50, {1, 2}),
     ],
 )
-def test_a_run_evaluates_as_epochs_end_and_at_its_last_step(epochs, every, per_epoch, expected):
-    assert train.evaluation_steps(epochs, every, per_epoch, math.ceil(epochs * per_epoch)) == expected
+def test_a_run_evaluates_as_epochs_end_and_at_its_last_step(epochs, every, batch_size, num_examples, expected):
+    total = math.ceil(epochs * num_examples / batch_size)
+    steps = range(1, total + 1)
+    assert {s for s in steps if train.evaluates_after(s, total, batch_size, num_examples, every)} == expected
+
+
+def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path, tiny_config):
+    tiny_config.num_epochs = 1e300
+    with pytest.raises(UserError, match="num_epochs"):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def test_a_model_far_over_its_budget_is_refused_before_it_is_built(tmp_path, tiny_config):
+    tiny_config.model.channel_list = (1_000_000, 8)
+    with pytest.raises(UserError, match=r"has [\d,]+ parameters of 5,000,000 allowed"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_path, tiny_config, monkeypatch):
+    setup = train.setup
+
+    def interrupted_setup(config):
+        os.kill(os.getpid(), signal.SIGINT)
+        return setup(config)
+
+    monkeypatch.setattr(train, "setup", interrupted_setup)
+    with pytest.raises(preemption.Interrupted, match="stopped by SIGINT before the first step") as stop:
+        train.train(tiny_config, tmp_path / "run")
+    assert stop.value.exit_code == 130
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):

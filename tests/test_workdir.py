@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -65,7 +67,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tiny_config):
     workdir.check(tmp_path, tiny_config)
     assert list(tmp_path.iterdir()) == []
-    workdir.start(tmp_path, tiny_config)
+    with workdir.opened(tmp_path, tiny_config):
+        pass
     tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
     workdir.check(tmp_path, tiny_config)
     tiny_config.optim.learning_rate, tiny_config.model.block_list = 0.5, (2, 2)
@@ -80,9 +83,40 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_config, path):
         workdir.check(tmp_path / path, tiny_config)
 
 
+def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_config):
+    script = (
+        "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with workdir.opened(tmp_path, tiny_config):
+        pass
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is training in it"):
+            workdir.opened(tmp_path, tiny_config).__enter__()
+        other.kill()
+    with workdir.opened(tmp_path, tiny_config):
+        pass
+
+
+@pytest.mark.parametrize("left", ["result.json", "checkpoints"])
+def test_a_folder_that_lost_its_config_is_refused(tmp_path, tiny_config, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(UserError, match=f"has {left} and no config.json"):
+        workdir.check(tmp_path, tiny_config)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "{", '"x"'])
+def test_a_json_file_of_another_form_is_one_line(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result.json cannot be used"):
+        workdir.read_json(tmp_path / "result.json", ("test_accuracy",))
+
+
 def test_an_unreadable_config_is_one_line(tmp_path, tiny_config):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"config.json cannot be used"):
         workdir.check(tmp_path, tiny_config)
 
 
