@@ -1,20 +1,32 @@
-"""Checkpoints through Orbax: written in the background, the latest two and the best kept."""
+"""Checkpoints through Orbax: written in the background, the latest two and the best kept, whole ones alone restored.
 
-from collections.abc import Iterator
+Orbax restores a flipped byte in silence, so each checkpoint holds the digest of its state and is checked against it.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from resnet_jax import train_state
 from resnet_jax.errors import UserError
 from resnet_jax.train_state import TrainState
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
     return metrics["accuracy"]
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
 class Checkpoints:
@@ -40,20 +52,23 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._directory = directory.absolute()
+        if not read_only:
+            self._set_aside_unreadable_metrics()
         with self._readable():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @contextmanager
     def _readable(self, step: int | None = None) -> Iterator[None]:
-        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `UserError`."""
+        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `Damaged`."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             what = self._directory if step is None else self._directory / str(step)
             reason = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(
-                f"{what} cannot be read, for it is damaged or of another model ({type(error).__name__}: {reason}): move it "
-                "away to go on from an earlier checkpoint, or choose another --workdir"
+            raise Damaged(
+                f"{what} is damaged ({type(error).__name__}: {reason}): choose another checkpoint or --workdir"
             ) from error
 
     @property
@@ -75,7 +90,10 @@ class Checkpoints:
         step = int(state.step)
         saved = self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                meta=ocp.args.JsonSave(meta | {"state_digest": train_state.digest(state)}),
+            ),
             metrics=None if validation_accuracy is None else {"accuracy": validation_accuracy},
         )
         if not saved:
@@ -104,28 +122,82 @@ class Checkpoints:
             )
         return int(which)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Read a checkpoint onto the devices of `like`, whatever devices wrote it.
 
         Args:
             step: which.
             like: a state of the same structure, shapes and shardings; its values are not used.
+            check: called with the checkpoint's `meta` before its state is read, to refuse one of another run.
 
         Returns:
             The state, and the `meta` it was saved with.
 
         Raises:
-            UserError: where the checkpoint is damaged or of another model.
+            Damaged: where it cannot be read, or its state has not the digest it was saved with.
         """
+        with self._readable(step):
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            saved_digest = meta["state_digest"]
+            check(meta)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         with self._readable(step):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-            )
-            state, meta = restored["state"], restored["meta"]
-            if not isinstance(meta, dict):
-                raise TypeError("its meta is no object")
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=arguments)["state"]
+            if train_state.digest(state) != saved_digest or int(state.step) != step:
+                raise ValueError("its state is not the one that was saved")
         return state, meta
+
+    def restore_newest(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole, and move newer, damaged ones aside, to `damaged/` beside this folder.
+
+        Args:
+            like: as in `restore`.
+            check: as in `restore`.
+
+        Returns:
+            As `restore`, or None where there is no checkpoint at all.
+
+        Raises:
+            Damaged: where there are checkpoints and none is whole; all are left as they are.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self.restore(step, like, check)
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for bad, why in damaged.items():
+                self._set_aside(bad, str(why))
+            if damaged:
+                self._manager.reload()
+            return found
+        if damaged:
+            raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {next(iter(damaged.values()))}")
+        return None
+
+    def _set_aside(self, step: int | str, why: str) -> None:
+        if jax.process_index() == 0:
+            place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            place.parent.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(place)
+            print(f"{why}; moved to {place}", file=sys.stderr)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+
+    def _set_aside_unreadable_metrics(self) -> None:
+        """Orbax reads the metrics of every checkpoint as it starts, and would stop at the first that it cannot."""
+        for path in sorted(self._directory.glob("*/metrics/metrics")):
+            try:
+                _accuracy(json.loads(path.read_text()))
+            except (KeyError, TypeError, ValueError) as error:
+                step = path.parent.parent.name
+                self._set_aside(step, f"{self._directory / step} is damaged (its metrics: {error})")
 
     def wait(self) -> None:
         """Return once everything is written; an error of the last write is raised here."""

@@ -1,6 +1,7 @@
 """Evaluation: every image of a split once, and `--mode eval`, which restores a checkpoint and reports on it."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     with closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
         step = checkpoints.choose(which)
         run_setup = setup.setup(config)
-        state, meta = checkpoints.restore(step, run_setup.state)
-    workdir.check_fingerprint(meta, run_setup.dataset)
+        is_of_this_run = partial(workdir.check_meta, directory, config, run_setup.dataset)
+        state, _ = checkpoints.restore(step, run_setup.state, is_of_this_run)
     eval_step = steps.jit_eval_step(config, run_setup.mesh)
     report = {
         "checkpoint": which,

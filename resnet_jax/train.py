@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import input_pipeline, optim, preemption, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
@@ -73,9 +75,9 @@ class Run:
         self.checkpoints = checkpoints
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
-        if checkpoints.latest is not None:
-            self.state, meta = checkpoints.restore(checkpoints.latest, start.state)
-            workdir.check_fingerprint(meta, start.dataset)
+        self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
+        if found := checkpoints.restore_newest(start.state, self.is_of_this_run):
+            self.state, meta = found
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
         self.steps_per_epoch = len(start.train.labels) / config.batch_size
@@ -189,6 +191,7 @@ class Run:
     def save(self, validation: dict[str, float] | None) -> None:
         """Save the state, with what validation gave for it, if it was validated."""
         meta = {
+            "config": config_lib.to_json(self.config),
             "fingerprint": self.start.dataset.fingerprint,
             "seconds": self.seconds(),
             "validation": validation,
@@ -200,7 +203,7 @@ class Run:
         self.checkpoints.wait()
         last_digest = train_state.digest(self.state)
         best = self.checkpoints.choose("best")
-        state, meta = self.checkpoints.restore(best, self.state)
+        state, meta = self.checkpoints.restore(best, self.state, self.is_of_this_run)
         test = evaluate(self.eval_step, state, self.start.dataset.test, self.config.eval_batch_size, self.start.mesh)
         self.log.write(self.row(best, "test", {"loss": test["loss"], "accuracy": test["accuracy"]}))
         result = {

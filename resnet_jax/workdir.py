@@ -86,11 +86,14 @@ def check(directory: Path, config: ConfigDict) -> None:
                 f"{directory} has {left[0]} and no config.json to say of what run: choose another --workdir"
             )
         return
-    differences = config_lib.differences(config, read_json(directory / "config.json"))
-    if differences:
+    _refuse_differences(str(directory), config, read_json(directory / "config.json"))
+
+
+def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
+    if differences := config_lib.differences(config, stored):
         raise UserError(
-            f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --workdir, or give the "
-            "run's own values"
+            f"{what} holds a run of another config ({'; '.join(differences)}): choose another --workdir, or give the run's "
+            "own values"
         )
 
 
@@ -122,12 +125,13 @@ def opened(directory: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
-def check_fingerprint(meta: dict[str, Any], dataset: Dataset) -> None:
-    """Refuse data other than those a checkpoint was trained on.
+def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another config, or of data other than these.
 
     Raises:
-        UserError: naming both fingerprints.
+        UserError: naming the fields, or both fingerprints.
     """
+    _refuse_differences(f"{directory}/checkpoints", config, meta["config"])
     if meta["fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{dataset.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "

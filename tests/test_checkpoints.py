@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from resnet_jax import train_state
-from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.checkpoints import Checkpoints, Damaged
 from resnet_jax.errors import UserError
 
 
@@ -25,6 +25,11 @@ def save_all(directory, state, accuracies):
         checkpoints.save(state.replace(step=np.int32(step), params=params), {"seconds": step}, accuracy)
     checkpoints.wait()
     return checkpoints
+
+
+def accept(meta):
+    """Take a checkpoint whatever its meta holds."""
+    assert meta["seconds"] >= 1
 
 
 def kept(checkpoints):
@@ -58,8 +63,8 @@ def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state
     for devices in (1, 2):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         like = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        restored, meta = checkpoints.restore(1, like)
-        assert meta == {"seconds": 1}
+        restored, meta = checkpoints.restore(1, like, accept)
+        assert meta == {"seconds": 1, "state_digest": train_state.digest(expected)}
         assert int(restored.step) == 1
         assert train_state.digest(restored) == train_state.digest(expected)
         assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
@@ -138,9 +143,9 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, state, damage):
     save_all(tmp_path, state, [0.5]).close()
     damage(tmp_path / "1")
-    with closing(Checkpoints(tmp_path, read_only=True)) as checkpoints, pytest.raises(UserError) as refusal:
-        checkpoints.restore(1, state)
-    assert str(refusal.value).startswith(f"{tmp_path / '1'} cannot be read, for it is damaged or of another model")
+    with closing(Checkpoints(tmp_path, read_only=True)) as checkpoints, pytest.raises(Damaged) as refusal:
+        checkpoints.restore(1, state, accept)
+    assert str(refusal.value).startswith(f"{tmp_path / '1'} is damaged")
     assert "\n" not in str(refusal.value)
 
 
@@ -151,9 +156,101 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, state, tiny_config):
     other = train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
     with (
         closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
-        pytest.raises(UserError, match="damaged or of another model"),
+        pytest.raises(UserError, match="is damaged"),
     ):
-        checkpoints.restore(1, other)
+        checkpoints.restore(1, other, accept)
+
+
+def flip_a_bit(file, rng):
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+
+
+@orbax_drops_its_tasks
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
+    whole = tmp_path / "whole"
+    save_all(whole, state, [0.5]).close()
+    expected = train_state.digest(state.replace(params=jax.tree.map(lambda p: p + 1, state.params)))
+    files = [file for file in (whole / "1").rglob("*") if file.is_file() and file.stat().st_size]
+    data = max((file for file in files if file.parent.name == "d"), key=lambda file: file.stat().st_size)
+    rng = np.random.default_rng(0)
+    for trial, file in enumerate([*files, *[data] * 10]):  # parts of the data are not read, for Orbax merged them away
+        copy = tmp_path / str(trial)
+        shutil.copytree(whole, copy)
+        flip_a_bit(copy / file.relative_to(whole), rng)
+        try:
+            with closing(Checkpoints(copy, read_only=True)) as checkpoints:
+                restored, _ = checkpoints.restore(1, state, accept)
+        except Damaged:
+            continue
+        assert train_state.digest(restored) == expected, file
+
+
+def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noticed(tmp_path, state, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "digest", lambda state: "0" * 64)
+        save_all(tmp_path, state, [0.5]).close()
+    with (
+        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
+        pytest.raises(Damaged, match="its state is not the one that was saved"),
+    ):
+        checkpoints.restore(1, state, accept)
+
+
+@orbax_drops_its_tasks
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_moved_aside(tmp_path, state, damage, capsys):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.9, 0.5, 0.6]).close()
+    damage(directory / "3")
+    (directory / "4.orbax-checkpoint-tmp").mkdir()
+    with closing(Checkpoints(directory)) as checkpoints:
+        restored, meta = checkpoints.restore_newest(state, accept)
+        assert int(restored.step) == meta["seconds"] == 2
+        assert kept(checkpoints) == [1, 2]
+        params = jax.tree.map(lambda p: p + 3, state.params)
+        checkpoints.save(state.replace(step=np.int32(3), params=params), {"seconds": 3}, 0.6)
+        checkpoints.wait()
+        assert kept(checkpoints) == [1, 2, 3]
+    (moved,) = (tmp_path / "damaged").iterdir()
+    assert moved.name.startswith("3-")
+    assert f"{directory / '3'} is damaged" in capsys.readouterr().err
+
+
+@orbax_drops_its_tasks
+def test_where_no_checkpoint_is_whole_all_stay(tmp_path, state):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.5, 0.6]).close()
+    for step in "12":
+        DAMAGE["no state"](directory / step)
+    with closing(Checkpoints(directory)) as checkpoints, pytest.raises(Damaged, match=r"no checkpoint of .* is whole"):
+        checkpoints.restore_newest(state, accept)
+    assert {"1", "2"} <= {p.name for p in directory.iterdir()}
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(tmp_path, state):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.5, 0.6]).close()
+
+    def refuse(meta):
+        raise UserError("of another run")
+
+    with closing(Checkpoints(directory)) as checkpoints, pytest.raises(UserError, match="of another run") as refusal:
+        checkpoints.restore_newest(state, refuse)
+    assert not isinstance(refusal.value, Damaged)
+    assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("content", ["{bad", "{}", "[]"])
+def test_unreadable_metrics_of_a_checkpoint_move_it_aside(tmp_path, state, content, capsys):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.5, 0.6]).close()
+    (directory / "2" / "metrics" / "metrics").write_text(content)
+    with closing(Checkpoints(directory)) as checkpoints:
+        assert kept(checkpoints) == [1]
+    assert f"{directory / '2'} is damaged" in capsys.readouterr().err
 
 
 @orbax_drops_its_tasks
@@ -162,7 +259,7 @@ def test_unreadable_metrics_of_a_checkpoint_are_one_line(tmp_path, state, conten
     save_all(tmp_path, state, [0.5, 0.6]).close()
     (tmp_path / "2" / "metrics" / "metrics").write_text(content)
     with (
-        pytest.raises(UserError, match="cannot be read"),
+        pytest.raises(Damaged),
         closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
     ):
         checkpoints.choose("best")

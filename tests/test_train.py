@@ -272,3 +272,31 @@ def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path,
             train.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
         assert stop.value.exit_code == 124
     assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
+
+
+def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(
+    tmp_path, tiny_config, monkeypatch, capsys
+):
+    tiny_config.checkpoint_every_steps = 7
+    whole = train.train(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(preemption.Interrupted):
+            train.train(tiny_config, tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "17" / "meta" / "metadata").unlink()
+    parts = train.train(tiny_config, tmp_path / "parts")
+    assert "resuming" in capsys.readouterr().out
+    assert len(list((tmp_path / "parts" / "damaged").iterdir())) == 1
+    assert parts["state_digest"] == whole["state_digest"]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, tiny_config, monkeypatch):
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(preemption.Interrupted):
+        train.train(tiny_config, tmp_path / "run")
+    tiny_config.seed = 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config_lib.to_json(tiny_config)))
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        train.train(tiny_config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
