@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: run test lint clean
+.PHONY: run test lint soak clean
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
@@ -19,6 +19,9 @@ run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 
 test: $(VENV)/installed ## run the tests, with line coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+soak: $(VENV)/installed ## kill a run 20 times at random moments and compare its end with an undisturbed one
+	RESNET_JAX_SOAK_KILLS=20 $(BIN)/python -m pytest tests/test_end_to_end.py -k killed_at_random
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -103,6 +103,35 @@ def test_the_loss_does_not_depend_on_the_number_of_devices(tmp_path):
         np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)
 
 
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    """Mid-step, mid-save or mid-evaluation, as chance has it; `make soak` kills more often."""
+    seed = int(os.environ.get("RESNET_JAX_SOAK_SEED", time.time_ns() % 2**32))
+    rng = np.random.default_rng(seed)
+    more = ("--config.num_epochs=30.0", "--config.checkpoint_every_steps=7", "--config.eval_every_epochs=2")
+    whole = launch(*SMOKE, *more, "--workdir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "launch.py", *SMOKE, *more, "--workdir", str(tmp_path / "killed")]
+    for _ in range(int(os.environ.get("RESNET_JAX_SOAK_KILLS", 3))):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            if line.startswith("first step"):
+                break
+        time.sleep(rng.uniform(0.0, 2.0))
+        process.kill()
+        process.communicate(timeout=60)
+    killed = launch(*SMOKE, *more, "--workdir", tmp_path / "killed")
+    assert killed.returncode == 0, (seed, killed.stderr)
+    digests = {
+        json.loads((tmp_path / name / "result.json").read_text())["state_digest"] for name in ("whole", "killed")
+    }
+    assert len(digests) == 1, seed
+    for split in ("train", "validation", "test"):
+        pair = (
+            [row | {"images_per_second": None} for row in rows(tmp_path / name, split)] for name in ("whole", "killed")
+        )
+        assert next(pair) == next(pair), (seed, split)
+
+
 def start_two_processes(*arguments):
     """As SLURM starts them on one host."""
     job = str(os.getpid() % 4096 + 20_000)  # JAX derives the coordinator's port from it
