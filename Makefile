@@ -18,7 +18,7 @@ run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	@echo "$(RUN)/checkpoints     the best and the latest two"
 
 test: $(VENV)/installed ## run the tests, with line coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 soak: $(VENV)/installed ## kill a run 20 times at random moments and compare its end with an undisturbed one
 	RESNET_JAX_SOAK_KILLS=20 $(BIN)/python -m pytest tests/test_end_to_end.py -k killed_at_random
