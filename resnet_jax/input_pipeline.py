@@ -58,7 +58,7 @@ def train_batches(
             draws = sampling.draws(*where, config.augment, (height, width))
             yield chosen, split.labels[chosen], draws._asdict()
 
-    @tf.function(jit_compile=True, autograph=False)  # XLA fuses it: 1.7 times the speed, and the arithmetic is exact
+    @tf.function(jit_compile=True, autograph=False)  # XLA fuses it, and the arithmetic is exact either way
     def build(chosen: tf.Tensor, labels: tf.Tensor, draws: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return {"images": augment_tf.augment(images, chosen, draws, config.augment), "labels": labels}
 
