@@ -172,32 +172,35 @@ class Checkpoints:
             except Damaged as error:
                 damaged[step] = error
                 continue
-            for bad, why in damaged.items():
-                self._set_aside(bad, str(why))
             if damaged:
+                self._set_aside({str(bad): str(why) for bad, why in damaged.items()})
                 self._manager.reload()
             return found
         if damaged:
             raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {next(iter(damaged.values()))}")
         return None
 
-    def _set_aside(self, step: int | str, why: str) -> None:
+    def _set_aside(self, damaged: dict[str, str]) -> None:
+        """Move steps aside, each with the reason that is printed; process 0 does, and all wait for it."""
         if jax.process_index() == 0:
-            place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
-            place.parent.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(place)
-            print(f"{why}; moved to {place}", file=sys.stderr)
+            for step, why in damaged.items():
+                place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+                place.parent.mkdir(exist_ok=True)
+                (self._directory / step).rename(place)
+                print(f"{why}; moved to {place}", file=sys.stderr)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
     def _set_aside_unreadable_metrics(self) -> None:
         """Orbax reads the metrics of every checkpoint as it starts, and would stop at the first that it cannot."""
+        damaged = {}
         for path in sorted(self._directory.glob("*/metrics/metrics")):
             try:
                 _accuracy(json.loads(path.read_text()))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, OSError, TypeError, ValueError) as error:  # OSError: process 0 has moved it already
                 step = path.parent.parent.name
-                self._set_aside(step, f"{self._directory / step} is damaged (its metrics: {error})")
+                damaged[step] = f"{self._directory / step} is damaged (its metrics: {error})"
+        self._set_aside(damaged)
 
     def wait(self) -> None:
         """Return once everything is written; an error of the last write is raised here."""

@@ -23,6 +23,7 @@ class Setup(NamedTuple):
         validation: the rest of it, possibly empty.
         mesh: every device, on the axis "data".
         state: of step 0.
+        steps_per_epoch: len(train) / batch_size, not rounded.
         total_steps: ceil(num_epochs * len(train) / batch_size).
     """
 
@@ -31,6 +32,7 @@ class Setup(NamedTuple):
     validation: datasets.Split
     mesh: Mesh
     state: train_state.TrainState
+    steps_per_epoch: float
     total_steps: int
 
 
@@ -60,8 +62,7 @@ def setup(config: ConfigDict) -> Setup:
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
     check_budget(train_state.num_params(params), config.model.max_params)
-    state = create()
-    return Setup(dataset, train, validation, mesh, state, total_steps)
+    return Setup(dataset, train, validation, mesh, create(), steps_per_epoch, total_steps)
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:

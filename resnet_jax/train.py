@@ -41,7 +41,7 @@ def train(
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
     if (directory / "result.json").exists():
-        result = workdir.read_json(directory / "result.json", ("test_accuracy", "validation_accuracy", "seconds"))
+        result = workdir.read_json(directory / "result.json", _SUMMARISED)
         if jax.process_index() == 0:
             print(f"{directory} is complete: {_summary(result)}")
         return result
@@ -80,8 +80,7 @@ class Run:
             self.state, meta = found
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
-        self.steps_per_epoch = len(start.train.labels) / config.batch_size
-        self.schedule = optim.make_schedule(config, self.steps_per_epoch)
+        self.schedule = optim.make_schedule(config, start.steps_per_epoch)
         self.train_step = steps.jit_train_step(config, start.mesh)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
         self.log = workdir.MetricsLog(directory, self.first_step)
@@ -99,7 +98,7 @@ class Run:
 
         The metrics of a logged step are fetched once the next step is dispatched, so the device never waits for them.
         """
-        config, total = self.config, self.start.total_steps
+        config, total, examples = self.config, self.start.total_steps, len(self.start.train.labels)
         batches = input_pipeline.train_batches(
             self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
         )
@@ -118,7 +117,6 @@ class Run:
                 pending = step, metrics
             stop = stop_request.exit_code(step, config.log_every_steps)
             save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-            examples = len(self.start.train.labels)
             evaluates = evaluates_after(step, total, config.batch_size, examples, config.eval_every_epochs)
             if stop or save or evaluates:
                 if pending:
@@ -138,7 +136,7 @@ class Run:
 
     def row(self, step: int, split: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
-        return {"step": step, "epoch": round(step / self.steps_per_epoch, 6), "split": split, **figures}
+        return {"step": step, "epoch": round(step / self.start.steps_per_epoch, 6), "split": split, **figures}
 
     def log_row(self, step: int, metrics: train_state.TrainMetrics) -> None:
         """Log the means of the steps since the last row."""
@@ -229,6 +227,9 @@ class Run:
     def close(self) -> None:
         """Flush the log."""
         self.log.close()
+
+
+_SUMMARISED = ("test_accuracy", "validation_accuracy", "checkpoint_step", "steps", "seconds")
 
 
 def _summary(result: dict[str, Any]) -> str:
