@@ -9,7 +9,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from resnet_jax import cli
-from resnet_jax.errors import UserError
 
 STARTED = time.monotonic()
 
@@ -30,30 +29,24 @@ def main(config: ConfigDict) -> None:
     file, variant = cli.config_file()
     default = Path("runs") / "-".join(filter(None, [file.stem, variant]))
     directory = Path(os.path.expanduser(WORKDIR.value or default)).absolute()
-    if DISTRIBUTED.value:
-        join_cluster()
-    from resnet_jax import evaluate, preemption, train  # after the config is checked: importing JAX takes seconds
+    from resnet_jax import (
+        cluster,
+        evaluate,
+        preemption,
+        train,
+    )  # after the config is checked: importing JAX takes seconds
 
+    if DISTRIBUTED.value:
+        cluster.join()
     try:
-        if MODE.value == "eval":
-            evaluate.run(config, directory, CHECKPOINT.value)
-        else:
-            train.train(config, directory, STARTED, MAX_SECONDS.value)
+        with cluster.all_end_with_this():
+            if MODE.value == "eval":
+                evaluate.run(config, directory, CHECKPOINT.value)
+            else:
+                train.train(config, directory, STARTED, MAX_SECONDS.value)
     except preemption.Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-
-
-def join_cluster() -> None:
-    """Find the other processes, in the cluster's environment."""
-    import jax
-
-    try:
-        jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--distributed: the other processes were not found ({error}): start them all with srun, mpirun or a JobSet"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every_epochs = 1  # evaluate on validation, and save, each time this many epochs end
     config.checkpoint_every_steps = 500  # save in between too; 0 for never
     config.log_every_steps = 50  # a row of metrics.jsonl, the mean over these steps
+    config.abort_grad_norm = 1e4  # stop where the gradient's global norm is above this, as where it is nan; 0 for never
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR

@@ -3,11 +3,10 @@
 Orbax restores a flipped byte in silence, so each checkpoint holds the digest of its state and is checked against it.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,51 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from resnet_jax import train_state
+from resnet_jax import cluster, train_state
 from resnet_jax.errors import UserError
 from resnet_jax.train_state import TrainState
-
-
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics["accuracy"]
 
 
 class Damaged(UserError):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
+class _Best(policy.PreservationPolicy):
+    """Keep the checkpoint of highest validation accuracy."""
+
+    def __init__(self, accuracies: Mapping[int, float]) -> None:
+        self._accuracies = accuracies
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: policy.PreservationContext) -> Sequence[bool]:
+        best = _best((checkpoint.step for checkpoint in checkpoints), self._accuracies)
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def _best(steps: Iterable[int], accuracies: Mapping[int, float]) -> int | None:
+    """The step of highest accuracy, the latest among equals; None where none has one."""
+    return max((s for s in steps if s in accuracies), key=lambda s: (accuracies[s], s), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    The best is the one of highest validation accuracy; where none was validated, the latest stands for it.
+    The best is the one of highest validation accuracy; where none was validated, the latest stands for it. A checkpoint
+    is saved before it is validated, so accuracies are not Orbax's to know.
+
+    Args:
+        directory: made where it is not there.
+        accuracies: step -> validation accuracy, of the run so far; a checkpoint may be saved before its own is added.
+        read_only: change nothing.
     """
 
-    def __init__(self, directory: Path, read_only: bool = False) -> None:
-        # Not max_to_keep with best_fn, which would delete the newest checkpoint in favour of better ones.
-        keep = policy.AnyPreservationPolicy(
-            [
-                policy.LatestN(2),
-                policy.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
+    def __init__(self, directory: Path, accuracies: Mapping[int, float], read_only: bool = False) -> None:
         options = ocp.CheckpointManagerOptions(
-            best_fn=_accuracy,
-            best_mode="max",
-            preservation_policy=keep,
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(accuracies)]),
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._directory = directory.absolute()
-        if not read_only:
-            self._set_aside_unreadable_metrics()
+        self._directory, self._accuracies = directory.absolute(), accuracies
         with self._readable():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -71,31 +77,44 @@ class Checkpoints:
                 f"{what} is damaged ({type(error).__name__}: {reason}): choose another checkpoint or --workdir"
             ) from error
 
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """What a write that fails makes Orbax raise, at once or at the next save, becomes one line."""
+        try:
+            yield
+        except Exception as error:
+            if cluster.is_lost_peer(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0][:200]
+            kept = max((step for step in self._manager.all_steps(read=True)), default=None)
+            raise UserError(
+                f"{self._directory}: a checkpoint cannot be written ({type(error).__name__}: {reason}): mend that, and "
+                + ("start the run again" if kept is None else f"the same command goes on from step {kept}")
+            ) from error
+
     @property
     def latest(self) -> int | None:
         """The step of the latest checkpoint, None before the first."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any], validation_accuracy: float | None) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start writing the checkpoint of a state; an error of the write before this one is raised here.
 
         Args:
             state: its `step` names the checkpoint.
             meta: what JSON can hold, kept beside the state.
-            validation_accuracy: 0..1, None where it was not measured.
 
         Raises:
+            UserError: where this checkpoint or the one before it cannot be written.
             RuntimeError: where Orbax declines, as it does for a step that is not later than the latest.
         """
         step = int(state.step)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave(meta | {"state_digest": train_state.digest(state)}),
-            ),
-            metrics=None if validation_accuracy is None else {"accuracy": validation_accuracy},
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(meta | {"digest": train_state.digest(state)}),
         )
+        with self._writable():
+            saved = self._manager.save(step, args=arguments)
         if not saved:
             raise RuntimeError(f"Orbax did not save step {step}; the latest is {self.latest}")
 
@@ -111,8 +130,7 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            with self._readable():
-                best = self._manager.best_step()
+            best = _best(steps, self._accuracies)
             return steps[-1] if best is None else best
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which!r} must be best, latest or a step")
@@ -140,7 +158,7 @@ class Checkpoints:
         """
         with self._readable(step):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            saved_digest = meta["state_digest"]
+            saved_digest = meta["digest"]
             check(meta)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         with self._readable(step):
@@ -173,41 +191,35 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             if damaged:
-                self._set_aside({str(bad): str(why) for bad, why in damaged.items()})
+                self._set_aside(damaged)
                 self._manager.reload()
             return found
         if damaged:
             raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {next(iter(damaged.values()))}")
         return None
 
-    def _set_aside(self, damaged: dict[str, str]) -> None:
+    def _set_aside(self, damaged: dict[int, Damaged]) -> None:
         """Move steps aside, each with the reason that is printed; process 0 does, and all wait for it."""
         if jax.process_index() == 0:
             for step, why in damaged.items():
                 place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
                 place.parent.mkdir(exist_ok=True)
-                (self._directory / step).rename(place)
+                (self._directory / str(step)).rename(place)
                 print(f"{why}; moved to {place}", file=sys.stderr)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
-    def _set_aside_unreadable_metrics(self) -> None:
-        """Orbax reads the metrics of every checkpoint as it starts, and would stop at the first that it cannot."""
-        damaged = {}
-        for path in sorted(self._directory.glob("*/metrics/metrics")):
-            try:
-                _accuracy(json.loads(path.read_text()))
-            except (KeyError, OSError, TypeError, ValueError) as error:  # OSError: process 0 has moved it already
-                step = path.parent.parent.name
-                damaged[step] = f"{self._directory / step} is damaged (its metrics: {error})"
-        self._set_aside(damaged)
-
     def wait(self) -> None:
-        """Return once everything is written; an error of the last write is raised here."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Return once everything is written.
+
+        Raises:
+            UserError: where it could not be.
+        """
+        with self._writable():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Finish the writes and free what the manager holds."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Free what the manager holds. A write that fails only now follows another error: `wait` comes first otherwise."""
+        with suppress(Exception):
+            self._manager.close()

@@ -29,7 +29,14 @@ def run(main: Callable[[ConfigDict], None]) -> None:
             except KeyboardInterrupt:
                 sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
 
+    sys.unraisablehook = _hide_closed_loops
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what Python cannot raise, except what TensorStore says, dozens of times, when a write of Orbax's has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def config_file() -> tuple[Path, str]:
@@ -42,7 +49,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line and check the config; whatever is wrong becomes one line."""
     with exit_on_user_error():
         app.define_help_flags()
-        setattr(flags.FLAGS, "verbosity", logging.ERROR)  # noqa: B010  --verbosity=0 shows what the libraries tell
+        setattr(flags.FLAGS, "verbosity", logging.FATAL)  # noqa: B010  --verbosity=0 shows what the libraries tell
         os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ  # quiet TensorFlow too
         for argument in argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):

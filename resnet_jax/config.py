@@ -70,6 +70,7 @@ FIELDS: dict[str, Field] = {
     "eval_every_epochs": _integer(1),
     "checkpoint_every_steps": _integer(0),
     "log_every_steps": _integer(1),
+    "abort_grad_norm": _NOT_NEGATIVE,
     "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
@@ -116,9 +117,10 @@ ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }
 
-# Fields that say where, how often or how fast, and leave the trained state as it is: a resumed run may change them.
+# Fields that say where, how often, how fast or how far, and leave the steps as they are: a resumed run may change them.
 NEUTRAL_FIELDS = frozenset(
     {"data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"}
+    | {"abort_grad_norm"}
 )
 
 

@@ -9,11 +9,16 @@ class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says what to change."""
 
 
+def report(error: object) -> None:
+    """Print an error as one line on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit code 2, for the command-line tools."""
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         sys.exit(2)

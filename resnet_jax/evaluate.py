@@ -1,5 +1,6 @@
 """Evaluation: every image of a split once, and `--mode eval`, which restores a checkpoint and reports on it."""
 
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,12 @@ from resnet_jax.errors import UserError
 
 
 def evaluate(
-    eval_step: Any, state: train_state.TrainState, split: datasets.Split, batch_size: int, mesh: Mesh
+    eval_step: Any,
+    state: train_state.TrainState,
+    split: datasets.Split,
+    batch_size: int,
+    mesh: Mesh,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate a state on all of a split.
 
@@ -26,13 +32,19 @@ def evaluate(
         split: the examples.
         batch_size: of the global batch; no larger than the split, and rounded up to a multiple of the number of devices.
         mesh: of `eval_step`.
+        after_batch: called as each batch is under way; what it raises ends the evaluation.
 
     Returns:
         {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label}.
     """
     batch_size = -(-min(batch_size, len(split.labels)) // mesh.size) * mesh.size
     batches = input_pipeline.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
-    results = [eval_step(state, steps.shard_batch(batch, mesh)) for batch in batches]
+    results: list[steps.EvalMetrics] = []
+    for batch in batches:
+        on_devices = steps.shard_batch(batch, mesh)
+        jax.block_until_ready(results[-1:])  # one batch at a time, so that what `after_batch` raises ends it soon
+        results.append(eval_step(state, on_devices))
+        after_batch()
     results = jax.device_get(results)
     confusion = np.sum([r.confusion.counts for r in results], axis=0, dtype=np.int64)
     seen = int(confusion.sum())
@@ -62,7 +74,8 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     workdir.check(directory, config)
-    with closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
+    accuracies = workdir.validation_accuracies(directory)
+    with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
         step = checkpoints.choose(which)
         run_setup = setup.setup(config)
         is_of_this_run = partial(workdir.check_meta, directory, config, run_setup.dataset)

@@ -1,5 +1,6 @@
 """When a run must stop before its end: a signal, or a limit on its time."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -35,12 +36,17 @@ class StopRequest:
     """Whether the run was asked to stop: signals are noted instead of obeyed, and the clock is read.
 
     Args:
-        deadline: `time.monotonic()` at which to stop; None for never.
+        deadline: `time.monotonic()` at which to stop; None for never. It holds once `start_clock` is called.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self._deadline = deadline
+        self._deadline = math.inf if deadline is None else deadline
+        self._clock_runs = False
         self._signum: int | None = None
+
+    def start_clock(self) -> None:
+        """Let the deadline hold: after the first step, so that every session of a run brings it on."""
+        self._clock_runs = True
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -60,19 +66,21 @@ class StopRequest:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
-    def exit_code(self, step: int, agree_every_steps: int) -> int | None:
-        """The exit code to stop with after this step, None to go on; the clock counts from the first step on.
+    def exit_code(self, agree: bool = True) -> int | None:
+        """The exit code to stop with now, None to go on.
 
-        A signal reaches the processes of a run at different steps, so several processes agree, every
-        `agree_every_steps`, and stop after the same step.
+        A signal reaches the processes of a run at different steps, so several processes agree before they stop.
+
+        Args:
+            agree: whether all processes are asking now; where only this one may be, it goes on.
         """
         code = 0
         if self._signum is not None:
             code = 128 + self._signum
-        elif step and self._deadline is not None and time.monotonic() >= self._deadline:
+        elif self._clock_runs and time.monotonic() >= self._deadline:
             code = TIME_LIMIT
         if jax.process_count() > 1:
-            if step % agree_every_steps:
+            if not agree:
                 return None
             code = int(multihost_utils.process_allgather(np.int32(code)).max())
         return code or None

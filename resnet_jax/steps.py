@@ -39,17 +39,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, TrainMetrics]:
-    """One step of training.
-
-    Args:
-        state: before the step.
-        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
-        config: a whole config; static.
-
-    Returns:
-        The state after the step, and the means of its metrics since the last logged step.
-    """
+def loss_and_gradient(
+    state: TrainState, batch: Batch, config: ConfigDict
+) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
+    """The mean loss of a batch and its gradient: ((loss [], (logits [B, num_classes], batch_stats after)), gradient)."""
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         logits, updates = state.apply_fn(
@@ -61,23 +54,44 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
         loss = cross_entropy(logits, batch["labels"], config.label_smoothing).mean()
         return loss, (logits, updates["batch_stats"])
 
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+
+def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, TrainMetrics]:
+    """One step of training.
+
+    A step whose loss is not finite, or whose gradient's norm is not or is above `config.abort_grad_norm`, is not taken,
+    nor is any after it: the state stays as it was before, `failed` apart, until the host comes to look.
+
+    Args:
+        state: before the step.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
+        config: a whole config; static.
+
+    Returns:
+        The state after the step, and the means of its metrics since the last logged step, the loss NaN if it was not taken.
+    """
+    (loss, (logits, batch_stats)), grads = loss_and_gradient(state, batch, config)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     now = TrainMetrics.single_from_model_output(
         loss=loss,
         accuracy=(jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32),
-        grad_norm=optax.tree.norm(grads),
+        grad_norm=grad_norm,
     )
     first_of_row = state.step % config.log_every_steps == 0
     since_row = jax.tree.map(partial(jnp.where, first_of_row), now, state.metrics.merge(now))
-    state = state.replace(
+    after = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
         metrics=since_row,
     )
-    return state, since_row
+    taken = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))
+    state = jax.tree.map(partial(jnp.where, taken), after, state).replace(failed=~taken)
+    loss_since_row = since_row.loss.replace(total=jnp.where(taken, since_row.loss.total, jnp.nan))
+    return state, since_row.replace(loss=loss_since_row)
 
 
 @flax.struct.dataclass

@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from resnet_jax import cluster, failure, input_pipeline, optim, preemption, steps, train_state, workdir
 from resnet_jax import config as config_lib
-from resnet_jax import input_pipeline, optim, preemption, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import evaluate
 from resnet_jax.progress import Progress
@@ -48,15 +50,19 @@ def train(
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():
         start = setup(config)
-        if code := stop_request.exit_code(0, 1):
+        if code := stop_request.exit_code():
             raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} before the first step")
-        with (
-            workdir.opened(directory, config),
-            closing(Checkpoints(directory / "checkpoints")) as checkpoints,
-            closing(Run(config, directory, start, started, checkpoints)) as run,
-        ):
-            run.loop(stop_request)
-            return run.finish()
+        with workdir.opened(directory, config, 4 * train_state.num_bytes(start.state)) as check_held:  # 3 kept, 1 new
+            accuracies = workdir.validation_accuracies(directory)
+            with (
+                closing(Checkpoints(directory / "checkpoints", accuracies)) as checkpoints,
+                closing(
+                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies)
+                ) as run,
+                cluster.all_end_with_this(),  # before anything is closed, for closing waits for the others
+            ):
+                run.loop()
+                return run.finish()
 
 
 def evaluates_after(step: int, total_steps: int, batch_size: int, num_examples: int, every_epochs: int) -> bool:
@@ -66,13 +72,33 @@ def evaluates_after(step: int, total_steps: int, batch_size: int, num_examples: 
 
 
 class Run:
-    """A run under way: its state, and everything that it writes to."""
+    """A run under way: its state, and everything that it writes to.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        start: what it starts from.
+        started: the `time.monotonic()` from which this session's seconds count.
+        stop_request: asked after each step and each batch of evaluation.
+        check_held: from `workdir.opened`.
+        checkpoints: of the run; the newest is restored.
+        accuracies: step -> validation accuracy, shared with `checkpoints`; validations to come are added.
+    """
 
     def __init__(
-        self, config: ConfigDict, directory: Path, start: Setup, started: float, checkpoints: Checkpoints
+        self,
+        config: ConfigDict,
+        directory: Path,
+        start: Setup,
+        started: float,
+        stop_request: preemption.StopRequest,
+        check_held: Callable[[], None],
+        checkpoints: Checkpoints,
+        accuracies: dict[int, float],
     ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
-        self.checkpoints = checkpoints
+        self.stop_request, self.check_held = stop_request, check_held
+        self.checkpoints, self.accuracies = checkpoints, accuracies
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
@@ -80,6 +106,8 @@ class Run:
             self.state, meta = found
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
+        for step in [step for step in accuracies if step > self.first_step]:
+            del accuracies[step]  # it comes again
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
         self.train_step = steps.jit_train_step(config, start.mesh)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
@@ -93,12 +121,15 @@ class Run:
         """Wall time spent on this run, earlier sessions up to their last checkpoint included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def loop(self, stop_request: preemption.StopRequest) -> None:
-        """Take the steps that are left, logging, evaluating and saving on the way.
+    def loop(self) -> None:
+        """Take the steps that are left, logging, saving and evaluating on the way.
 
-        The metrics of a logged step are fetched once the next step is dispatched, so the device never waits for them.
+        The metrics of a step are fetched once the next step is dispatched, so the device does not wait for them, and a
+        signal never finds more than two steps under way.
         """
-        config, total, examples = self.config, self.start.total_steps, len(self.start.train.labels)
+        config, total = self.config, self.start.total_steps
+        if self.first_step and self.evaluates_after(self.first_step) and self.first_step not in self.accuracies:
+            self.validate(self.first_step)  # for the session before ended between the save and the evaluation's end
         batches = input_pipeline.train_batches(
             self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
         )
@@ -110,37 +141,55 @@ class Run:
                 self.progress.note(f"first step dispatched {self.startup_seconds:.1f} s after the start")
                 jax.block_until_ready(metrics)
                 self.progress.restart_clock(step)
+                self.stop_request.start_clock()
             if pending:
-                self.log_row(*pending)
-                pending = None
-            if step % config.log_every_steps == 0 or step == total:
-                pending = step, metrics
-            stop = stop_request.exit_code(step, config.log_every_steps)
+                self.end_step(*pending)
+            pending = step, metrics
+            stop = self.stop_request.exit_code(agree=step % config.log_every_steps == 0)
             save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-            evaluates = evaluates_after(step, total, config.batch_size, examples, config.eval_every_epochs)
+            evaluates = self.evaluates_after(step)
             if stop or save or evaluates:
-                if pending:
-                    self.log_row(*pending)
-                    pending = None
-                else:
-                    self.fetch(step, metrics)
-                self.save(self.validate(step) if evaluates else None)
+                self.end_step(*pending)
+                pending = None
+                self.save()
+                if stop:
+                    self.stop(stop, step)
+                if evaluates:
+                    self.validate(step)
                 self.progress.restart_clock(step)
-            if stop and step < total:
-                self.checkpoints.wait()
-                raise preemption.Interrupted(
-                    stop,
-                    f"stopped by {preemption.reason(stop)} at step {step} of {total}, saved in {self.directory}: "
-                    "the same command goes on",
-                )
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the run saves and evaluates after a step."""
+        config = self.config
+        return evaluates_after(
+            step, self.start.total_steps, config.batch_size, len(self.start.train.labels), config.eval_every_epochs
+        )
+
+    def stop(self, exit_code: int, step: int) -> NoReturn:
+        """End this session, once all that it saved is written."""
+        self.checkpoints.wait()
+        raise preemption.Interrupted(
+            exit_code,
+            f"stopped by {preemption.reason(exit_code)} at step {step} of {self.start.total_steps}, saved in "
+            f"{self.directory}: the same command goes on",
+        )
 
     def row(self, step: int, split: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
         return {"step": step, "epoch": round(step / self.start.steps_per_epoch, 6), "split": split, **figures}
 
-    def log_row(self, step: int, metrics: train_state.TrainMetrics) -> None:
-        """Log the means of the steps since the last row."""
-        figures = self.fetch(step, metrics)
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row of `metrics.jsonl`."""
+        self.check_held()
+        self.log.write(row)
+
+    def end_step(self, step: int, metrics: train_state.TrainMetrics) -> None:
+        """Wait for a step, stop the run if it was not taken, and log the means since the last row if it ends one."""
+        figures = {name: float(value) for name, value in jax.device_get(metrics).compute().items()}
+        if math.isnan(figures["loss"]):
+            self.fail(step)
+        if step % self.config.log_every_steps and step < self.start.total_steps:
+            return
         speed = self.progress.images_per_second(step)
         row = self.row(
             step,
@@ -154,60 +203,72 @@ class Run:
                 "images_per_second": None if step % self.config.log_every_steps else speed,
             },
         )
-        self.log.write(row)
+        self.write(row)
         self.progress.show(row)
 
-    def fetch(self, step: int, metrics: train_state.TrainMetrics) -> dict[str, float]:
-        """Wait for the metrics of a step, and stop a run whose loss or gradient is no longer a number."""
-        figures = {name: float(value) for name, value in metrics.compute().items()}
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
-        if broken:
-            first = (step - 1) // self.config.log_every_steps * self.config.log_every_steps + 1
-            self.checkpoints.wait()
-            kept = self.checkpoints.latest
-            raise UserError(
-                f"{' and '.join(broken)} became non-finite between step {first} and step {step}; "
-                + (f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet")
-                + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the data"
-            )
-        return figures
-
-    def validate(self, step: int) -> dict[str, float] | None:
-        """Evaluate on the validation split, where there is one: {"loss", "accuracy"}."""
-        if not len(self.start.validation.labels):
-            return None
-        result = evaluate(
-            self.eval_step, self.state, self.start.validation, self.config.eval_batch_size, self.start.mesh
+    def fail(self, step: int) -> NoReturn:
+        """Stop a run at a step that was not taken: save the state before it and describe the step in a file."""
+        self.state = self.state.replace(failed=jnp.zeros_like(self.state.failed))
+        if step - 1 > (self.checkpoints.latest or 0):
+            self.save()
+        self.checkpoints.wait()
+        report = failure.describe(self.config, self.start, self.state)
+        path = self.directory / "failed_step.json"
+        if jax.process_index() == 0:
+            self.check_held()
+            workdir.write_json(path, report)
+        limit = self.config.abort_grad_norm
+        raise UserError(
+            f"step {step} has loss {report['loss']} and gradient norm {report['grad_norm']}"
+            + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
+            + f", see {path}; "
+            + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")
+            + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the images"
         )
-        validation = {"loss": result["loss"], "accuracy": result["accuracy"]}
-        self.log.write(self.row(step, "validation", validation))
+
+    def validate(self, step: int) -> None:
+        """Evaluate on the validation split, where there is one."""
+        if not len(self.start.validation.labels):
+            return
+        result = self.evaluate(self.state, self.start.validation, step)
+        self.write(self.row(step, "validation", {"loss": result["loss"], "accuracy": result["accuracy"]}))
+        self.accuracies[step] = result["accuracy"]
         self.progress.note(
             f"step {step}  validation loss {result['loss']:.4f}  validation accuracy {result['accuracy']:.2%}"
         )
-        return validation
 
-    def save(self, validation: dict[str, float] | None) -> None:
-        """Save the state, with what validation gave for it, if it was validated."""
+    def evaluate(self, state: train_state.TrainState, split: Split, step: int) -> dict[str, Any]:
+        """Evaluate a state on a split, or stop if asked to; all steps up to `step` are saved."""
+
+        def stop_if_asked() -> None:
+            if stop := self.stop_request.exit_code():
+                self.stop(stop, step)
+
+        batch_size, mesh = self.config.eval_batch_size, self.start.mesh
+        return evaluate(self.eval_step, state, split, batch_size, mesh, after_batch=stop_if_asked)
+
+    def save(self) -> None:
+        """Start saving the state."""
+        self.check_held()
         meta = {
             "config": config_lib.to_json(self.config),
             "fingerprint": self.start.dataset.fingerprint,
             "seconds": self.seconds(),
-            "validation": validation,
         }
-        self.checkpoints.save(self.state, meta, validation["accuracy"] if validation else None)
+        self.checkpoints.save(self.state, meta)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test split and write `result.json`."""
         self.checkpoints.wait()
-        last_digest = train_state.digest(self.state)
+        last_digest = train_state.digest(train_state.trained(self.state))
         best = self.checkpoints.choose("best")
-        state, meta = self.checkpoints.restore(best, self.state, self.is_of_this_run)
-        test = evaluate(self.eval_step, state, self.start.dataset.test, self.config.eval_batch_size, self.start.mesh)
-        self.log.write(self.row(best, "test", {"loss": test["loss"], "accuracy": test["accuracy"]}))
+        state, _ = self.checkpoints.restore(best, self.state, self.is_of_this_run)
+        test = self.evaluate(state, self.start.dataset.test, self.start.total_steps)
+        self.write(self.row(best, "test", {"loss": test["loss"], "accuracy": test["accuracy"]}))
         result = {
             "test_accuracy": test["accuracy"],
             "test_loss": test["loss"],
-            "validation_accuracy": meta["validation"]["accuracy"] if meta["validation"] else None,
+            "validation_accuracy": self.accuracies.get(best),
             "num_params": train_state.num_params(state.params),
             "checkpoint_step": best,
             "steps": self.start.total_steps,
@@ -220,6 +281,7 @@ class Run:
             "environment": workdir.environment(),
         }
         if jax.process_index() == 0:
+            self.check_held()
             workdir.write_json(self.directory / "result.json", result)
             self.progress.note(f"{self.directory} is complete: {_summary(result)}")
         return result

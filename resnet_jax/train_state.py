@@ -36,6 +36,7 @@ class TrainState(flax.struct.PyTreeNode):
         batch_stats: batch norm's running statistics, float32.
         opt_state: the optimizer's.
         metrics: means since the last logged step; kept here so that a resumed run logs the same rows.
+        failed: bool [], whether a step was not taken because its loss or gradient was no usable number; none is after it.
         apply_fn: the model's `apply`; not saved.
         tx: the optimizer; not saved.
     """
@@ -45,6 +46,7 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: optax.OptState
     metrics: TrainMetrics
+    failed: jax.Array
     apply_fn: Any = flax.struct.field(pytree_node=False)
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
 
@@ -87,6 +89,7 @@ def create(
         batch_stats=variables["batch_stats"],
         opt_state=tx.init(variables["params"]),
         metrics=TrainMetrics.single_from_model_output(loss=zero, accuracy=zero, grad_norm=zero),
+        failed=jnp.zeros((), jnp.bool_),
         apply_fn=model.apply,
         tx=tx,
     )
@@ -98,13 +101,21 @@ def num_params(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def digest(state: TrainState) -> str:
-    """SHA-256 of the trained state, in hexadecimal.
+def num_bytes(tree: Any) -> int:
+    """Size of a tree of arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    Over params, batch_stats and opt_state, leaf by leaf in the order of their paths (sorted as text): the line
-    "path dtype shape" and the leaf's bytes in C order.
+
+def trained(state: TrainState) -> dict[str, Any]:
+    """What training makes, and no bookkeeping: the part of a state that `result.json`'s `state_digest` is over."""
+    return {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of a tree of arrays, in hexadecimal.
+
+    Leaf by leaf in the order of their paths (sorted as text): the line "path dtype shape" and the leaf's bytes in C order.
     """
-    tree = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     sha = hashlib.sha256()
     for path, leaf in sorted(leaves.items()):

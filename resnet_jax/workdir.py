@@ -5,9 +5,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,29 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+    """Write a text file so that a reader sees the old one or the whole new one.
+
+    Raises:
+        UserError: where it cannot be written; the old one stays.
+    """
+    with _writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         new = Path(scratch) / path.name
         with new.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): mend that, or choose another --workdir"
+        ) from error
 
 
 def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
@@ -81,10 +97,8 @@ def check(directory: Path, config: ConfigDict) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--workdir {directory}: {existing} is not a folder that can be written: choose another")
     if not (directory / "config.json").exists():
-        if left := [name for name in ("result.json", "checkpoints") if (directory / name).exists()]:
-            raise UserError(
-                f"{directory} has {left[0]} and no config.json to say of what run: choose another --workdir"
-            )
+        if left := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
+            raise UserError(f"{left[0]} is there and no config.json to say of what run: choose another --workdir")
         return
     _refuse_differences(str(directory), config, read_json(directory / "config.json"))
 
@@ -98,31 +112,50 @@ def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -
 
 
 @contextmanager
-def opened(directory: Path, config: ConfigDict) -> Iterator[None]:
+def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterator[Callable[[], None]]:
     """Make the folder of a run, lock it, and note the config and the environment of this session.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
 
+    Args:
+        directory: of the run.
+        config: of the run.
+        bytes_needed: that the run may write, to be free on its disk.
+
+    Yields:
+        A function to call before each write, which raises a `UserError` once the folder is no longer the one that was
+        locked: deleted, or replaced by another.
+
     Raises:
-        UserError: where the folder cannot be written, or another process is training in it.
+        UserError: where the folder cannot be written, its disk is too full, or another process is training in it.
     """
     if jax.process_index() > 0:
-        yield
+        yield lambda: None
         return
+    path = directory / ".lock"
     with ExitStack() as stack:
-        try:
+        with _writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / ".lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
-            check(directory, config)
-            write_json(directory / "config.json", config_lib.to_json(config))
-            write_json(directory / "environment.json", environment())
-        except OSError as error:
-            raise UserError(f"--workdir {directory} cannot be written ({error.strerror}): choose another") from error
-        yield
+            lock = stack.enter_context(path.open("w"))
+            free = shutil.disk_usage(directory).free
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
+        if free < bytes_needed:
+            raise UserError(
+                f"--workdir {directory}: its disk has {free / 1e6:,.0f} MB free, and the run's checkpoints take "
+                f"{bytes_needed / 1e6:,.0f} MB: make room, or choose another"
+            )
+        check(directory, config)
+        write_json(directory / "config.json", config_lib.to_json(config))
+        write_json(directory / "environment.json", environment())
+
+        def check_held() -> None:
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise UserError(f"{directory} was deleted or replaced under way: start the run again")
+
+        yield check_held
 
 
 def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:
@@ -181,13 +214,26 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def _is_before(line: str, resume_step: int) -> bool:
-    """Whether a line of `metrics.jsonl` is a whole row that a run resumed at this step will not write again."""
+def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of `metrics.jsonl`, each with its row; {} for a line that is none, or was cut off."""
+    path = directory / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [(line, _row(line)) for line in text.splitlines(keepends=True)]
+
+
+def _row(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        return line.endswith("\n") and row["step"] <= resume_step and row["split"] != "test"
-    except (ValueError, KeyError, TypeError):
-        return False
+    except ValueError:
+        return {}
+    whole = line.endswith("\n") and isinstance(row, dict) and type(row.get("step")) is int and "split" in row
+    return row if whole else {}
+
+
+def validation_accuracies(directory: Path) -> dict[int, float]:
+    """Step -> accuracy, from the validation rows of `metrics.jsonl`."""
+    rows = (row for _, row in _lines(directory) if row.get("split") == "validation")
+    return {row["step"]: row["accuracy"] for row in rows if isinstance(row.get("accuracy"), float)}
 
 
 class MetricsLog:
@@ -206,16 +252,16 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         self._writer = metric_writers.create_default_writer(str(directory / "tensorboard"), just_logging=not primary)
         if primary:
-            lines = self._path.read_text(errors="replace").splitlines(keepends=True) if self._path.exists() else []
-            kept = [line for line in lines if _is_before(line, resume_step)]
-            if kept != lines:
+            lines = _lines(directory)
+            kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]
+            if len(kept) < len(lines):
                 write_text(self._path, "".join(kept))
         self._primary = primary
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; "step", "epoch" and "split" name it, the rest are its figures."""
         if self._primary:
-            with self._path.open("a") as file:
+            with _writing(self._path), self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         figures = {
             f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None

@@ -17,14 +17,21 @@ def state(tiny_config):
     return train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
 
 
-def save_all(directory, state, accuracies):
-    """Save a checkpoint per accuracy, at steps 1, 2, ...; the step is also added to every parameter."""
-    checkpoints = Checkpoints(directory)
-    for step, accuracy in enumerate(accuracies, start=1):
-        params = jax.tree.map(lambda p, step=step: p + step, state.params)
-        checkpoints.save(state.replace(step=np.int32(step), params=params), {"seconds": step}, accuracy)
+def save_all(directory, state, results):
+    """Save a checkpoint per validation result, at steps 1, 2, ...; the step is also added to every parameter."""
+    accuracies = {}
+    checkpoints = Checkpoints(directory, accuracies)
+    for step, accuracy in enumerate(results, start=1):
+        checkpoints.save(plus(state, step), {"seconds": step})
+        if accuracy is not None:
+            accuracies[step] = accuracy
     checkpoints.wait()
     return checkpoints
+
+
+def plus(state, step):
+    """A state of a later step, told apart by its parameters."""
+    return state.replace(step=np.int32(step), params=jax.tree.map(lambda p: p + step, state.params))
 
 
 def accept(meta):
@@ -59,12 +66,12 @@ def test_a_save_without_validation_between_does_not_cost_the_best(tmp_path, stat
 
 def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state):
     checkpoints = save_all(tmp_path, state, [0.5])
-    expected = state.replace(params=jax.tree.map(lambda p: p + 1, state.params))
+    expected = plus(state, 1)
     for devices in (1, 2):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         like = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         restored, meta = checkpoints.restore(1, like, accept)
-        assert meta == {"seconds": 1, "state_digest": train_state.digest(expected)}
+        assert meta == {"seconds": 1, "digest": train_state.digest(expected)}
         assert int(restored.step) == 1
         assert train_state.digest(restored) == train_state.digest(expected)
         assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
@@ -73,7 +80,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state
 
 def test_another_process_finds_the_same_checkpoints(tmp_path, state):
     save_all(tmp_path, state, [0.5, 0.9, 0.8]).close()
-    reader = Checkpoints(tmp_path, read_only=True)
+    reader = Checkpoints(tmp_path, {1: 0.5, 2: 0.9, 3: 0.8}, read_only=True)
     assert reader.choose("best") == 2
     assert reader.latest == 3
     reader.close()
@@ -82,7 +89,7 @@ def test_another_process_finds_the_same_checkpoints(tmp_path, state):
 def test_saving_a_step_that_is_not_later_is_an_error_and_not_silent(tmp_path, state):
     checkpoints = save_all(tmp_path, state, [0.5, 0.6])
     with pytest.raises(RuntimeError, match="did not save step 1"):
-        checkpoints.save(state.replace(step=np.int32(1)), {}, 0.7)
+        checkpoints.save(plus(state, 1), {})
     checkpoints.close()
 
 
@@ -98,7 +105,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path, state, which, words):
 
 
 def test_an_empty_folder_has_no_checkpoint_and_is_not_made_by_a_reader(tmp_path):
-    reader = Checkpoints(tmp_path / "none", read_only=True)
+    reader = Checkpoints(tmp_path / "none", {}, read_only=True)
     assert reader.latest is None
     with pytest.raises(UserError, match="holds no checkpoint"):
         reader.choose("best")
@@ -143,7 +150,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, state, damage):
     save_all(tmp_path, state, [0.5]).close()
     damage(tmp_path / "1")
-    with closing(Checkpoints(tmp_path, read_only=True)) as checkpoints, pytest.raises(Damaged) as refusal:
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints, pytest.raises(Damaged) as refusal:
         checkpoints.restore(1, state, accept)
     assert str(refusal.value).startswith(f"{tmp_path / '1'} is damaged")
     assert "\n" not in str(refusal.value)
@@ -155,7 +162,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, state, tiny_config):
     tiny_config.model.channel_list = (8, 24)
     other = train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
     with (
-        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
+        closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
         pytest.raises(UserError, match="is damaged"),
     ):
         checkpoints.restore(1, other, accept)
@@ -171,7 +178,7 @@ def flip_a_bit(file, rng):
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
     whole = tmp_path / "whole"
     save_all(whole, state, [0.5]).close()
-    expected = train_state.digest(state.replace(params=jax.tree.map(lambda p: p + 1, state.params)))
+    expected = train_state.digest(plus(state, 1))
     files = [file for file in (whole / "1").rglob("*") if file.is_file() and file.stat().st_size]
     data = max((file for file in files if file.parent.name == "d"), key=lambda file: file.stat().st_size)
     rng = np.random.default_rng(0)
@@ -180,7 +187,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
         shutil.copytree(whole, copy)
         flip_a_bit(copy / file.relative_to(whole), rng)
         try:
-            with closing(Checkpoints(copy, read_only=True)) as checkpoints:
+            with closing(Checkpoints(copy, {}, read_only=True)) as checkpoints:
                 restored, _ = checkpoints.restore(1, state, accept)
         except Damaged:
             continue
@@ -192,7 +199,7 @@ def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noti
         patch.setattr(train_state, "digest", lambda state: "0" * 64)
         save_all(tmp_path, state, [0.5]).close()
     with (
-        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
+        closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
         pytest.raises(Damaged, match="its state is not the one that was saved"),
     ):
         checkpoints.restore(1, state, accept)
@@ -205,12 +212,11 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_moved_aside(tm
     save_all(directory, state, [0.9, 0.5, 0.6]).close()
     damage(directory / "3")
     (directory / "4.orbax-checkpoint-tmp").mkdir()
-    with closing(Checkpoints(directory)) as checkpoints:
+    with closing(Checkpoints(directory, {1: 0.9, 2: 0.5})) as checkpoints:
         restored, meta = checkpoints.restore_newest(state, accept)
         assert int(restored.step) == meta["seconds"] == 2
         assert kept(checkpoints) == [1, 2]
-        params = jax.tree.map(lambda p: p + 3, state.params)
-        checkpoints.save(state.replace(step=np.int32(3), params=params), {"seconds": 3}, 0.6)
+        checkpoints.save(plus(state, 3), {"seconds": 3})
         checkpoints.wait()
         assert kept(checkpoints) == [1, 2, 3]
     (moved,) = (tmp_path / "damaged").iterdir()
@@ -224,7 +230,10 @@ def test_where_no_checkpoint_is_whole_all_stay(tmp_path, state):
     save_all(directory, state, [0.5, 0.6]).close()
     for step in "12":
         DAMAGE["no state"](directory / step)
-    with closing(Checkpoints(directory)) as checkpoints, pytest.raises(Damaged, match=r"no checkpoint of .* is whole"):
+    with (
+        closing(Checkpoints(directory, {})) as checkpoints,
+        pytest.raises(Damaged, match=r"no checkpoint of .* is whole"),
+    ):
         checkpoints.restore_newest(state, accept)
     assert {"1", "2"} <= {p.name for p in directory.iterdir()}
     assert not (tmp_path / "damaged").exists()
@@ -237,29 +246,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(tmp_pa
     def refuse(meta):
         raise UserError("of another run")
 
-    with closing(Checkpoints(directory)) as checkpoints, pytest.raises(UserError, match="of another run") as refusal:
+    with (
+        closing(Checkpoints(directory, {})) as checkpoints,
+        pytest.raises(UserError, match="of another run") as refusal,
+    ):
         checkpoints.restore_newest(state, refuse)
     assert not isinstance(refusal.value, Damaged)
     assert not (tmp_path / "damaged").exists()
-
-
-@pytest.mark.parametrize("content", ["{bad", "{}", "[]"])
-def test_unreadable_metrics_of_a_checkpoint_move_it_aside(tmp_path, state, content, capsys):
-    directory = tmp_path / "checkpoints"
-    save_all(directory, state, [0.5, 0.6]).close()
-    (directory / "2" / "metrics" / "metrics").write_text(content)
-    with closing(Checkpoints(directory)) as checkpoints:
-        assert kept(checkpoints) == [1]
-    assert f"{directory / '2'} is damaged" in capsys.readouterr().err
-
-
-@orbax_drops_its_tasks
-@pytest.mark.parametrize("content", ["{bad", "{}"])
-def test_unreadable_metrics_of_a_checkpoint_are_one_line(tmp_path, state, content):
-    save_all(tmp_path, state, [0.5, 0.6]).close()
-    (tmp_path / "2" / "metrics" / "metrics").write_text(content)
-    with (
-        pytest.raises(Damaged),
-        closing(Checkpoints(tmp_path, read_only=True)) as checkpoints,
-    ):
-        checkpoints.choose("best")

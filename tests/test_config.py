@@ -36,6 +36,7 @@ RANGES = {
     "eval_every_epochs": ([1], [0, -1]),
     "checkpoint_every_steps": ([0], [-1]),
     "log_every_steps": ([1], [0, -1]),
+    "abort_grad_norm": ([0.0, 1e4], [-1.0, math.inf]),
     "data.name": (["digits", "npz:a file"], ["", " "]),
     "data.data_dir": (["", "a"], []),
     "data.cache_dir": (["", "a"], []),

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import re
 import signal
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 
 from configs import sgd
 from resnet_jax import config as config_lib
-from resnet_jax import datasets, evaluate, preemption, train
-from resnet_jax.checkpoints import Checkpoints
+from resnet_jax import datasets, evaluate, input_pipeline, preemption, train
 from resnet_jax.errors import UserError
 
 
@@ -171,23 +169,64 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
         evaluate.run(tiny_config, tmp_path / "run", "latest")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, tiny_config):
+def fails(directory, config):
+    """The message of a run that stops at a step that cannot be taken, and what it says of that step."""
+    with pytest.raises(UserError) as stop:
+        train.train(config, directory)
+    assert not (directory / "result.json").exists()
+    return str(stop.value), json.loads((directory / "failed_step.json").read_text())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_the_state_before_it_saved(tmp_path, tiny_config):
     tiny_config.optim.learning_rate = 1e30
-    tiny_config.checkpoint_every_steps = tiny_config.log_every_steps = 1
-    with pytest.raises(
-        UserError, match=r"became non-finite between step \d+ and step \d+; the checkpoint of step"
-    ) as stop:
-        train.train(tiny_config, tmp_path)
-    failed, kept = (
-        int(re.search(rf"{words} (\d+)", str(stop.value))[1]) for words in ("and step", "checkpoint of step")
-    )
-    assert kept == failed - 1
-    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
-    assert checkpoints.latest == kept
-    checkpoints.close()
-    assert not (tmp_path / "result.json").exists()
+    tiny_config.log_every_steps = 1
+    message, report = fails(tmp_path, tiny_config)
+    failed = report["step"]
+    assert failed > 1
+    assert f"step {failed} has loss {report['loss']} and gradient norm {report['grad_norm']}" in message
+    assert "nan" in (report["loss"], report["grad_norm"])
+    assert f"the state before it is checkpoint {failed - 1}" in message
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, failed))
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+    assert any(layer["non_finite_grads"] for layer in report["layers"].values())
+    assert fails(tmp_path, tiny_config) == (message, report)  # the same command comes to the same step
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == failed - 1
+
+
+def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit_goes_on_exactly(tmp_path, tiny_config):
+    tiny_config.log_every_steps = 1
+    whole = train.train(tiny_config, tmp_path / "whole")
+    norms = [row["grad_norm"] for row in rows(tmp_path / "whole", "train")]
+    tiny_config.abort_grad_norm = sorted(norms[5:])[-1] * 0.999
+    first = next(step for step, norm in enumerate(norms, start=1) if norm > tiny_config.abort_grad_norm)
+    message, report = fails(tmp_path / "run", tiny_config)
+    assert report["step"] == first
+    assert report["grad_norm"] == pytest.approx(norms[first - 1], rel=1e-5)
+    assert f"config.abort_grad_norm allows {tiny_config.abort_grad_norm:g}" in message
+    tiny_config.abort_grad_norm = 0.0
+    assert train.train(tiny_config, tmp_path / "run")["state_digest"] == whole["state_digest"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_the_report_on_a_failed_step_names_its_examples_and_the_norms_of_its_layers(tmp_path, tiny_config):
+    tiny_config.abort_grad_norm = 1e-9
+    message, report = fails(tmp_path, tiny_config)
+    assert (report["step"], report["checkpoint_step"]) == (1, 0)
+    assert "there is no checkpoint before it" in message
+    digits = datasets.load(tiny_config.data)
+    assert len(set(report["examples"])) == len(report["examples"]) == 64
+    assert digits.train.labels[report["examples"]].tolist() == report["labels"]
+    (first,) = (
+        batch["labels"].tolist()
+        for batch in input_pipeline.train_batches(
+            datasets.validation_split(digits, tiny_config.data)[0], tiny_config, 0, 1
+        )
+    )
+    assert report["labels"] == first
+    layers = report["layers"]
+    assert set(layers["classifier/kernel"]) == {"param_norm", "grad_norm", "non_finite_grads"}
+    total = math.sqrt(sum(layer["grad_norm"] ** 2 for layer in layers.values()))
+    assert total == pytest.approx(report["grad_norm"], rel=1e-5)
 
 
 def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_config):

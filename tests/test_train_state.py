@@ -36,25 +36,27 @@ def test_parameters_equal_those_of_an_ordinary_init(tiny_config):
 
 def test_the_digest_is_what_its_docstring_says(tiny_config):
     state = create(tiny_config)
-    tree = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    tree = train_state.trained(state)
     sha = hashlib.sha256()
     for path, leaf in sorted(
         (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ):
         sha.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode() + np.asarray(leaf).tobytes())
-    assert train_state.digest(state) == sha.hexdigest()
+    assert train_state.digest(tree) == sha.hexdigest()
 
 
-@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state", "metrics", "step", "failed"])
 def test_the_digest_sees_one_changed_number_anywhere(tiny_config, part):
     state = create(tiny_config)
     leaves, structure = jax.tree.flatten(getattr(state, part))
     flat = np.array(leaves[-1])
-    flat.reshape(-1)[-1:] = np.nextafter(flat.reshape(-1)[-1:], 9, dtype=flat.dtype) if flat.dtype.kind == "f" else 9
+    last = flat.reshape(-1)[-1:]
+    last[:] = np.nextafter(last, 9, dtype=flat.dtype) if flat.dtype.kind == "f" else last + 1
     changed = state.replace(**{part: jax.tree.unflatten(structure, [*leaves[:-1], flat])})
     assert train_state.digest(changed) != train_state.digest(state)
 
 
-def test_the_digest_leaves_step_and_metrics_out(tiny_config):
+def test_what_is_trained_leaves_bookkeeping_out(tiny_config):
     state = create(tiny_config)
-    assert train_state.digest(state.replace(step=state.step + 1)) == train_state.digest(state)
+    later = state.replace(step=state.step + 1, metrics=jax.tree.map(lambda m: m + 1, state.metrics))
+    assert train_state.digest(train_state.trained(later)) == train_state.digest(train_state.trained(state))
