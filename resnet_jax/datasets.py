@@ -6,6 +6,7 @@ TFDS image-classification set. What takes time to decode is cached as one `.npz`
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,9 +49,12 @@ def load(config: ConfigDict) -> Dataset:
         UserError: where the data are missing, unreadable or not image classification.
     """
     try:
-        return _checked(config.name, _read(config))
+        dataset = _checked(config.name, _read(config))
     except OSError as error:
         raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+    if config.name.startswith(("npz:", "folder:")):
+        _check_own(dataset)
+    return dataset
 
 
 def _read(config: ConfigDict) -> Arrays:
@@ -99,11 +103,11 @@ def fingerprint(arrays: Arrays) -> str:
 def _checked(name: str, arrays: Arrays) -> Dataset:
     images = arrays["train_images"], arrays["test_images"]
     try:
-        class_names = tuple(arrays["class_names"].reshape(-1).tolist())
+        class_names = tuple(arrays["class_names"].tolist()) if arrays["class_names"].ndim == 1 else ()
         "".join(class_names).encode()
     except (SystemError, TypeError, ValueError) as error:
         raise UserError(f"{name}: class_names must be text, each name once ({error})") from error
-    if len(set(class_names)) < len(class_names):
+    if not class_names or len(set(class_names)) < len(class_names):
         raise UserError(f"{name}: class_names must be text, each name once")
     for part, split, labels in zip(
         ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
@@ -135,6 +139,28 @@ def _checked(name: str, arrays: Arrays) -> Dataset:
         class_names,
         fingerprint(arrays),
     )
+
+
+def _check_own(dataset: Dataset) -> None:
+    """Look at a user's own data for what published sets are known not to have, or to have.
+
+    Raises:
+        UserError: where a class has no training image.
+    """
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+    if empty := [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]:
+        raise UserError(
+            f"{dataset.name}: no training image for {len(empty)} of {len(counts)} classes ({', '.join(empty[:5])}): add "
+            "some, or take the class out"
+        )
+    seen = {hashlib.sha256(image.tobytes()).digest() for image in dataset.train.images}
+    twice = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in dataset.test.images)
+    if twice:
+        print(
+            f"warning: {dataset.name}: {twice} of {len(dataset.test.labels)} test images are training images too, which "
+            "flatters the test accuracy: take them out of one",
+            file=sys.stderr,
+        )
 
 
 def default_cache_dir() -> Path:

@@ -73,18 +73,18 @@ def list_folder(folder: Path) -> list[LabelledFile]:
     """Every image of a folder with train/<class>/* and test/<class>/*, sorted.
 
     Raises:
-        UserError: where a part is missing or empty, or test has a class that train has not.
+        UserError: where a part is missing, a part or a class is empty, or test has a class that train has not.
     """
-    files = [
-        LabelledFile(file, part, directory.name)
-        for part in ("train", "test")
-        for directory in sorted((folder / part).glob("[!.]*/"))
-        for file in sorted(directory.iterdir())
-        if file.is_file() and not file.name.startswith(".")
-    ]
+    files = []
     for part in ("train", "test"):
-        if not any(file.part == part for file in files):
+        classes = sorted((folder / part).glob("[!.]*/"))
+        if not classes:
             raise UserError(f"{folder / part} holds no images: put them in {folder / part}/<class>/")
+        for directory in classes:
+            images = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+            if not images:
+                raise UserError(f"{directory} holds no images: put some there, or remove it")
+            files += [LabelledFile(path, part, directory.name) for path in images]
     unseen = sorted({f.label for f in files if f.part == "test"} - {f.label for f in files if f.part == "train"})
     if unseen:
         raise UserError(f"{folder / 'test'} has classes that {folder / 'train'} has not: {', '.join(unseen)}")

@@ -156,7 +156,13 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
             ["test", "at least one image"],
         ),
         ({"train_images": np.zeros((6, 0, 7, 3), np.uint8)}, ["train images are uint8 (6, 0, 7, 3)"]),
+        (
+            {"class_names": np.array(["ant", "bee", "cat", "dog", "eel"])},
+            ["no training image for 2 of 5 classes (dog, eel)"],
+        ),
         ({"class_names": np.array([b"a", b"b", b"c"])}, ["class_names must be text, each name once"]),
+        ({"class_names": np.array([["a"], ["b"], ["c"]])}, ["class_names must be text, each name once"]),
+        ({"class_names": np.array("a")}, ["class_names must be text, each name once"]),
         ({"class_names": np.array(["a", "b", "a"])}, ["class_names must be text, each name once"]),
         ({"train_labels": np.array([0, 1, 2, 0, 1, 2**31]), "class_names": None}, ["labels run to 2147483648"]),
         (
@@ -274,10 +280,30 @@ def test_a_folder_without_images_in_a_part_is_refused(data, tmp_path):
     refusal(data, f"folder:{tmp_path}/nowhere", tmp_path / "nowhere/train", "holds no images")
 
 
-def test_an_empty_class_and_hidden_or_loose_files_are_passed_over(data, tmp_path):
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_of_a_folder_without_images_is_refused(data, tmp_path, part):
+    root = folder(tmp_path)
+    (root / part / "wasp").mkdir()
+    (root / part / "wasp/.DS_Store").write_bytes(b"\0")
+    refusal(data, f"folder:{root}", root / part / "wasp", "holds no images")
+
+
+def test_test_images_that_are_training_images_too_are_counted_in_a_warning(data, tmp_path, capsys):
+    root = folder(tmp_path)
+    load(data, f"folder:{root}")
+    assert "2 of 2 test images are training images too" in capsys.readouterr().err
+    save_image(root / "test/ant/0.png", (1, 1, 1))
+    load(data, f"folder:{root}")
+    assert "1 of 2 test images are training images too" in capsys.readouterr().err
+    save_image(root / "test/bee/0.png", (2, 2, 2))
+    load(data, f"folder:{root}")
+    load(data, npz(tmp_path, train_images=np.asfortranarray(arrays()["train_images"])))
+    assert capsys.readouterr().err == ""
+
+
+def test_hidden_and_loose_files_are_passed_over(data, tmp_path):
     root = folder(tmp_path)
     before = load(data, f"folder:{root}")
-    (root / "train/wasp").mkdir()
     (root / "train/ant/.DS_Store").write_bytes(b"\0")
     (root / "train/README").write_text("loose")
     save_image(root / "train/.ipynb_checkpoints/0.png")
