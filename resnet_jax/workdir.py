@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: where it cannot be written; the old one stays.
     """
-    with _writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+    with _writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
         new = Path(scratch) / path.name
         with new.open("w") as file:
             file.write(text)
@@ -148,6 +148,8 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
                 f"{bytes_needed / 1e6:,.0f} MB: make room, or choose another"
             )
         check(directory, config)
+        for left in directory.glob(".incomplete-*"):  # by a session that was killed
+            shutil.rmtree(left)
         write_json(directory / "config.json", config_lib.to_json(config))
         write_json(directory / "environment.json", environment())
 

@@ -1,5 +1,6 @@
 """Two fake CPU devices, strict ranks, one compilation cache, and what several tests share."""
 
+import json
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -8,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -58,6 +60,36 @@ def launch(*arguments: str, timeout: float = 300, **environment: str) -> subproc
         timeout=timeout,
         env=os.environ | environment,
     )
+
+
+def start(*arguments: object, program: str = "launch.py", **environment: str) -> subprocess.Popen[str]:
+    """Start `launch.py` without waiting for its end."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / program), *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> str:
+    """What a process prints up to the first line with this beginning."""
+    seen = []
+    assert process.stdout
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(beginning):
+            break
+    return "".join(seen)
+
+
+def rows(directory: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without the speeds, which differ from run to run."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k != "images_per_second"} for row in found if split in (None, row["split"])
+    ]
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:

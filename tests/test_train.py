@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import rows
 
 from configs import sgd
 from resnet_jax import config as config_lib
@@ -12,30 +13,23 @@ from resnet_jax import datasets, evaluate, input_pipeline, preemption, train
 from resnet_jax.errors import UserError
 
 
-def rows(directory, split=None):
-    """The rows of metrics.jsonl, without the speeds."""
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if k != "images_per_second"} for row in found if split in (None, row["split"])
-    ]
+def at_step(monkeypatch, step, action, factory="jit_train_step"):
+    """Do something right after the given step of the next run was dispatched, or a batch of evaluation after it."""
+    make = getattr(train.steps, factory)
 
-
-def at_step(monkeypatch, step, action):
-    """Do something right after the given step of the next run was dispatched."""
-    make = train.steps.jit_train_step
-
-    def jit_train_step(*arguments):
+    def made(*arguments):
         compiled = make(*arguments)
 
-        def train_step(state, batch):
-            state, metrics = compiled(state, batch)
-            if int(state.step) == step:
+        def call(state, batch):
+            before = int(state.step)
+            results = compiled(state, batch)
+            if before + (factory == "jit_train_step") == step:
                 action()
-            return state, metrics
+            return results
 
-        return train_step
+        return call
 
-    monkeypatch.setattr(train.steps, "jit_train_step", jit_train_step)
+    monkeypatch.setattr(train.steps, factory, made)
 
 
 class Died(BaseException):
@@ -125,6 +119,37 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_p
     parts = train.train(config, tmp_path / "parts")
     assert parts["state_digest"] == whole["state_digest"]
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, None], ids=["SIGTERM", "kill -9"])
+def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_path, tiny_config, monkeypatch, signum):
+    tiny_config.eval_batch_size = 16
+    whole = train.train(tiny_config, tmp_path / "whole")
+    for step, evaluated in ((21, []), (41, [21])):
+        end = die if signum is None else lambda: os.kill(os.getpid(), signum)
+        with monkeypatch.context() as patch:
+            at_step(patch, step, end, "jit_eval_step")
+            with pytest.raises(Died if signum is None else preemption.Interrupted):
+                train.train(tiny_config, tmp_path / "parts")
+        assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
+        assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
+    parts = train.train(tiny_config, tmp_path / "parts")
+    assert parts["state_digest"] == whole["state_digest"]
+    assert parts["checkpoint_step"] == whole["checkpoint_step"]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_ends_it(
+    tmp_path, tiny_config, monkeypatch
+):
+    whole = train.train(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "validate", lambda *_: None)
+        at_step(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM), "jit_eval_step")
+        with pytest.raises(preemption.Interrupted, match="at step 41 of 41"):
+            train.train(tiny_config, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
 
 
 def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
