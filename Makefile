@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: run test lint soak clean
+.PHONY: run test test-slow lint soak clean
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
@@ -20,8 +20,12 @@ run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 test: $(VENV)/installed ## run the tests, with line coverage
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-soak: $(VENV)/installed ## kill a run 20 times at random moments and compare its end with an undisturbed one
-	RESNET_JAX_SOAK_KILLS=20 $(BIN)/python -m pytest tests/test_end_to_end.py -k killed_at_random
+test-slow: $(VENV)/installed ## the tests of violence: kills, full disks, lost hosts, other devices, 20,000 steps
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+
+soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random inputs a reader
+	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_reliability.py -k killed_at_chosen_moments
+	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .

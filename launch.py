@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from resnet_jax import cli
+from resnet_jax.errors import UserError
 
 STARTED = time.monotonic()
 
@@ -28,13 +29,13 @@ def main(config: ConfigDict) -> None:
     """Run what the flags say."""
     file, variant = cli.config_file()
     default = Path("runs") / "-".join(filter(None, [file.stem, variant]))
+    if WORKDIR.value == "":
+        raise UserError("--workdir is empty: give a folder, or leave the flag out")
     directory = Path(os.path.expanduser(WORKDIR.value or default)).absolute()
-    from resnet_jax import (
-        cluster,
-        evaluate,
-        preemption,
-        train,
-    )  # after the config is checked: importing JAX takes seconds
+    try:  # only now that the config is checked, for importing JAX takes seconds
+        from resnet_jax import cluster, evaluate, preemption, train
+    except (ImportError, ValueError) as error:
+        raise UserError(f"JAX does not start ({error}): mend the environment, or install resnet_jax again") from error
 
     if DISTRIBUTED.value:
         cluster.join()

@@ -14,9 +14,13 @@ from ml_collections import ConfigDict, config_flags
 from resnet_jax.config import check_name, validate
 from resnet_jax.errors import UserError, exit_on_user_error
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="File of the config, with :variant where it has one; --config.field=value overrides."
-)
+with exit_on_user_error():
+    try:
+        CONFIG = config_flags.DEFINE_config_file(
+            "config", help_string="File of the config, with :variant where it has one; --config.field=value overrides."
+        )
+    except flags.Error as error:  # a --flagfile that is not there: ml_collections reads the command line already here
+        raise UserError(str(error)) from error
 
 
 def run(main: Callable[[ConfigDict], None]) -> None:
@@ -28,6 +32,13 @@ def run(main: Callable[[ConfigDict], None]) -> None:
                 main(CONFIG.value)
             except KeyboardInterrupt:
                 sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
+            except Exception as error:
+                if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UserError(
+                    f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or make the "
+                    "model smaller"
+                ) from error
 
     sys.unraisablehook = _hide_closed_loops
     app.run(guarded, flags_parser=_parse_flags)

@@ -35,9 +35,8 @@ def join() -> None:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether an error is what this process sees of another's end: the transport between them gave up."""
-    return (
-        jax.process_count() > 1 and re.search("gloo|nccl|coordination|barrier", str(error), re.IGNORECASE) is not None
-    )
+    words = re.search("gloo|nccl|coordination|barrier", str(error), re.IGNORECASE)
+    return jax.distributed.is_initialized() and words is not None
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def all_end_with_this() -> Iterator[None]:
     except Interrupted:
         raise  # which all raise
     except Exception as error:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             raise
         if isinstance(error, UserError):
             report(error)
