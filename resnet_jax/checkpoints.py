@@ -24,6 +24,12 @@ class Damaged(UserError):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
+def _reason(error: Exception) -> str:
+    """The end of the first line of an error, where TensorStore says what the matter is, before it lists its settings."""
+    first = (str(error).splitlines() or [""])[0].split(" [", 1)[0]
+    return f"{type(error).__name__}: {': '.join(first.split(': ')[-2:])[:200]}"
+
+
 class _Best(policy.PreservationPolicy):
     """Keep the checkpoint of highest validation accuracy."""
 
@@ -72,10 +78,7 @@ class Checkpoints:
             raise
         except Exception as error:
             what = self._directory if step is None else self._directory / str(step)
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise Damaged(
-                f"{what} is damaged ({type(error).__name__}: {reason}): choose another checkpoint or --workdir"
-            ) from error
+            raise Damaged(f"{what} is damaged ({_reason(error)}): choose another checkpoint or --workdir") from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -85,10 +88,9 @@ class Checkpoints:
         except Exception as error:
             if cluster.is_lost_peer(error):
                 raise
-            reason = (str(error).splitlines() or [""])[0][:200]
             kept = max((step for step in self._manager.all_steps(read=True)), default=None)
             raise UserError(
-                f"{self._directory}: a checkpoint cannot be written ({type(error).__name__}: {reason}): mend that, and "
+                f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): mend that, and "
                 + ("start the run again" if kept is None else f"the same command goes on from step {kept}")
             ) from error
 

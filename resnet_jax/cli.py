@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_jax.config import check_name, validate
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.errors import UserError, exit_on_user_error, leave, report
 
 with exit_on_user_error():
     try:
@@ -27,18 +27,21 @@ def run(main: Callable[[ConfigDict], None]) -> None:
     """Parse the command line, check the config and run a tool on it; a `UserError` is one line and exit code 2."""
 
     def guarded(_: list[str]) -> None:
-        with exit_on_user_error():
-            try:
-                main(CONFIG.value)
-            except KeyboardInterrupt:
-                sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
-            except Exception as error:
-                if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise UserError(
-                    f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or make the "
-                    "model smaller"
-                ) from error
+        try:
+            main(CONFIG.value)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
+        except UserError as error:
+            report(error)
+            leave(2)
+        except Exception as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            report(
+                f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or make the model "
+                "smaller"
+            )
+            leave(2)
 
     sys.unraisablehook = _hide_closed_loops
     app.run(guarded, flags_parser=_parse_flags)

@@ -1,16 +1,14 @@
 """A run of several processes: how they find each other, and how all of them end when one does."""
 
 import faulthandler
-import os
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
 
-from resnet_jax.errors import UserError, report
+from resnet_jax.errors import UserError, leave, report
 from resnet_jax.preemption import Interrupted
 
 _LOST_AFTER_SECONDS = 30  # without a sign of life of another process
@@ -62,6 +60,4 @@ def all_end_with_this() -> Iterator[None]:
             )
         else:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+        leave(2 if isinstance(error, UserError) else 1)

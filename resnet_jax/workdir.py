@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
@@ -130,6 +131,7 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
         UserError: where the folder cannot be written, its disk is too full, or another process is training in it.
     """
     if jax.process_index() > 0:
+        _wait_for_all()
         yield lambda: None
         return
     path = directory / ".lock"
@@ -157,7 +159,14 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise UserError(f"{directory} was deleted or replaced under way: start the run again")
 
+        _wait_for_all()
         yield check_held
+
+
+def _wait_for_all() -> None:
+    """Let no process read the folder before the first has locked it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the folder is locked")
 
 
 def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Violence, in processes of their own: kills, full disks, lost hosts, other devices, a long life (`make test-slow`)."""
 
+import contextlib
 import json
 import os
 import re
@@ -51,7 +52,7 @@ def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, optim
     seed = int(os.environ.get("RESNET_JAX_SOAK_SEED", time.time_ns() % 2**32))
     rng = np.random.default_rng(seed)
     kills = int(os.environ.get("RESNET_JAX_SOAK_KILLS", 10))
-    more = ("--config.checkpoint_every_steps=7", "--config.eval_every_epochs=2", f"--config.num_epochs={6.0 * kills}")
+    more = ("--config.checkpoint_every_steps=7", "--config.eval_every_epochs=2", f"--config.num_epochs={3.0 * kills}")
     command = (*OPTIMIZERS[optimizer], *more)
     whole = launch(*command, "--workdir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -150,13 +151,9 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_up_stops_the_run_and_what_was_good_stays(small_disk):
     process = under_way(small_disk / "run")
-    with (small_disk / "fill").open("wb") as fill:
-        try:
-            while True:
-                fill.write(bytes(4096))
-                fill.flush()
-        except OSError:
-            pass
+    with contextlib.suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as fill:
+        while True:
+            fill.write(bytes(4096))
     assert_stops_with_a_line(process, str(small_disk / "run"), "cannot be written", "No space left on device")
     (small_disk / "fill").unlink()
     assert_goes_on(small_disk / "run")
@@ -258,7 +255,7 @@ def test_a_checkpoint_of_any_number_of_devices_restores_on_any_other(tmp_path):
     """Each session resumes from what other devices wrote; the digest stored with it says that it came back bit for bit."""
     command = (*SMOKE, "--config.num_epochs=3.0", "--workdir", tmp_path, "--max-seconds=0")
     saved = 0
-    for devices in (8, 4, 2, 1, 8, 1):
+    for devices in (8, 4, 2, 1, 8):
         flags = f"--xla_force_host_platform_device_count={devices}"
         done = launch(*command, XLA_FLAGS=flags)
         assert done.returncode == 124, done.stderr
@@ -298,7 +295,8 @@ def ends(processes, timeout=240):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, count):
-    command = (*SMOKE, "--config.num_epochs=5.0", "--config.log_every_steps=3")
+    """SGD, for Adam's first updates are signs of gradients, which rounding flips; 33 steps amplify rounding as it is."""
+    command = (*OPTIMIZERS["sgd"], "--config.num_epochs=3.0", "--config.log_every_steps=3")
     alone = launch(*command, "--workdir", tmp_path / "alone", XLA_FLAGS="")
     assert alone.returncode == 0, alone.stderr
     command = (*command, "--workdir", tmp_path / "all")
@@ -315,6 +313,7 @@ def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, c
     assert all("epoch" not in output for output in stdout[1:])  # the first process speaks, and writes, for all
     for split in ("train", "validation", "test"):
         one, other = ([row["loss"] for row in rows(tmp_path / name, split)] for name in ("alone", "all"))
+        print(split, "largest relative difference", max(abs(np.array(other) / one - 1)))
         np.testing.assert_allclose(other, one, rtol=1e-3)
     assert result(tmp_path / "all")["environment"]["processes"] == count
 
