@@ -68,6 +68,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         for argument in argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
                 check_name(override[1])
+        given = sum(re.match("--?config(=|$)", argument) is not None for argument in argv[1:])
+        if given > 1:
+            raise UserError(f"--config is given {given} times: give it once")
         try:
             rest = flags.FLAGS(argv)[1:]
             config = CONFIG.value

@@ -130,9 +130,13 @@ def remove(path):
     shutil.rmtree(path)
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 def truncate_data(path):
     for file in path.rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        cut(file)
 
 
 DAMAGE = {
@@ -141,6 +145,9 @@ DAMAGE = {
     "truncated data": truncate_data,
     "meta of another form": lambda step: (step / "meta" / "metadata").write_text("[]"),
     "meta cut off": lambda step: (step / "meta" / "metadata").write_text('{"seco'),
+    "no array data": lambda step: [remove(path) for path in step.rglob("d") if path.is_dir()],
+    "array manifest cut off": lambda step: [cut(path) for path in step.rglob("manifest.ocdbt")],
+    "array metadata cut off": lambda step: cut(step / "state" / "_METADATA"),
     "an empty folder": lambda step: (remove(step), step.mkdir()),
 }
 

@@ -1,15 +1,25 @@
+import atexit
+import functools
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error, launch
+from PIL import Image
 
 FINAL = f"--config={ROOT}/configs/final.py"
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
 
+SMOKE = [f"--config={ROOT}/configs/final.py:smoke"]
+
 # What is typed -> words of the one line that answers. All of it is found before JAX is imported.
 MISTAKES = {
     "no config": ([], ["--config is missing", "--config configs/final.py"]),
+    "two configs": ([FINAL, QUICKSTART], ["--config is given 2 times", "once"]),
     "config without a value": (["--config"], ["Missing value", "--config"]),
     "unknown variant": ([FINAL + ":fast"], ["final.py takes :full or :smoke, not :fast"]),
     "override before the config": (["--config.seed=1", FINAL], ["--config.seed=1", "before", "--config"]),
@@ -76,32 +86,223 @@ def test_a_config_file_that_fails_is_one_line_and_leaves_no_file(here, tmp_path,
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["--workdir=nowhere"], ["--workdir=nowhere", "--checkpoint=newest"]])
-def test_evaluating_without_a_run_is_one_line_and_leaves_no_file(here, arguments):
-    directory = "nowhere" if arguments else "runs/quickstart"
-    assert_user_error(launch(QUICKSTART, "--mode=eval", *arguments), f"{here / directory} holds no run", "--workdir")
-    assert list(here.iterdir()) == []
+@functools.cache
+def trained_once():
+    """A finished run, for every test of this session."""
+    directory = Path(tempfile.mkdtemp()) / "run"
+    atexit.register(shutil.rmtree, directory.parent)
+    done = launch(*SMOKE, "--workdir", directory)
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
-def test_a_workdir_that_is_a_file_is_one_line_and_stays_as_it_was(here):
-    (here / "file").write_text("mine")
-    for directory in ("file", "file/run"):
-        assert_user_error(launch(QUICKSTART, "--workdir", directory), f"--workdir {here / directory}", "choose another")
-    assert [(path.name, path.read_text()) for path in here.iterdir()] == [("file", "mine")]
+def finished_run(here):
+    """A copy of it in a folder."""
+    return Path(shutil.copytree(trained_once(), here / "run"))
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("batch_size=63", ["config.batch_size 63", "2 devices", "62 or 64"]),
-        ("model.max_params=1000", ["the model has 78,042 parameters of 1,000 allowed", "config.model.max_params"]),
-        ("data.name=cifarr10", ["config.data.name 'cifarr10'", "such as cifar10, or digits, npz:FILE or folder:DIR"]),
-        ("data.name=npz:none.npz", ["none.npz is not a file", "npz:FILE"]),
-    ],
-)
-def test_what_only_data_and_devices_show_is_one_line_and_leaves_no_file(here, override, words):
-    assert_user_error(launch(QUICKSTART, "--workdir=run", f"--config.{override}"), *words)
-    assert list(here.iterdir()) == []
+def save_npz(path, **changed):
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+    arrays = {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images + 1,
+        "test_labels": labels,
+    } | changed
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def save_images(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / path)
+
+
+def damage_every_checkpoint(run):
+    for file in run.glob("checkpoints/*/state/_METADATA"):
+        file.write_text("{")
+
+
+# What lies in the folder, by a function of it (and of a finished run in it, "run"); the flags; the environment; the words.
+DEEPER_MISTAKES = {
+    # data
+    "a set that TFDS has not": (
+        None,
+        ["--config.data.name=cifarr10"],
+        {},
+        ["'cifarr10'", "such as cifar10, or digits"],
+    ),
+    "a version that TFDS has not": (
+        None,
+        ["--config.data.name=cifar10:9.9.9"],
+        {},
+        ["cannot be loaded at version 9.9.9"],
+    ),
+    "an npz that is not there": (None, ["--config.data.name=npz:none.npz"], {}, ["none.npz is not a file", "npz:FILE"]),
+    "an npz without labels": (
+        lambda here: save_npz(here / "d.npz", test_labels=None),
+        ["--config.data.name=npz:d.npz"],
+        {},
+        ["d.npz lacks test_labels"],
+    ),
+    "an npz of floats": (
+        lambda here: save_npz(here / "d.npz", train_images=np.zeros((4, 8, 8, 3))),
+        ["--config.data.name=npz:d.npz"],
+        {},
+        ["train images are float64", "must be uint8 [N, H, W, 3]"],
+    ),
+    "an npz with a class without images": (
+        lambda here: save_npz(here / "d.npz", train_labels=np.array([0, 2, 0, 2]), test_labels=np.array([0, 2, 2, 2])),
+        ["--config.data.name=npz:d.npz"],
+        {},
+        ["no training image for 1 of 3 classes (1)"],
+    ),
+    "a text file for an npz": (
+        lambda here: (here / "d.npz").write_text("text"),
+        ["--config.data.name=npz:d.npz"],
+        {},
+        ["d.npz cannot be read as an .npz"],
+    ),
+    "a folder that is not there": (None, ["--config.data.name=folder:none"], {}, ["none/train holds no images"]),
+    "a folder without test images": (
+        lambda here: save_images(here, "d/train/ant/0.png"),
+        ["--config.data.name=folder:d"],
+        {},
+        ["d/test holds no images", "put them in"],
+    ),
+    "a text file for an image": (
+        lambda here: (
+            save_images(here, "d/train/ant/0.png", "d/test/ant/0.png"),
+            (here / "d/test/ant/1.png").write_text("x"),
+        ),
+        ["--config.data.name=folder:d"],
+        {},
+        ["d/test/ant/1.png cannot be read as an image", "mend or remove it"],
+    ),
+    "a validation split of no image": (
+        None,
+        ["--config.data.validation_ratio=0.0001"],
+        {},
+        ["config.data.validation_ratio 0.0001 of 1438 training images leaves an empty part"],
+    ),
+    "a size for images that are not decoded": (None, ["--config.data.image_size=32"], {}, ["config.data.image_size"]),
+    # the machine
+    "a batch that devices cannot share": (
+        None,
+        ["--config.batch_size=63"],
+        {},
+        ["batch_size 63", "2 devices", "62 or 64"],
+    ),
+    "a model over its budget": (None, ["--config.model.max_params=1000"], {}, ["78,042 parameters of 1,000 allowed"]),
+    "a platform that JAX has not": (None, [], {"JAX_PLATFORMS": "nonsense"}, ["JAX finds no device", "JAX_PLATFORMS"]),
+    "a platform that is not there": (None, [], {"JAX_PLATFORMS": "tpu"}, ["JAX finds no device", "JAX_PLATFORMS"]),
+    "a variable that JAX cannot read": (
+        None,
+        [],
+        {"JAX_ENABLE_X64": "banana"},
+        ["JAX does not start", "JAX_ENABLE_X64"],
+    ),
+    "no cluster": (None, ["--distributed"], {}, ["--distributed", "srun"]),
+    "data that are neither there nor to be had": (
+        None,
+        ["--config.data.name=mnist", "--config.data.data_dir=nowhere"],
+        {
+            "http_proxy": "http://localhost:9",
+            "https_proxy": "http://localhost:9",
+            "no_proxy": "",
+        },  # where nobody listens
+        ["mnist is not prepared in", "nowhere", "TFDS_DATA_DIR"],
+    ),
+    # paths
+    "a file for a workdir": (
+        lambda here: (here / "run").write_text("mine"),
+        [],
+        {},
+        ["--workdir", "run", "choose another"],
+    ),
+    "a workdir in a file": (
+        lambda here: (here / "file").write_text("mine"),
+        ["--workdir=file/run"],
+        {},
+        ["--workdir", "file is not a folder that can be written"],
+    ),
+    "a workdir of no name": (None, ["--workdir="], {}, ["--workdir is empty"]),
+    "a workdir of a name too long": (None, ["--workdir=" + "a" * 300], {}, ["--workdir", "choose another"]),
+    "a file for a cache": (
+        lambda here: (save_images(here, "d/train/ant/0.png", "d/test/ant/0.png"), (here / "file").write_text("mine")),
+        ["--config.data.name=folder:d", "--config.data.cache_dir=file"],
+        {},
+        ["file cannot take the decoded data", "set config.data.cache_dir"],
+    ),
+    # runs and checkpoints
+    "evaluating no run": (None, ["--mode=eval"], {}, ["run holds no run", "--workdir"]),
+    "evaluating a checkpoint that is not there": (
+        finished_run,
+        [*SMOKE, "--mode=eval", "--checkpoint=7"],
+        {},
+        ["no checkpoint of step 7: choose one of 11"],
+    ),
+    "evaluating a checkpoint of no name": (
+        finished_run,
+        [*SMOKE, "--mode=eval", "--checkpoint=newest"],
+        {},
+        ["--checkpoint 'newest' must be best, latest or a step"],
+    ),
+    "evaluating as another config": (
+        finished_run,
+        [*SMOKE, "--mode=eval", "--config.seed=1"],
+        {},
+        ["another config (seed: 0 -> 1)"],
+    ),
+    "evaluating a damaged checkpoint": (
+        lambda here: damage_every_checkpoint(finished_run(here)),
+        [*SMOKE, "--mode=eval"],
+        {},
+        ["checkpoints/11 is damaged", "choose another checkpoint"],
+    ),
+    "training on as another config": (finished_run, [*SMOKE, "--config.seed=1"], {}, ["another config (seed: 0 -> 1)"]),
+    "training on without a whole checkpoint": (
+        lambda here: (damage_every_checkpoint(finished_run(here)), (here / "run/result.json").unlink()),
+        SMOKE,
+        {},
+        ["no checkpoint of", "is whole", "checkpoints/11 is damaged"],
+    ),
+    "a run that lost its config": (
+        lambda here: (finished_run(here) / "config.json").unlink(),
+        SMOKE,
+        {},
+        ["result.json is there and no config.json"],
+    ),
+    "a run whose config is cut off": (
+        lambda here: (finished_run(here) / "config.json").write_text("{"),
+        SMOKE,
+        {},
+        ["config.json cannot be used"],
+    ),
+    "a run whose result is cut off": (
+        lambda here: (finished_run(here) / "result.json").write_text("{"),
+        SMOKE,
+        {},
+        ["result.json cannot be used"],
+    ),
+}
+
+
+def contents(folder):
+    """Every file below a folder, but for the lock, and what is in it."""
+    files = (path for path in folder.rglob("*") if path.name != ".lock")
+    return {path: path.read_bytes() if path.is_file() else None for path in files}
+
+
+@pytest.mark.parametrize("mistake", DEEPER_MISTAKES)
+def test_a_mistake_that_only_data_machine_or_run_show_is_one_line_and_leaves_no_file(here, mistake):
+    prepare, arguments, environment, words = DEEPER_MISTAKES[mistake]
+    if prepare:
+        prepare(here)
+    before = contents(here)
+    config = [] if SMOKE[0] in arguments else [QUICKSTART]
+    assert_user_error(launch(*config, "--workdir=run", *arguments, **environment), *words)
+    assert contents(here) == before
 
 
 def test_help_lists_the_flags_and_starts_nothing(here):

@@ -39,7 +39,24 @@ def test_the_quickstart_has_the_parameters_that_the_readme_says():
 
 
 def test_every_file_that_the_readme_points_at_is_there():
-    paths = re.findall(r"(?:`|\()((?:resnet_jax|configs|results)/[\w/.-]+\.\w+|LICENSE)", README)
+    paths = re.findall(r"(?:`|\()((?:resnet_jax|configs|results|docs|examples)/[\w/.-]+\.\w+|LICENSE)", README)
     assert len(paths) > 15
     for path in paths:
         assert (ROOT / path).is_file(), path
+
+
+def test_every_promise_of_reliability_names_tests_that_are_there_and_every_slow_test_is_named():
+    tests = {
+        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+        for path in (ROOT / "tests").glob("test_*.py")
+    }
+    rows = [line for line in (ROOT / "docs" / "RELIABILITY.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise")]
+    assert len(promises) > 20
+    for row in promises:
+        _, cell, command = row.strip("| ").split(" | ")
+        named = set(re.findall(r"`(test_\w+)`", cell))
+        assert named, row
+        assert named <= set.union(*tests.values()), row
+        assert ("make test-slow" in command) == (named <= tests["test_reliability.py"]), row
+    assert tests["test_reliability.py"] <= set(re.findall(r"`(test_\w+)`", "".join(promises)))
