@@ -78,7 +78,9 @@ class Checkpoints:
             raise
         except Exception as error:
             what = self._directory if step is None else self._directory / str(step)
-            raise Damaged(f"{what} is damaged ({_reason(error)}): choose another checkpoint or --workdir") from error
+            raise Damaged(
+                f"{what} is damaged ({_reason(error)}): move it away, or choose another checkpoint or --workdir"
+            ) from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

@@ -376,11 +376,11 @@ def test_20000_steps_leak_neither_memory_nor_handles_nor_threads(tmp_path):
             usage[int(found[1])] = resources(process.pid)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    early, late = usage[2000], usage[steps]
-    print({step: usage[step] for step in sorted(usage) if step % 2000 == 0})
-    assert late["resident_kb"] < 1.05 * early["resident_kb"]
-    assert late["handles"] <= early["handles"] + 2  # a checkpoint may be under way
-    assert late["threads"] <= early["threads"] + 8
+    assert usage[steps]["resident_kb"] < 1.05 * usage[2000]["resident_kb"], usage
+    for kind in ("handles", "threads"):  # a save under way holds some, so the most in 2,000 steps is compared
+        early, late = (max(usage[step][kind] for step in range(end - 1900, end + 1, 100)) for end in (4000, steps))
+        assert late <= early + 2, usage
+    print({step: usage[step] for step in (2000, steps)})
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(100, steps + 1, 100))
     assert len(rows(tmp_path, "validation")) == len({row["step"] for row in rows(tmp_path, "validation")}) == 25
     assert result(tmp_path)["steps"] == steps
