@@ -22,7 +22,7 @@ def evaluate(
     split: datasets.Split,
     batch_size: int,
     mesh: Mesh,
-    after_batch: Callable[[], object] = lambda: None,
+    before_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate a state on all of a split.
 
@@ -32,7 +32,7 @@ def evaluate(
         split: the examples.
         batch_size: of the global batch; no larger than the split, and rounded up to a multiple of the number of devices.
         mesh: of `eval_step`.
-        after_batch: called as each batch is under way; what it raises ends the evaluation.
+        before_batch: called before each batch, when the one before is done; what it raises ends the evaluation.
 
     Returns:
         {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label}.
@@ -42,9 +42,9 @@ def evaluate(
     results: list[steps.EvalMetrics] = []
     for batch in batches:
         on_devices = steps.shard_batch(batch, mesh)
-        jax.block_until_ready(results[-1:])  # one batch at a time, so that what `after_batch` raises ends it soon
+        jax.block_until_ready(results[-1:])
+        before_batch()
         results.append(eval_step(state, on_devices))
-        after_batch()
     results = jax.device_get(results)
     confusion = np.sum([r.confusion.counts for r in results], axis=0, dtype=np.int64)
     seen = int(confusion.sum())

@@ -1,9 +1,11 @@
 """When a run must stop before its end: a signal, or a limit on its time."""
 
 import math
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -65,6 +67,35 @@ class StopRequest:
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+    @contextmanager
+    def heeded_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
+        """See to it that a signal is heeded in this block, though its thread be inside XLA for minutes.
+
+        Args:
+            seconds: how long the block has, after a signal, to end by itself.
+            end: called then, in another thread, with the exit code; to end the process.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        done = threading.Event()
+
+        def watch() -> None:
+            while signum := os.read(reader, 1):
+                if signum[0] in SIGNALS and not done.wait(seconds):
+                    end(128 + signum[0])
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        previous = signal.set_wakeup_fd(writer)  # which the C handler writes to at once; Python's waits for its thread
+        try:
+            yield
+        finally:
+            done.set()
+            signal.set_wakeup_fd(previous)
+            os.close(writer)
+            watcher.join()
+            os.close(reader)
 
     def exit_code(self, agree: bool = True) -> int | None:
         """The exit code to stop with now, None to go on.

@@ -1,6 +1,7 @@
 """The training loop: from a config and a folder to `result.json`, from wherever the folder's run was left."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -16,7 +17,7 @@ from resnet_jax import cluster, failure, input_pipeline, optim, preemption, step
 from resnet_jax import config as config_lib
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, leave
 from resnet_jax.evaluate import evaluate
 from resnet_jax.progress import Progress
 from resnet_jax.setup import Setup, setup
@@ -63,6 +64,9 @@ def train(
             ):
                 run.loop()
                 return run.finish()
+
+
+_GRACE_SECONDS = 2.0  # that an evaluation has to end after a signal, all being saved: a compilation can take minutes
 
 
 def evaluates_after(step: int, total_steps: int, batch_size: int, num_examples: int, every_epochs: int) -> bool:
@@ -244,8 +248,16 @@ class Run:
             if stop := self.stop_request.exit_code():
                 self.stop(stop, step)
 
+        def end_at_once(exit_code: int) -> None:
+            try:
+                self.stop(exit_code, step)
+            except (preemption.Interrupted, UserError) as stop:
+                print(stop, file=sys.stderr)
+                leave(exit_code)
+
         batch_size, mesh = self.config.eval_batch_size, self.start.mesh
-        return evaluate(self.eval_step, state, split, batch_size, mesh, after_batch=stop_if_asked)
+        with self.stop_request.heeded_within(_GRACE_SECONDS, end_at_once):
+            return evaluate(self.eval_step, state, split, batch_size, mesh, before_batch=stop_if_asked)
 
     def save(self) -> None:
         """Start saving the state."""

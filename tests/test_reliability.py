@@ -87,6 +87,31 @@ def test_a_signal_ends_a_run_within_ten_seconds_saved(tmp_path, signum):
     assert steps_saved(tmp_path)[-1] == step
 
 
+def test_a_signal_in_a_long_evaluation_or_its_compilation_ends_a_run_within_ten_seconds(tmp_path):
+    """One step of a deep model, then its evaluation, compiled for the first time: all is saved, so nothing is waited for."""
+    process = start(
+        *(
+            *SMOKE,
+            "--config.model.channel_list=(64,256)",
+            "--config.model.block_list=(9,9)",
+            "--config.model.max_params=0",
+        ),
+        *("--config.batch_size=2", "--config.num_epochs=0.001", "--config.schedule.warmup_epochs=0.0005"),
+        *("--workdir", tmp_path),
+        XLA_FLAGS="",
+        JAX_ENABLE_COMPILATION_CACHE="false",
+    )
+    read_until(process, "epoch")
+    time.sleep(0.5)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 143
+    assert stderr == f"stopped by SIGTERM at step 1 of 1, saved in {tmp_path}: the same command goes on\n"
+    assert steps_saved(tmp_path) == [1]
+
+
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     """The first is noted before the first step, where the compilation keeps the run from heeding it."""
     process = start(*LONG, "--workdir", tmp_path)

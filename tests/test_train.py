@@ -142,6 +142,7 @@ def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_pa
 def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_ends_it(
     tmp_path, tiny_config, monkeypatch
 ):
+    tiny_config.eval_batch_size = 16
     whole = train.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "validate", lambda *_: None)
