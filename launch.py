@@ -1,5 +1,6 @@
 """Train or evaluate: `python launch.py --config configs/final.py [--workdir DIR] [--mode train|eval] ...`."""
 
+import math
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Checkpoint to evaluate: 
 MAX_SECONDS = flags.DEFINE_float(
     "max-seconds", None, "Stop training after this many seconds, saved and with exit code 124.", lower_bound=0.0
 )
+flags.register_validator("max-seconds", lambda v: v is None or math.isfinite(v), "it must be a number of seconds")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as SLURM, Open MPI, a TPU pod or Kubernetes (JobSet) started them."
 )
@@ -29,8 +31,10 @@ def main(config: ConfigDict) -> None:
     """Run what the flags say."""
     file, variant = cli.config_file()
     default = Path("runs") / "-".join(filter(None, [file.stem, variant]))
-    if WORKDIR.value == "":
-        raise UserError("--workdir is empty: give a folder, or leave the flag out")
+    if WORKDIR.value is not None and (not WORKDIR.value.isprintable() or "://" in WORKDIR.value or not WORKDIR.value):
+        raise UserError(
+            f"--workdir {WORKDIR.value!r} is not the path of a folder: mount a bucket, or leave the flag out"
+        )
     directory = Path(os.path.expanduser(WORKDIR.value or default)).absolute()
     try:  # only now that the config is checked, for importing JAX takes seconds
         from resnet_jax import cluster, evaluate, preemption, train

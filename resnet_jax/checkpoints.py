@@ -3,6 +3,7 @@
 Orbax restores a flipped byte in silence, so each checkpoint holds the digest of its state and is checked against it.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,15 @@ from resnet_jax.train_state import TrainState
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read, or does not hold what was saved."""
+    """A checkpoint that cannot be read, or does not hold what was saved.
+
+    Attributes:
+        finding: what is damaged, and how; the message adds what a person can do.
+    """
+
+    def __init__(self, finding: str) -> None:
+        super().__init__(f"{finding}: choose another checkpoint or --workdir, or move it away")
+        self.finding = finding
 
 
 def _reason(error: Exception) -> str:
@@ -77,10 +86,10 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            if cluster.is_lost_peer(error):
+                raise
             what = self._directory if step is None else self._directory / str(step)
-            raise Damaged(
-                f"{what} is damaged ({_reason(error)}): move it away, or choose another checkpoint or --workdir"
-            ) from error
+            raise Damaged(f"{what} is damaged ({_reason(error)})") from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -199,7 +208,8 @@ class Checkpoints:
                 self._manager.reload()
             return found
         if damaged:
-            raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {next(iter(damaged.values()))}")
+            newest = next(iter(damaged.values()))
+            raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {newest.finding}")
         return None
 
     def _set_aside(self, damaged: dict[int, Damaged]) -> None:
@@ -208,8 +218,8 @@ class Checkpoints:
             for step, why in damaged.items():
                 place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
                 place.parent.mkdir(exist_ok=True)
-                (self._directory / str(step)).rename(place)
-                print(f"{why}; moved to {place}", file=sys.stderr)
+                shutil.move(self._directory / str(step), place)  # perhaps to another disk
+                print(f"{why.finding}; moved to {place}", file=sys.stderr)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 

@@ -34,6 +34,9 @@ def run(main: Callable[[ConfigDict], None]) -> None:
         except UserError as error:
             report(error)
             leave(2)
+        except OSError as error:  # the machine's: a full disk under the standard output, say
+            report(f"{error}: mend that, and start the same command again")
+            leave(2)
         except Exception as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise

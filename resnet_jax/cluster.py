@@ -1,12 +1,15 @@
 """A run of several processes: how they find each other, and how all of them end when one does."""
 
 import faulthandler
+import hashlib
 import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from resnet_jax.errors import UserError, leave, report
 from resnet_jax.preemption import Interrupted
@@ -20,6 +23,7 @@ def join() -> None:
     Raises:
         UserError: where there is no such environment, or the others do not come.
     """
+    print("waiting for the other processes, up to 5 minutes", flush=True)
     try:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=_LOST_AFTER_SECONDS, shutdown_timeout_seconds=_LOST_AFTER_SECONDS
@@ -29,6 +33,19 @@ def join() -> None:
             f"--distributed: the other processes were not found ({error}): start them all with srun, mpirun or a JobSet"
         ) from error
     faulthandler.disable()  # JAX aborts a process whose coordinator died and says so; a dump of every thread hides it
+
+
+def check_agreement(what: str, value: str) -> None:
+    """Refuse to go on where a text is not the same in all processes: each would train a run of its own.
+
+    Raises:
+        UserError: in all of them.
+    """
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.int32)
+        digests = multihost_utils.process_allgather(digest)
+        if (digests != digests[0]).any():
+            raise UserError(f"the processes of this run have not the same {what}: start all of them alike")
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -43,8 +43,8 @@ def _choice(*names: str) -> Field:
 def _integers(low: int) -> Field:
     return Field(
         tuple,
-        lambda v: len(v) > 0 and all(type(x) is int and x >= low for x in v),
-        f"a tuple of one or more whole numbers >= {low}",
+        lambda v: len(v) > 0 and all(type(x) is int and low <= x <= 2**16 for x in v),
+        f"a tuple of one or more whole numbers from {low} to {2**16}",
     )
 
 
@@ -78,7 +78,7 @@ FIELDS: dict[str, Field] = {
     "data.validation_ratio": _FRACTION,
     "data.split_seed": _integer(0, 2**32 - 1),
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
-    "data.std": _channels("> 0", lambda v: v > 0),
+    "data.std": _channels("from 1e-6", lambda v: v >= 1e-6),
     "augment.flip_probability": _number("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "augment.crop_padding": _integer(0, 1024),
     "augment.brightness": _FRACTION,

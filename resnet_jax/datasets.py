@@ -66,7 +66,7 @@ def _read(config: ConfigDict) -> Arrays:
     if source == "npz":
         return sources.read_npz(Path(os.path.expanduser(path)))
     if source == "folder":
-        folder = Path(os.path.expanduser(path)).resolve()
+        folder = Path(os.path.realpath(os.path.expanduser(path)))
         images = sources.list_folder(folder)
         return _cached(config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size))
     builder = sources.prepared_tfds_builder(config.name, config.data_dir)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 
@@ -22,8 +22,9 @@ def leave(exit_code: int) -> NoReturn:
     The usual way out waits for threads and processes that a failure has left waiting themselves: those of a save for ten
     minutes, other hosts for this one.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # None, or a full disk: then there is nobody to tell
+            stream.flush()
     os._exit(exit_code)
 
 

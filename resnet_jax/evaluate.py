@@ -74,11 +74,12 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     workdir.check(directory, config)
-    accuracies = workdir.validation_accuracies(directory)
-    with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
+    with _reading(directory) as checkpoints:
+        checkpoints.choose(which)  # in vain, if so, before the data are loaded
+    run_setup = setup.setup(config)
+    is_of_this_run = partial(workdir.check_meta, directory, config, run_setup.dataset)
+    with _reading(directory) as checkpoints:  # anew, for a run under way replaces its checkpoints
         step = checkpoints.choose(which)
-        run_setup = setup.setup(config)
-        is_of_this_run = partial(workdir.check_meta, directory, config, run_setup.dataset)
         state, _ = checkpoints.restore(step, run_setup.state, is_of_this_run)
     eval_step = steps.jit_eval_step(config, run_setup.mesh)
     report = {
@@ -103,6 +104,11 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
         workdir.write_json(directory / "eval.json", report)
         print(f"written to {directory / 'eval.json'}")
     return report
+
+
+def _reading(directory: Path) -> "closing[Checkpoints]":
+    accuracies = workdir.validation_accuracies(directory)
+    return closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True))
 
 
 def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends USR1 ahead of a time limit, if asked to
+# SLURM sends USR1 ahead of a time limit, if asked to; a terminal that is lost, HUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
 
 
@@ -54,13 +55,15 @@ class StopRequest:
     def noted(self) -> Iterator[None]:
         """Note the first signal that arrives in this block; a second one acts at once."""
         previous = {s: signal.getsignal(s) for s in SIGNALS}
+        if previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
+            del previous[signal.SIGHUP]
 
         def note(signum: int, _: FrameType | None) -> None:
             self._signum = signum
-            for s in SIGNALS:
+            for s in previous:
                 signal.signal(s, signal.SIG_DFL)
 
-        for s in SIGNALS:
+        for s in previous:
             signal.signal(s, note)
         try:
             yield

@@ -46,14 +46,23 @@ class Progress:
         )
         if self._live:
             done = 20 * step // self._total_steps
-            print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {text}", end="", flush=True)
+            self._print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {text}", end="")
         else:
-            print(text, flush=True)
+            self._print(text)
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
         if not self._quiet:
-            print(("\r\033[K" if self._live else "") + text, flush=True)
+            self._print(("\r\033[K" if self._live else "") + text)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Print, or say once that it cannot be done: a run is worth more than what it says, which its log has too."""
+        try:
+            print(text, end=end, flush=True)
+        except OSError as error:
+            self._quiet = True
+            sys.stdout = None  # print then does nothing
+            print(f"the standard output cannot be written ({error.strerror}): training goes on", file=sys.stderr)
 
 
 def _clock(seconds: float) -> str:

@@ -18,9 +18,14 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     """
     path = directory / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed leaves half a line
         if not all({"epoch", "split"} <= row.keys() for row in rows):
             raise ValueError("a row lacks epoch or split")
+        if not all(
+            isinstance(value, (int, float, type(None))) for row in rows for value in (row | {"split": 0}).values()
+        ):
+            raise ValueError("a figure is no number")
     except (AttributeError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a run") from error
     if not rows:

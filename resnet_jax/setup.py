@@ -1,5 +1,6 @@
 """What training and evaluation both start from: the data, the mesh and the state of step 0."""
 
+import json
 import math
 import os
 from functools import partial
@@ -10,7 +11,8 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_jax import datasets, train_state
+from resnet_jax import cluster, datasets, train_state
+from resnet_jax.config import flatten
 from resnet_jax.errors import UserError
 
 
@@ -49,7 +51,10 @@ def setup(config: ConfigDict) -> Setup:
     )
     mesh = train_state.make_mesh()
     check_batch_size(config.batch_size, mesh.size)
+    alike = {name: value for name, value in flatten(config).items() if name not in ("data.data_dir", "data.cache_dir")}
+    cluster.check_agreement("config", json.dumps(alike))
     dataset = datasets.load(config.data)
+    cluster.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)

@@ -81,7 +81,9 @@ def list_folder(folder: Path) -> list[LabelledFile]:
         if not classes:
             raise UserError(f"{folder / part} holds no images: put them in {folder / part}/<class>/")
         for directory in classes:
-            images = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+            images = [
+                path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")
+            ]
             if not images:
                 raise UserError(f"{directory} holds no images: put some there, or remove it")
             files += [LabelledFile(path, part, directory.name) for path in images]

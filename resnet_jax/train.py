@@ -45,8 +45,14 @@ def train(
     workdir.check(directory, config)
     if (directory / "result.json").exists():
         result = workdir.read_json(directory / "result.json", _SUMMARISED)
+        try:
+            summary = _summary(result)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{directory / 'result.json'} cannot be used ({error}): choose another --workdir"
+            ) from error
         if jax.process_index() == 0:
-            print(f"{directory} is complete: {_summary(result)}")
+            print(f"{directory} is complete: {summary}")
         return result
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():

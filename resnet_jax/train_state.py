@@ -60,7 +60,9 @@ def make_mesh() -> Mesh:
     try:
         return Mesh(np.array(jax.devices()), ("data",))
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"JAX finds no device ({error}): install its plugin, or unset JAX_PLATFORMS") from error
+        raise UserError(
+            f"JAX finds no device ({error or 'none of that kind'}): install its plugin, or unset JAX_PLATFORMS"
+        ) from error
 
 
 def create(

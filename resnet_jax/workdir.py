@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -130,16 +132,19 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
     Raises:
         UserError: where the folder cannot be written, its disk is too full, or another process is training in it.
     """
+    path = directory / ".lock"
     if jax.process_index() > 0:
-        _wait_for_all()
+        token = _from_the_first("")
+        if not path.exists() or path.read_text() != token:
+            raise UserError(f"--workdir {directory} is not the first process's, or not shared with it: share one")
         yield lambda: None
         return
-    path = directory / ".lock"
     with ExitStack() as stack:
         with _writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(path.open("w"))
-            free = shutil.disk_usage(directory).free
+            checkpoints = directory / "checkpoints"  # perhaps a link to another disk
+            free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -151,7 +156,7 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
             )
         check(directory, config)
         for left in directory.glob(".incomplete-*"):  # by a session that was killed
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         write_json(directory / "config.json", config_lib.to_json(config))
         write_json(directory / "environment.json", environment())
 
@@ -159,14 +164,18 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise UserError(f"{directory} was deleted or replaced under way: start the run again")
 
-        _wait_for_all()
+        if jax.process_count() > 1:
+            token = str(secrets.randbits(31))
+            lock.write(token)
+            lock.flush()
+            os.fsync(lock.fileno())
+            _from_the_first(token)
         yield check_held
 
 
-def _wait_for_all() -> None:
-    """Let no process read the folder before the first has locked it."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the folder is locked")
+def _from_the_first(token: str) -> str:
+    """What the first process has in its lock, once it holds it: no other may read the folder before."""
+    return str(int(multihost_utils.broadcast_one_to_all(np.int32(token or 0))))
 
 
 def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:
@@ -261,7 +270,12 @@ class MetricsLog:
 
         primary = jax.process_index() == 0
         self._path = directory / "metrics.jsonl"
-        self._writer = metric_writers.create_default_writer(str(directory / "tensorboard"), just_logging=not primary)
+        events = directory / "tensorboard"
+        try:
+            self._writer = metric_writers.create_default_writer(str(events), just_logging=not primary)
+        except Exception as error:  # TensorFlow's, whatever its kind
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"{events} cannot be written ({reason}): mend that, or choose another --workdir") from error
         if primary:
             lines = _lines(directory)
             kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]

@@ -37,13 +37,19 @@ def test_the_slurm_script_is_bash_and_says_how_it_is_to_be_signalled():
     assert int(options["ntasks-per-node"]) == int(options["gpus-per-node"])
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (1, True), (138, True), (143, True)])
-def test_the_slurm_script_queues_a_job_again_unless_it_is_done_or_a_person_must_mend_it(tmp_path, code, requeued):
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (2, 0, False), (1, 0, True), (138, 19, True), (143, 0, True), (134, 20, False)],
+)
+def test_the_slurm_script_queues_a_job_again_unless_it_is_done_or_a_person_must_mend_it(
+    tmp_path, code, restarts, requeued
+):
     for name, text in {"srun": f"exit {code}", "scontrol": 'echo "$@" > requeued', ".venv/bin/activate": ""}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "TFDS_DATA_DIR": "x"}
+    environment["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run(["bash", SLURM], cwd=tmp_path, env=environment)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
@@ -62,6 +68,8 @@ def test_the_jobset_fits_together():
     assert {mount["name"] for mount in only["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert pod["restartPolicy"] == "Never"
+    (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": only["name"], "operator": "In", "values": [2]}
 
 
 @pytest.mark.parametrize("example", ["slurm", "jobset"])

@@ -32,7 +32,7 @@ MISTAKES = {
     "text for a number": ([FINAL, "--config.num_epochs=long"], ["--config.num_epochs=long", "float"]),
     "text in a tuple": (
         [FINAL, "--config.model.block_list=(3,'five',3,0)"],
-        ["config.model.block_list is (3, 'five', 3, 0)", "a tuple of one or more whole numbers >= 0"],
+        ["config.model.block_list is (3, 'five', 3, 0)", "a tuple of one or more whole numbers from 0 to 65536"],
     ),
     "a fraction in a tuple": ([FINAL, "--config.model.block_list=(3,5.5,3,0)"], ["config.model.block_list is (3, 5.5"]),
     "an open tuple": ([FINAL, "--config.model.block_list=(3,5"], ["--config.model.block_list=(3,5", "tuple"]),
@@ -99,6 +99,12 @@ def trained_once():
 def finished_run(here):
     """A copy of it in a folder."""
     return Path(shutil.copytree(trained_once(), here / "run"))
+
+
+def instead(path):
+    """A path freed of what is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return path
 
 
 def save_npz(path, **changed):
@@ -226,7 +232,7 @@ DEEPER_MISTAKES = {
         {},
         ["--workdir", "file is not a folder that can be written"],
     ),
-    "a workdir of no name": (None, ["--workdir="], {}, ["--workdir is empty"]),
+    "a workdir of no name": (None, ["--workdir="], {}, ["--workdir '' is not the path of a folder"]),
     "a workdir of a name too long": (None, ["--workdir=" + "a" * 300], {}, ["--workdir", "choose another"]),
     "a file for a cache": (
         lambda here: (save_images(here, "d/train/ant/0.png", "d/test/ant/0.png"), (here / "file").write_text("mine")),
@@ -235,6 +241,25 @@ DEEPER_MISTAKES = {
         ["file cannot take the decoded data", "set config.data.cache_dir"],
     ),
     # runs and checkpoints
+    "a bucket for a workdir": (None, ["--workdir=gs://bucket/run"], {}, ["gs://bucket/run", "mount a bucket"]),
+    "a workdir whose name is no text": (None, ["--workdir=caf\udce9"], {}, ["is not the path of a folder"]),
+    "a loop of links for a folder": (
+        lambda here: (here / "loop").symlink_to("loop"),
+        ["--config.data.name=folder:loop"],
+        {},
+        ["loop/train holds no images"],
+    ),
+    "a link to nowhere among the images": (
+        lambda here: (
+            save_images(here, "d/train/a/0.png", "d/test/a/0.png"),
+            (here / "d/train/a/1.png").symlink_to("no"),
+        ),
+        ["--config.data.name=folder:d"],
+        {},
+        ["1.png"],
+    ),
+    "a model beyond all bounds": (None, ["--config.model.channel_list=(9223372036854775807,16,16)"], {}, ["to 65536"]),
+    "no time limit": (None, ["--max-seconds=nan"], {}, ["max-seconds", "must be a number of seconds"]),
     "evaluating no run": (None, ["--mode=eval"], {}, ["run holds no run", "--workdir"]),
     "evaluating a checkpoint that is not there": (
         finished_run,
@@ -278,6 +303,26 @@ DEEPER_MISTAKES = {
         SMOKE,
         {},
         ["config.json cannot be used"],
+    ),
+    "a run whose result holds no figures": (
+        lambda here: (finished_run(here) / "result.json").write_text(
+            '{"test_accuracy": null, "validation_accuracy": null, "checkpoint_step": 1, "steps": 1, "seconds": null}'
+        ),
+        SMOKE,
+        {},
+        ["result.json cannot be used"],
+    ),
+    "a folder for the log": (
+        lambda here: (instead(finished_run(here) / "metrics.jsonl").mkdir(), (here / "run/result.json").unlink()),
+        SMOKE,
+        {},
+        ["metrics.jsonl"],
+    ),
+    "a file for the events": (
+        lambda here: (instead(finished_run(here) / "tensorboard").touch(), (here / "run/result.json").unlink()),
+        SMOKE,
+        {},
+        ["tensorboard cannot be written"],
     ),
     "a run whose result is cut off": (
         lambda here: (finished_run(here) / "result.json").write_text("{"),

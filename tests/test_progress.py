@@ -1,3 +1,4 @@
+import io
 import re
 
 import pytest
@@ -55,3 +56,17 @@ def test_other_processes_are_quiet(capsys):
     bar.show(ROW)
     bar.note("saved")
     assert capsys.readouterr().out == ""
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_run_goes_on_without_its_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    shown = progress.Progress(100, 1.0, 8)
+    shown.note("first")
+    shown.note("second")
+    print("by others")
+    assert capsys.readouterr().err.count("the standard output cannot be written (No space left on device)") == 1

@@ -1,6 +1,7 @@
 """Violence, in processes of their own: kills, full disks, lost hosts, other devices, a long life (`make test-slow`)."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, optim
 # 2. Preemption
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_a_run_within_ten_seconds_saved(tmp_path, signum):
     process = start(*LONG, "--workdir", tmp_path)
     read_until(process, "epoch")
@@ -302,14 +303,18 @@ def test_a_checkpoint_of_any_number_of_devices_restores_on_any_other(tmp_path):
 # 7. Many hosts
 
 
+def cluster(count):
+    """The environment of each of so many processes, as SLURM starts them on one host."""
+    job = (os.getpid() * 61 + next(_jobs)) % 4096 + 20_480  # JAX derives the coordinator's port from it
+    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count), "XLA_FLAGS": ""}
+    return [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(count)]
+
+
+_jobs = itertools.count()
+
+
 def start_processes(count, *arguments):
-    """As SLURM starts them on one host."""
-    job = str(int(time.time() * 10) % 4096 + 20_000)  # JAX derives the coordinator's port from it
-    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count), "XLA_FLAGS": ""}
-    return [
-        start("--distributed", *arguments, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        for rank in range(count)
-    ]
+    return [start("--distributed", *arguments, **environment) for environment in cluster(count)]
 
 
 def ends(processes, timeout=240):
@@ -366,6 +371,36 @@ def test_when_a_process_is_killed_the_others_end_and_another_number_goes_on(tmp_
         assert f"resuming {tmp_path} at step {saved} of" in stdout[0]
         saved = steps_saved(tmp_path)[-1]
         assert saved > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.seed=1"], "have not the same config"),
+        (["--config.log_every_steps=7"], "have not the same config"),
+        (["--config.data.name=npz:data.npz"], "have not the same data"),
+        (["--workdir=elsewhere"], "is not the first process's, or not shared with it"),
+    ],
+)
+def test_processes_that_differ_are_told_so_before_the_first_step(tmp_path, monkeypatch, arguments, words):
+    """The npz of two folders has one name, and is not the same: a data set that was copied to one host alone."""
+    same = [f"--config={ROOT}/configs/final.py:smoke", "--distributed", "--workdir=run"]
+    both = arguments if "npz" in arguments[0] else []
+    processes = []
+    for rank, (more, environment) in enumerate(zip((both, arguments), cluster(2), strict=True)):
+        here = tmp_path / (str(rank) if both else "")
+        here.mkdir(exist_ok=True)
+        images, labels = np.full((16, 8, 8, 3), rank, np.uint8), np.arange(16) % 2
+        np.savez(
+            here / "data.npz", train_images=images, train_labels=labels, test_images=images + 9, test_labels=labels
+        )
+        monkeypatch.chdir(here)
+        processes.append(start(*same, *more, **environment))
+    codes, stdout, stderr = ends(processes, timeout=120)
+    assert words in stderr[1], stderr
+    assert codes[1] == 2
+    assert codes[0] != 0
+    assert "first step" not in stdout[0]
 
 
 def test_when_one_process_fails_the_others_do_not_wait_for_it(tmp_path):

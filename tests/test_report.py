@@ -40,7 +40,8 @@ def test_the_curves_hold_the_rows_figures(run):
     [
         (None, "cannot be read"),
         ("", "is empty: train first"),
-        ('{"step": 1', "cannot be read"),
+        ('{"step": 1', "is empty"),  # half a line is what a kill leaves
+        ('{"epoch": "x", "split": "train"}\n', "a figure is no number"),
         ("{}\n", "lacks epoch"),
         ("[1]\n", "cannot be read"),
     ],

@@ -100,10 +100,10 @@ def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_co
         pass
 
 
-@pytest.mark.parametrize("left", ["result.json", "checkpoints"])
+@pytest.mark.parametrize("left", ["result.json", "checkpoints/5"])
 def test_a_folder_that_lost_its_config_is_refused(tmp_path, tiny_config, left):
-    (tmp_path / left).mkdir()
-    with pytest.raises(UserError, match=f"has {left} and no config.json"):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{left} is there and no config.json"):
         workdir.check(tmp_path, tiny_config)
 
 
