@@ -123,7 +123,7 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
     Args:
         directory: of the run.
         config: of the run.
-        bytes_needed: that the run may write, to be free on its disk.
+        bytes_needed: that its checkpoints may take; what they do not take yet must be free on their disk.
 
     Yields:
         A function to call before each write, which raises a `UserError` once the folder is no longer the one that was
@@ -145,14 +145,15 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
             lock = stack.enter_context(path.open("w"))
             checkpoints = directory / "checkpoints"  # perhaps a link to another disk
             free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free
+            taken = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
-        if free < bytes_needed:
+        if free < bytes_needed - taken:
             raise UserError(
-                f"--workdir {directory}: its disk has {free / 1e6:,.0f} MB free, and the run's checkpoints take "
-                f"{bytes_needed / 1e6:,.0f} MB: make room, or choose another"
+                f"--workdir {directory}: its disk has {free / 1e6:,.1f} MB free, and the run's checkpoints take "
+                f"{(bytes_needed - taken) / 1e6:,.1f} MB more: make room, or choose another"
             )
         check(directory, config)
         for left in directory.glob(".incomplete-*"):  # by a session that was killed

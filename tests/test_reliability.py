@@ -187,7 +187,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_what_was_good_stays(small_disk):
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(small_disk):
     done = launch(*SMOKE, "--config.model.channel_list=(64,128)", "--workdir", small_disk / "run")
-    assert_user_error(done, "its disk has 4 MB free", "make room")
+    assert_user_error(done, "its disk has 4.2 MB free", "make room")
     assert [path.name for path in (small_disk / "run").iterdir()] == [".lock"]
 
 

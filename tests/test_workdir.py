@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,16 @@ def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_co
             workdir.opened(tmp_path, tiny_config).__enter__()
         other.kill()
     with workdir.opened(tmp_path, tiny_config):
+        pass
+
+
+def test_the_disk_must_have_room_for_what_the_checkpoints_do_not_take_yet(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30_000_000))
+    with pytest.raises(UserError, match=r"has 30\.0 MB free, and the run's checkpoints take 40\.0 MB more"):
+        workdir.opened(tmp_path, tiny_config, 40_000_000).__enter__()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "data").write_bytes(bytes(11_000_000))
+    with workdir.opened(tmp_path, tiny_config, 40_000_000):
         pass
 
 
