@@ -99,7 +99,7 @@ class Checkpoints:
         except Exception as error:
             if cluster.is_lost_peer(error):
                 raise
-            kept = max((step for step in self._manager.all_steps(read=True)), default=None)
+            kept = max(self._manager.all_steps(read=True), default=None)
             raise UserError(
                 f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): mend that, and "
                 + ("start the run again" if kept is None else f"the same command goes on from step {kept}")

@@ -119,8 +119,10 @@ ALL_FIELDS = FIELDS | {
 
 # Fields that say where, how often, how fast or how far, and leave the steps as they are: a resumed run may change them.
 NEUTRAL_FIELDS = frozenset(
-    {"data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"}
-    | {"abort_grad_norm"}
+    {
+        *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
+        "abort_grad_norm",
+    }
 )
 
 

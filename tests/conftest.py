@@ -6,8 +6,12 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +66,12 @@ def launch(*arguments: str, timeout: float = 300, **environment: str) -> subproc
     )
 
 
-def start(*arguments: object, program: str = "launch.py", **environment: str) -> subprocess.Popen[str]:
-    """Start `launch.py` without waiting for its end."""
+def start(
+    *arguments: object, program: str = "launch.py", prefix: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
+    """Start `launch.py` without waiting for its end; `prefix` is a command that starts it."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / program), *map(str, arguments)],
+        [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -82,6 +88,20 @@ def read_until(process: subprocess.Popen[str], beginning: str) -> str:
         if line.startswith(beginning):
             break
     return "".join(seen)
+
+
+def saved_by_signal(process: subprocess.Popen[str], signum: signal.Signals, directory: Path, seconds: float) -> int:
+    """Send a run a signal: it ends within so many seconds, says so in one line, and has saved the step that is returned."""
+    sent = time.monotonic()
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < seconds
+    assert process.returncode == 128 + signum
+    (line,) = stderr.splitlines()
+    found = re.search(rf"stopped by {signum.name} at step (\d+) of", line)
+    assert found, line
+    assert (directory / "checkpoints" / found[1]).is_dir()
+    return int(found[1])
 
 
 def rows(directory: Path, split: str | None = None) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import die
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, launch, read_until, rows, start
+from conftest import ROOT, assert_user_error, launch, read_until, rows, saved_by_signal, start
 
 pytestmark = pytest.mark.slow
 
@@ -78,13 +78,7 @@ def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, optim
 def test_a_signal_ends_a_run_within_ten_seconds_saved(tmp_path, signum):
     process = start(*LONG, "--workdir", tmp_path)
     read_until(process, "epoch")
-    sent = time.monotonic()
-    process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - sent < 10
-    assert process.returncode == 128 + signum
-    (line,) = stderr.splitlines()
-    step = int(re.search(rf"stopped by {signum.name} at step (\d+) of", line)[1])
+    step = saved_by_signal(process, signum, tmp_path, seconds=10)
     assert steps_saved(tmp_path)[-1] == step
 
 
@@ -131,12 +125,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 
 def under_way(directory, *arguments, prefix=()):
     """A run that has saved twice."""
-    process = subprocess.Popen(
-        [*prefix, sys.executable, str(ROOT / "launch.py"), *map(str, (*LONG, *arguments, "--workdir", directory))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*LONG, *arguments, "--workdir", directory, prefix=prefix)
     read_until(process, "step 11")  # the end of the first epoch's evaluation
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(steps_saved(directory)) < 2:
@@ -194,12 +183,10 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(small_disk):
 def test_a_limit_on_the_size_of_files_stops_the_run_in_one_line(tmp_path):
     """A failed write that needs no rights: the kernel refuses to let a file grow beyond 4 kB."""
     limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); os.execv(sys.argv[1], sys.argv[1:])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", limited, sys.executable, str(ROOT / "launch.py"), *LONG, "--workdir", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    process = start(
+        *(*LONG, "--workdir", tmp_path),
+        prefix=(sys.executable, "-c", limited),
+        JAX_ENABLE_COMPILATION_CACHE="false",
     )
     assert_stops_with_a_line(process, "a checkpoint cannot be written", "File too large", "start the run again")
 
