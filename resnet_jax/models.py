@@ -11,7 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+
+from resnet_jax import conv_cpu
 
 ModuleDef = Callable[..., Any]
 
@@ -83,6 +86,7 @@ class ResNet(nn.Module):
         batch_norm_epsilon: added to the variance.
         dtype: of the computation; the logits are float32 whatever it is.
         param_dtype: of the parameters.
+        conv_general_dilated: computes the convolutions; `jax.lax.conv_general_dilated` or one that equals it.
     """
 
     num_classes: int
@@ -94,6 +98,7 @@ class ResNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -108,7 +113,14 @@ class ResNet(nn.Module):
             [B, num_classes] float32 logits.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: ModuleDef = partial(nn.Conv, use_bias=False, padding=0, kernel_init=conv_init, **dtypes)
+        conv: ModuleDef = partial(
+            nn.Conv,
+            use_bias=False,
+            padding=0,
+            kernel_init=conv_init,
+            conv_general_dilated=self.conv_general_dilated,
+            **dtypes,
+        )
         norm: ModuleDef = partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -141,8 +153,8 @@ resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6,
 resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
 
 
-def from_config(config: ConfigDict, num_classes: int) -> ResNet:
-    """The network that `config.model` describes."""
+def from_config(config: ConfigDict, num_classes: int, mesh: Mesh) -> ResNet:
+    """The network that `config.model` describes, to run on a mesh."""
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(config.channel_list),
@@ -153,4 +165,5 @@ def from_config(config: ConfigDict, num_classes: int) -> ResNet:
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
+        conv_general_dilated=conv_cpu.for_mesh(mesh),
     )

@@ -80,7 +80,7 @@ def create(
         steps_per_epoch: for the learning-rate schedule.
         mesh: where the state is to live.
     """
-    model = models.from_config(config.model, num_classes)
+    model = models.from_config(config.model, num_classes, mesh)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = model.lazy_init(jax.random.key(config.seed), image, train=False)
     tx = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))
