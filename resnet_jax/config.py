@@ -190,6 +190,13 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
+def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values of some fields: {"model.dtype": "bfloat16"}."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(fields)
+    return copy
+
+
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON holds it: tuples become lists."""
     as_json: dict[str, Any] = json.loads(json.dumps(config.to_dict()))

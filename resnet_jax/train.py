@@ -293,6 +293,7 @@ class Run:
             "state_digest": last_digest,
             "seconds": self.seconds(),
             "startup_seconds": self.startup_seconds,
+            "peak_memory_bytes": workdir.peak_memory_bytes(),
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             "dataset": workdir.describe(self.start.dataset, self.start.train, self.start.validation),

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -214,12 +215,25 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": cpu_count(),
         "backend": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def peak_memory_bytes() -> dict[str, int | None]:
+    """The most memory that this process has held: "host", resident, and "device", of its first; None where not told."""
+    status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
+    host = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    device = jax.local_devices()[0].memory_stats() or {}
+    return {"host": int(host[1]) * 1024 if host else None, "device": device.get("peak_bytes_in_use")}
+
+
+def cpu_count() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git_state() -> dict[str, Any] | None:
