@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_jax import cluster, failure, input_pipeline, optim, preemption, steps, train_state, workdir
+from resnet_jax import cluster, failure, input_pipeline, optim, preemption, profiling, steps, train_state, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
@@ -24,7 +24,11 @@ from resnet_jax.setup import Setup, setup
 
 
 def train(
-    config: ConfigDict, directory: Path, started: float | None = None, max_seconds: float | None = None
+    config: ConfigDict,
+    directory: Path,
+    started: float | None = None,
+    max_seconds: float | None = None,
+    profile: profiling.Profile | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
@@ -33,6 +37,7 @@ def train(
         directory: the workdir, made where it is not there.
         started: the `time.monotonic()` from which the run's seconds count; from this call if not given.
         max_seconds: stop, with the state saved, at the first step that ends later than this after `started`.
+        profile: of some of the steps to come.
 
     Returns:
         What `result.json` holds.
@@ -44,6 +49,8 @@ def train(
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
     if (directory / "result.json").exists():
+        if profile:
+            raise UserError(f"--profile: {directory} is complete, and takes no more steps: choose another --workdir")
         result = workdir.read_json(directory / "result.json", _SUMMARISED)
         try:
             summary = _summary(result)
@@ -57,6 +64,8 @@ def train(
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():
         start = setup(config)
+        if profile:
+            profile.check(0, start.total_steps)
         if code := stop_request.exit_code():
             raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} before the first step")
         with workdir.opened(directory, config, 4 * train_state.num_bytes(start.state)) as check_held:  # 3 kept, 1 new
@@ -64,7 +73,7 @@ def train(
             with (
                 closing(Checkpoints(directory / "checkpoints", accuracies)) as checkpoints,
                 closing(
-                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies)
+                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies, profile)
                 ) as run,
                 cluster.all_end_with_this(),  # before anything is closed, for closing waits for the others
             ):
@@ -93,6 +102,7 @@ class Run:
         check_held: from `workdir.opened`.
         checkpoints: of the run; the newest is restored.
         accuracies: step -> validation accuracy, shared with `checkpoints`; validations to come are added.
+        profile: of some of the steps to come.
     """
 
     def __init__(
@@ -105,10 +115,11 @@ class Run:
         check_held: Callable[[], None],
         checkpoints: Checkpoints,
         accuracies: dict[int, float],
+        profile: profiling.Profile | None = None,
     ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
         self.stop_request, self.check_held = stop_request, check_held
-        self.checkpoints, self.accuracies = checkpoints, accuracies
+        self.checkpoints, self.accuracies, self.profile = checkpoints, accuracies, profile
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
@@ -116,6 +127,8 @@ class Run:
             self.state, meta = found
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
+        if profile:
+            profile.check(self.first_step, start.total_steps)
         for step in [step for step in accuracies if step > self.first_step]:
             del accuracies[step]  # it comes again
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
@@ -145,7 +158,12 @@ class Run:
         )
         pending: tuple[int, train_state.TrainMetrics] | None = None
         for step, batch in enumerate(batches, start=self.first_step + 1):
+            if self.profile:
+                self.profile.before(step, self.state, self.directory)
             self.state, metrics = self.train_step(self.state, steps.shard_batch(batch, self.start.mesh))
+            if self.profile and (report := self.profile.after(step, metrics, self.directory)):
+                self.progress.note(report)
+                self.progress.restart_clock(step)
             if self.startup_seconds is None:
                 self.startup_seconds = time.monotonic() - self.started
                 self.progress.note(f"first step dispatched {self.startup_seconds:.1f} s after the start")
