@@ -69,7 +69,7 @@ def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
     """Measure what the flags ask for of one config on so many devices; a case of the result."""
     import jax
 
-    from resnet_jax import measure, setup, train_state
+    from resnet_jax import measure, setup, train_state, workdir
 
     wanted, repeats = ONLY.value, REPEATS.value
     start = setup.setup(config, num_devices)
@@ -80,6 +80,7 @@ def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
         "devices": start.mesh.size,
         "num_params": train_state.num_params(start.state.params),
         "train_flops_per_image": flops,
+        "dataset": workdir.describe(start.dataset, start.train, start.validation),
     }
     figures: dict[str, Any] = {}
     if start.mesh.size == jax.device_count():  # first, while this process holds little
