@@ -22,6 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every_steps = 500  # save in between too; 0 for never
     config.log_every_steps = 50  # a row of metrics.jsonl, the mean over these steps
     config.abort_grad_norm = 1e4  # stop where the gradient's global norm is above this, as where it is nan; 0 for never
+    config.pipeline = "tf_data"  # from the host; or "device": images in the accelerator's memory, no TensorFlow
+    config.steps_per_call = 0  # steps in one call of the device pipeline; 0 for 1 on a CPU, 50 on accelerators
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR

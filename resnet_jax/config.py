@@ -71,6 +71,8 @@ FIELDS: dict[str, Field] = {
     "checkpoint_every_steps": _integer(0),
     "log_every_steps": _integer(1),
     "abort_grad_norm": _NOT_NEGATIVE,
+    "pipeline": _choice("tf_data", "device"),
+    "steps_per_call": _integer(0, 10_000),
     "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
@@ -121,7 +123,7 @@ ALL_FIELDS = FIELDS | {
 NEUTRAL_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        "abort_grad_norm",
+        *("abort_grad_norm", "pipeline", "steps_per_call"),
     }
 )
 

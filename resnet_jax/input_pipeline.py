@@ -1,16 +1,21 @@
 """From arrays in memory to batches: the training stream, which starts at any step, and padded evaluation batches.
 
-The training stream is a tf.data pipeline over the draws of `sampling.py`; TensorFlow is imported when it is built.
-Batches are host arrays; `images` are uint8 and the step normalises them.
+There are two training pipelines, and both apply the draws of `sampling.py`, so they give the same batches: `tf_data` streams
+them from the host (`train_batches`; TensorFlow is imported when its first is asked for), and `device` keeps the examples in
+the devices' memory and is sent which to take and how to augment them (`train_draws`). Images are uint8; the step
+normalises them.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_jax import sampling
 from resnet_jax.datasets import Split
+from resnet_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -19,6 +24,53 @@ def process_slice(batch_size: int, process_index: int, process_count: int) -> tu
     """The part [first, last) of the global batch that a process feeds; `batch_size` is a multiple of the count."""
     size = batch_size // process_count
     return process_index * size, (process_index + 1) * size
+
+
+def train_draws(
+    split: Split, config: ConfigDict, start_step: int, count: int, process_index: int = 0, process_count: int = 1
+) -> dict[str, np.ndarray]:
+    """Which examples a process takes in steps [start_step, start_step + count), and how they are augmented.
+
+    Args:
+        split: the training examples.
+        config: reads `seed`, `batch_size` and `augment`.
+        start_step: the first step.
+        count: how many steps.
+        process_index: which slice of each batch to draw.
+        process_count: how many slices there are.
+
+    Returns:
+        {"indices": int32 [count, B], and the fields of `sampling.Draws`, each [count, B, ...]} with B = batch_size /
+        process_count.
+    """
+    num_examples, height, width, _ = split.images.shape
+    batch_size = config.batch_size
+    where = (config.seed, start_step * batch_size, (start_step + count) * batch_size, num_examples)
+    first, last = process_slice(batch_size, process_index, process_count)
+
+    draws = sampling.draws(*where, config.augment, (height, width))._asdict()
+    draws["indices"] = sampling.indices(*where).astype(np.int32)
+    return {name: drawn.reshape(count, batch_size, *drawn.shape[1:])[:, first:last] for name, drawn in draws.items()}
+
+
+def check_fits(split: Split, mesh: Mesh) -> None:
+    """Refuse examples that do not fit in the memory of each of this process's devices, before anything is copied.
+
+    Raises:
+        UserError: with the bytes that are needed and those that are free.
+    """
+    needed = split.images.nbytes + split.labels.nbytes
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if all(stats):
+        free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    else:
+        needed *= len(stats)  # on a CPU, whose devices share the host's memory
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"config.pipeline device needs {needed:,} bytes for the training images, and {free:,} are free: set it to "
+            "tf_data"
+        )
 
 
 def train_batches(

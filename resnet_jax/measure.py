@@ -3,6 +3,7 @@
 The first four measure throughput, in images/s, and can be interleaved; the rest take seconds or bytes of single events.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
@@ -64,9 +66,19 @@ def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
 
 
 def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The training stream, drained with nothing else running."""
-    stream = input_pipeline.train_batches(start.train, config, 0, 10**9)
-    return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
+    """The training batches alone: tf.data's, or those drawn on the host and built on the devices, one a call."""
+    if config.pipeline == "tf_data":
+        stream = input_pipeline.train_batches(start.train, config, 0, 10**9)
+        return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
+    data = steps.put(start.train._asdict(), start.mesh, P())
+    build = jax.jit(partial(steps.build_batch, config=config))
+    step_numbers = itertools.count()
+
+    def dispatch() -> steps.Batch:
+        draws = input_pipeline.train_draws(start.train, config, next(step_numbers), 1)
+        return build(data, steps.put({name: drawn[0] for name, drawn in draws.items()}, start.mesh, P("data")))
+
+    return partial(timing.throughput, dispatch, jax.block_until_ready, config.batch_size)
 
 
 class _Measured(Exception):
@@ -81,7 +93,7 @@ class _Measured(Exception):
 
 
 class _MeasuredRun(train.Run):
-    """A run without evaluations that is ended by `_Measured`, so many seconds after its first step."""
+    """A run without evaluations that is ended by `_Measured`, so many seconds after its first call."""
 
     def __init__(self, seconds: float, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -91,19 +103,19 @@ class _MeasuredRun(train.Run):
         """Never."""
         return False
 
-    def end_step(self, step: int, metrics: train_state.TrainMetrics) -> None:
-        """Read the clock where a step has ended."""
-        super().end_step(step, metrics)
+    def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
+        """Read the clock where the steps of a call have ended."""
+        super().end_call(last_step, count, metrics)
         now = time.perf_counter()
         first, began = self.first_end
         if not first:
-            self.first_end = step, now
+            self.first_end = last_step, now
         elif now - began >= self.min_seconds:
-            raise _Measured((step - first) / (now - began))
+            raise _Measured((last_step - first) / (now - began))
 
 
 def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The loop of `launch.py` with all that it does for a step, from the end of the first step to that of the last."""
+    """The loop of `launch.py` with all that it does for a step, from the end of its first call to that of its last."""
     config = config_lib.replaced(config, {"checkpoint_every_steps": 0})
 
     def measure(seconds: float) -> float:

@@ -47,7 +47,7 @@ class Profile:
             )
         self._first = int(found[1])
         self._last = self._first + int(found[2]) - 1
-        self._running = False
+        self._phase = "ahead"  # or "under way", or "done"
 
     def check(self, done: int, total: int) -> None:
         """Refuse steps that a run from step `done` to step `total` does not take.
@@ -64,6 +64,8 @@ class Profile:
     def before(self, last_step: int, state: Any, directory: Path) -> None:
         """Start the trace if the call about to be dispatched, which ends with `last_step`, takes its first step.
 
+        A call is traced whole, so the trace may hold steps that were not asked for.
+
         Args:
             last_step: of the call.
             state: the run's, waited for so that no earlier step is in the trace.
@@ -71,13 +73,13 @@ class Profile:
         """
         import jax
 
-        if self._running or not self._first <= last_step <= self._last:
+        if self._phase != "ahead" or last_step < self._first:
             return
         jax.block_until_ready(state)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the loop that it watches
         jax.profiler.start_trace(directory / "profile", profiler_options=options)
-        self._running = True
+        self._phase = "under way"
 
     def after(self, last_step: int, metrics: Any, directory: Path) -> str:
         """End the trace if the call just dispatched takes its last step.
@@ -92,11 +94,11 @@ class Profile:
         """
         import jax
 
-        if not self._running or last_step < self._last:
+        if self._phase != "under way" or last_step < self._last:
             return ""
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
-        self._running = False
+        self._phase = "done"
         trace = max((directory / "profile").glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
         with gzip.open(trace, "rt") as file:
             operations = costs(json.load(file)["traceEvents"])

@@ -19,6 +19,7 @@ from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError, leave
 from resnet_jax.evaluate import evaluate
+from resnet_jax.feed import make_feed
 from resnet_jax.progress import Progress
 from resnet_jax.setup import Setup, setup
 
@@ -64,6 +65,8 @@ def train(
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():
         start = setup(config)
+        if config.pipeline == "device":
+            input_pipeline.check_fits(start.train, start.mesh)
         if profile:
             profile.check(0, start.total_steps)
         if code := stop_request.exit_code():
@@ -132,7 +135,6 @@ class Run:
         for step in [step for step in accuracies if step > self.first_step]:
             del accuracies[step]  # it comes again
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
-        self.train_step = steps.jit_train_step(config, start.mesh)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
         self.log = workdir.MetricsLog(directory, self.first_step)
         self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
@@ -147,20 +149,21 @@ class Run:
     def loop(self) -> None:
         """Take the steps that are left, logging, saving and evaluating on the way.
 
-        The metrics of a step are fetched once the next step is dispatched, so the device does not wait for them, and a
-        signal never finds more than two steps under way.
+        The metrics of a call are fetched once the next call is dispatched, so the device does not wait for them, and a
+        signal never finds more than two calls under way.
         """
         config, total = self.config, self.start.total_steps
         if self.first_step and self.evaluates_after(self.first_step) and self.first_step not in self.accuracies:
             self.validate(self.first_step)  # for the session before ended between the save and the evaluation's end
-        batches = input_pipeline.train_batches(
-            self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
-        )
-        pending: tuple[int, train_state.TrainMetrics] | None = None
-        for step, batch in enumerate(batches, start=self.first_step + 1):
+        step = self.first_step
+        pending: tuple[int, int, train_state.TrainMetrics] | None = None
+        feed = make_feed(config, self.start, step)
+        while step < total:
+            count = self.call_length(step, feed.steps_per_call)
             if self.profile:
-                self.profile.before(step, self.state, self.directory)
-            self.state, metrics = self.train_step(self.state, steps.shard_batch(batch, self.start.mesh))
+                self.profile.before(step + count, self.state, self.directory)
+            self.state, metrics = feed.take(self.state, step, count)
+            step += count
             if self.profile and (report := self.profile.after(step, metrics, self.directory)):
                 self.progress.note(report)
                 self.progress.restart_clock(step)
@@ -171,23 +174,38 @@ class Run:
                 self.progress.restart_clock(step)
                 self.stop_request.start_clock()
             if pending:
-                self.end_step(*pending)
-            pending = step, metrics
-            stop = self.stop_request.exit_code(agree=step % config.log_every_steps == 0)
-            save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-            evaluates = self.evaluates_after(step)
-            if stop or save or evaluates:
-                self.end_step(*pending)
+                self.end_call(*pending)
+            pending = step, count, metrics
+            stop = self.stop_request.exit_code(agree=self.logs_in(step, count))
+            if stop or self.saves_after(step):
+                self.end_call(*pending)
                 pending = None
                 self.save()
                 if stop:
                     self.stop(stop, step)
-                if evaluates:
+                if self.evaluates_after(step):
                     self.validate(step)
                 self.progress.restart_clock(step)
 
+    def call_length(self, step: int, steps_per_call: int) -> int:
+        """How many steps to take after a step in one call: as many as a call takes, or 1 where a save comes before.
+
+        So a call never goes past a save, only two lengths are compiled, and the steps that follow a save are cut into
+        calls as in the run that was not stopped there.
+        """
+        return 1 if any(map(self.saves_after, range(step + 1, step + steps_per_call))) else steps_per_call
+
+    def logs_in(self, step: int, count: int) -> bool:
+        """Whether the last `count` steps up to this one have one after which every run logs a row."""
+        return step // self.config.log_every_steps > (step - count) // self.config.log_every_steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether the run saves after a step, to evaluate or in between."""
+        every = self.config.checkpoint_every_steps
+        return self.evaluates_after(step) or (every > 0 and step % every == 0)
+
     def evaluates_after(self, step: int) -> bool:
-        """Whether the run saves and evaluates after a step."""
+        """Whether the run evaluates after a step."""
         config = self.config
         return evaluates_after(
             step, self.start.total_steps, config.batch_size, len(self.start.train.labels), config.eval_every_epochs
@@ -211,28 +229,31 @@ class Run:
         self.check_held()
         self.log.write(row)
 
-    def end_step(self, step: int, metrics: train_state.TrainMetrics) -> None:
-        """Wait for a step, stop the run if it was not taken, and log the means since the last row if it ends one."""
-        figures = {name: float(value) for name, value in jax.device_get(metrics).compute().items()}
-        if math.isnan(figures["loss"]):
-            self.fail(step)
-        if step % self.config.log_every_steps and step < self.start.total_steps:
-            return
-        speed = self.progress.images_per_second(step)
-        row = self.row(
-            step,
-            "train",
-            {
-                "loss": figures["loss"],
-                "accuracy": figures["accuracy"],
-                "learning_rate": float(self.schedule(step - 1)),
-                "grad_norm": figures["grad_norm"],
-                # Too few steps to measure, at the end of a run whose steps log_every_steps does not divide:
-                "images_per_second": None if step % self.config.log_every_steps else speed,
-            },
-        )
-        self.write(row)
-        self.progress.show(row)
+    def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
+        """Wait for a call, log the means since the last row where a step ends one, and stop at a step that was not taken."""
+        metrics = jax.device_get(metrics)
+        speed = self.progress.images_per_second(last_step) if self.logs_in(last_step, count) else None
+        for i, step in enumerate(range(last_step - count + 1, last_step + 1)):
+            of_step = jax.tree.map(lambda leaf, i=i: leaf.reshape(count)[i], metrics)
+            figures = {name: float(value) for name, value in of_step.compute().items()}
+            if math.isnan(figures["loss"]):
+                self.fail(step)
+            if step % self.config.log_every_steps and step < self.start.total_steps:
+                continue
+            row = self.row(
+                step,
+                "train",
+                {
+                    "loss": figures["loss"],
+                    "accuracy": figures["accuracy"],
+                    "learning_rate": float(self.schedule(step - 1)),
+                    "grad_norm": figures["grad_norm"],
+                    # Too few steps to measure, at the end of a run whose steps log_every_steps does not divide:
+                    "images_per_second": None if step % self.config.log_every_steps else speed,
+                },
+            )
+            self.write(row)
+            self.progress.show(row)
 
     def fail(self, step: int) -> NoReturn:
         """Stop a run at a step that was not taken: save the state before it and describe the step in a file."""

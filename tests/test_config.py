@@ -37,6 +37,8 @@ RANGES = {
     "checkpoint_every_steps": ([0], [-1]),
     "log_every_steps": ([1], [0, -1]),
     "abort_grad_norm": ([0.0, 1e4], [-1.0, math.inf]),
+    "pipeline": (["tf_data", "device"], ["tfdata"]),
+    "steps_per_call": ([0, 10_000], [-1, 10_001]),
     "data.name": (["digits", "npz:a file"], ["", " "]),
     "data.data_dir": (["", "a"], []),
     "data.cache_dir": (["", "a"], []),

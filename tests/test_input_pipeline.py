@@ -1,11 +1,15 @@
+import functools
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from resnet_jax import augment_tf, input_pipeline, sampling
+from resnet_jax import augment_tf, input_pipeline, sampling, steps
 from resnet_jax.datasets import Split
+from resnet_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,35 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
     chosen, draws = sampling.indices(*where), sampling.draws(*where, config.augment, (16, 16))
     expected = augment_tf.augment(tf.constant(split.images), tf.constant(chosen), draws._asdict(), config.augment)
     assert_equal(batch, {"images": expected.numpy(), "labels": split.labels[chosen]})
+
+
+@pytest.mark.parametrize("start", [0, 3, 11])  # steps 4, 8 and 12 end an epoch, 96 of whose 100 examples they begin in
+def test_both_pipelines_give_the_same_batches(split, config, start):
+    streamed = list(input_pipeline.train_batches(split, config, start, start + 6))
+    build_batch = jax.jit(functools.partial(steps.build_batch, config=config))
+    draws = input_pipeline.train_draws(split, config, start, 6)
+    for step, batch in enumerate(streamed):
+        on_device = build_batch(split._asdict(), {name: drawn[step] for name, drawn in draws.items()})
+        assert_equal(jax.device_get(on_device), batch)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, processes):
+    whole = input_pipeline.train_draws(split, config, 2, 5)
+    parts = [input_pipeline.train_draws(split, config, 2, 5, i, processes) for i in range(processes)]
+    assert_equal({name: np.concatenate([part[name] for part in parts], axis=1) for name in whole}, whole)
+
+
+def test_free_memory_is_that_of_the_fullest_device(split):
+    def device(in_use):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100_000, "bytes_in_use": in_use})
+
+    def mesh(*in_use):
+        return types.SimpleNamespace(local_devices=[device(bytes_in_use) for bytes_in_use in in_use])
+
+    input_pipeline.check_fits(split, mesh(0, 22_800))
+    with pytest.raises(UserError, match="needs 77,200 bytes for the training images, and 77,199 are free: set it to"):
+        input_pipeline.check_fits(split, mesh(0, 22_801))
 
 
 def test_a_step_is_the_same_wherever_the_stream_starts(split, config):
