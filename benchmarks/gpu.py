@@ -8,7 +8,7 @@ Each part can be started again: a run goes on where it was, and batch sizes join
 compiles, unless the compilation cache is warm; the others load what it compiled. On a CPU, to see that it works:
 
     python -m benchmarks.gpu final step resnet18 --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
-        --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results
+        --batch-sizes 32 64 --seconds 0.1 --no-torch --channels 8 8 8 8 --runs /tmp/runs --results /tmp/results
 """
 
 import argparse
@@ -98,12 +98,11 @@ def step(arguments: argparse.Namespace) -> None:
 
 def resnet18(arguments: argparse.Namespace) -> None:
     """Compare the model with ResNet-18: parameters, operations, seconds an epoch."""
-    channels = "(64,128,256,512)" if arguments.config.endswith("final.py") else "(8,16,16,16)"
-    wider = [f"--config.model.channel_list={channels}", "--config.model.block_list=(2,2,2,2)"]
+    network = [f"--config.model.channel_list={tuple(arguments.channels)}", "--config.model.block_list=(2,2,2,2)"]
     flags = [*config_flags(arguments), "--only=train_step,end_to_end", f"--seconds={arguments.seconds}"]
     results = {
         "final": benchmark(*flags),
-        "resnet18": benchmark(*flags, *wider, "--config.model.max_params=0"),
+        "resnet18": benchmark(*flags, *network, "--config.model.max_params=0"),
     }
     figures = {}
     for name, result in results.items():
@@ -134,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of the benchmark")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="of a bfloat16 matrix product on this GPU")
+    parser.add_argument("--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="of ResNet-18's stages")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args()

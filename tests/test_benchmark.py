@@ -77,7 +77,7 @@ def measured(output, *arguments):
 
 
 def test_all_is_measured(tmp_path):
-    (case,) = measured(tmp_path / "result.json", "--repeats=1")["cases"]
+    (case,) = measured(tmp_path / "result.json", "--repeats=1", "--config.pipeline=device")["cases"]
     units = {name: figure["unit"] for name, figure in case["figures"].items() if name != "memory_device"}
     assert units == {
         "startup_cold": "s",
@@ -95,6 +95,11 @@ def test_all_is_measured(tmp_path):
     assert case["figures"]["end_to_end / train_step"]["repeats"] == [end_to_end / step]
     assert 0.3 < case["figures"]["memory_host"]["median"] < 8.0
     assert (case["batch_size"], case["dtype"]) == (128, "float32")
+
+
+def test_the_streaming_pipeline_is_measured_alone_and_in_the_loop(tmp_path):
+    (case,) = measured(tmp_path / "result.json", "--repeats=1", "--only=pipeline,end_to_end")["cases"]
+    assert list(case["figures"]) == ["pipeline", "end_to_end"]
 
 
 def test_each_batch_size_dtype_and_number_of_devices_is_a_case(tmp_path):
