@@ -1,8 +1,6 @@
 """The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation.
 
-The transforms are those of `augment_tf.py`, name by name and bit by bit. All arithmetic is exact (integers, or floats
-that hold the result without rounding), so no compiler's reordering or fusing changes a pixel. There is no matrix product
-in it, which accelerators would round to fewer bits.
+The transforms are those of `augment_tf.py`, name by name and bit by bit: all arithmetic is that of integers.
 """
 
 from collections.abc import Mapping
@@ -10,6 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+
+from resnet_jax.sampling import JITTER_BITS
 
 
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
@@ -86,35 +86,34 @@ def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array
     """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
 
     Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
-    for contrast and the pixel's grey for saturation. Factors are multiples of 1/4096 below 2, so float32 is exact.
+    for contrast and the pixel's grey for saturation.
 
     Args:
         images: uint8 [B, H, W, 3].
-        factors: float32 [B, 3].
+        factors: float32 [B, 3], multiples of 1/4096 below 2.
         order: int32 [B, 3].
 
     Returns:
         uint8 [B, H, W, 3].
     """
-    pixels = images.astype(jnp.float32)
-    in_order = jnp.take_along_axis(factors, order, axis=1)
+    pixels = images.astype(jnp.int32)
+    whole = (factors * 2**JITTER_BITS).astype(jnp.int32)
+    in_order = jnp.take_along_axis(whole, order, axis=1)
     for i in range(3):
         kind, factor = order[:, i, None, None], in_order[:, i, None, None, None]
         grey = _grey(pixels)
-        base = jnp.where(kind == 2, grey, jnp.where(kind == 1, _mean(grey), 0.0))[..., None]
-        pixels = jnp.clip(jnp.floor(base + factor * (pixels - base)), 0.0, 255.0)
+        base = jnp.where(kind == 2, grey, jnp.where(kind == 1, _mean(grey), 0))[..., None]
+        pixels = jnp.clip(base + (factor * (pixels - base) >> JITTER_BITS), 0, 255)
     return pixels.astype(jnp.uint8)
 
 
 def _grey(pixels: jax.Array) -> jax.Array:
-    """Pillow's conversion to "L": float32 [B, H, W, 3] whole numbers -> [B, H, W]."""
+    """Pillow's conversion to "L", ITU-R 601-2 luma: int32 [B, H, W, 3] -> [B, H, W]."""
     red, green, blue = (pixels[..., channel] for channel in range(3))
-    total = 19595.0 * red + 38470.0 * green + 7471.0 * blue  # ITU-R 601-2 luma, times 65536
-    return jnp.floor((total + 32768.0) * 2.0**-16)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
 def _mean(grey: jax.Array) -> jax.Array:
-    """The mean of each image, rounded half up: [B, H, W] -> [B, 1, 1]."""
+    """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
     count = grey.shape[1] * grey.shape[2]
-    total = jnp.sum(grey.astype(jnp.int32), axis=(1, 2), keepdims=True)
-    return ((2 * total + count) // (2 * count)).astype(jnp.float32)
+    return (2 * jnp.sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)

@@ -77,6 +77,7 @@ FIELDS: dict[str, Field] = {
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
     "data.image_size": _integer(0, 4096),
+    "data.num_threads": _integer(0, 1024),
     "data.validation_ratio": _FRACTION,
     "data.split_seed": _integer(0, 2**32 - 1),
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
@@ -123,7 +124,7 @@ ALL_FIELDS = FIELDS | {
 NEUTRAL_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        *("abort_grad_norm", "pipeline", "steps_per_call"),
+        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads"),
     }
 )
 

@@ -1,9 +1,12 @@
 """The steps of a run, a call at a time: each pipeline joined to the compiled step that it feeds."""
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -36,7 +39,15 @@ def make_feed(config: ConfigDict, start: Setup, first_step: int) -> Feed:
 def _tf_data(config: ConfigDict, start: Setup, first_step: int) -> Feed:
     here = jax.process_index(), jax.process_count()
     batches = input_pipeline.train_batches(start.train, config, first_step, start.total_steps, *here)
-    train_step = steps.jit_train_step(config, start.mesh)
+    sharded = NamedSharding(start.mesh, P("data"))
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch_size, *array.shape[1:]), array.dtype, sharding=sharded)
+        for name, array in start.train._asdict().items()
+    }
+    with ThreadPoolExecutor(1) as executor:  # TensorFlow is imported while XLA compiles
+        first_batch = executor.submit(next, batches)
+        train_step = steps.jit_train_step(config, start.mesh).lower(start.state, batch).compile()
+        batches = itertools.chain([first_batch.result()], batches)
 
     def take(state: TrainState, step: int, count: int) -> tuple[TrainState, TrainMetrics]:
         return train_step(state, steps.shard_batch(next(batches), start.mesh))

@@ -7,6 +7,7 @@ normalises them.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from resnet_jax import sampling
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import import_tensorflow, usable_cores
 
 Batch = dict[str, np.ndarray]
 
@@ -85,50 +87,37 @@ def train_batches(
 
     Args:
         split: the training examples.
-        config: reads `seed`, `batch_size` and `augment`.
+        config: reads `seed`, `batch_size`, `augment` and `data.num_threads`.
         start_step: first step to give.
         stop_step: last step to give + 1.
         process_index: which slice of each batch to build.
         process_count: how many slices there are.
 
-    Returns:
-        An iterator over {"images": uint8 [B, H, W, 3], "labels": int32 [B]} with B = batch_size / process_count.
+    Yields:
+        {"images": uint8 [B, H, W, 3], "labels": int32 [B]} with B = batch_size / process_count.
     """
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+    tf = import_tensorflow(config.data.num_threads)
     from resnet_jax import augment_tf
 
-    images = tf.constant(split.images)
-    num_examples, height, width, _ = split.images.shape
-    first, last = process_slice(config.batch_size, process_index, process_count)
+    images, labels = tf.constant(split.images), tf.constant(split.labels)
 
-    def draw_steps() -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-        for step in range(start_step, stop_step):
-            where = (config.seed, step * config.batch_size + first, step * config.batch_size + last, num_examples)
-            chosen = sampling.indices(*where)
-            draws = sampling.draws(*where, config.augment, (height, width))
-            yield chosen, split.labels[chosen], draws._asdict()
+    def draw(step: int) -> dict[str, np.ndarray]:
+        draws = train_draws(split, config, step, 1, process_index, process_count)
+        return {name: drawn[0] for name, drawn in draws.items()}
 
-    @tf.function(jit_compile=True, autograph=False)  # XLA fuses it, and the arithmetic is exact either way
-    def build(chosen: tf.Tensor, labels: tf.Tensor, draws: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {"images": augment_tf.augment(images, chosen, draws, config.augment), "labels": labels}
+    @tf.autograph.experimental.do_not_convert
+    def build(draws: Any) -> Any:
+        augmented = augment_tf.augment(images, draws["indices"], draws, config.augment)
+        return {"images": augmented, "labels": tf.gather(labels, draws["indices"])}
 
-    size = last - first
-    signature = (
-        tf.TensorSpec([size], tf.int64),
-        tf.TensorSpec([size], tf.int32),
-        {
-            "flip": tf.TensorSpec([size], tf.bool),
-            "crop": tf.TensorSpec([size, 2], tf.int32),
-            "jitter": tf.TensorSpec([size, 3], tf.float32),
-            "order": tf.TensorSpec([size, 3], tf.int32),
-            "rotation": tf.TensorSpec([size, 6], tf.int32),
-        },
-    )
-    stream = tf.data.Dataset.from_generator(draw_steps, output_signature=signature)
-    stream = stream.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
-    return stream.as_numpy_iterator()
+    signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
+    stream = tf.data.Dataset.from_generator(lambda: map(draw, range(start_step, stop_step)), output_signature=signature)
+    threads = config.data.num_threads or usable_cores()
+    stream = stream.map(build, num_parallel_calls=threads, deterministic=True).prefetch(2)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1  # several batches at once, each by one thread
+    yield from stream.with_options(options).as_numpy_iterator()
 
 
 def eval_batches(split: Split, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

@@ -67,11 +67,13 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     create = partial(
         train_state.create, config, len(dataset.class_names), train.images.shape[1:], steps_per_epoch, mesh
     )
-    params = jax.eval_shape(create).params  # the shapes alone: a model over its budget is never built
+    traced = jax.jit(create).trace()
+    params = traced.out_info.params  # the shapes alone: a model over its budget is never built
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
     check_budget(train_state.num_params(params), config.model.max_params)
-    return Setup(dataset, train, validation, mesh, create(), steps_per_epoch, total_steps)
+    state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
+    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps)
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:

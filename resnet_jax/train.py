@@ -156,6 +156,8 @@ class Run:
         if self.first_step and self.evaluates_after(self.first_step) and self.first_step not in self.accuracies:
             self.validate(self.first_step)  # for the session before ended between the save and the evaluation's end
         step = self.first_step
+        if step == total:
+            return
         pending: tuple[int, int, train_state.TrainMetrics] | None = None
         feed = make_feed(config, self.start, step)
         while step < total:

@@ -43,6 +43,7 @@ RANGES = {
     "data.data_dir": (["", "a"], []),
     "data.cache_dir": (["", "a"], []),
     "data.image_size": ([0], [-1]),
+    "data.num_threads": ([0, 1024], [-1]),
     "data.validation_ratio": ([0.0, 0.99], [-0.01, 1.0]),
     "data.split_seed": ([0, 2**32 - 1], [-1, 2**32]),
     "data.mean": ([(0, 0.5, 1)], [(-0.1, 0.5, 0.5), (0.5, 0.5, 127.5), (0.5, 0.5)]),

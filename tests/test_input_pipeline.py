@@ -1,4 +1,8 @@
 import functools
+import os
+import pickle
+import subprocess
+import sys
 import time
 import types
 
@@ -6,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 
 from resnet_jax import augment_tf, input_pipeline, sampling, steps
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import usable_cores
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +125,32 @@ def test_evaluation_covers_every_example_once(split, batch_size, processes):
             for image, label in zip(b["images"][b["mask"]], b["labels"][b["mask"]], strict=True)
         ]
     assert sorted(seen) == sorted((image.tobytes(), label) for image, label in zip(*split, strict=True))
+
+
+def test_tensorflow_takes_the_threads_it_is_given_and_those_it_has_when_it_runs(split, config):
+    """In a process of its own, for the threads are made once: the second pipeline asks for others, and goes on with those."""
+    script = """
+import sys, pickle, hashlib
+from resnet_jax import input_pipeline
+split, config = pickle.load(sys.stdin.buffer)
+seen = set()
+for config.data.num_threads in (1, 3, 0):
+    (batch,) = input_pipeline.train_batches(split, config, 7, 8)
+    seen.add(hashlib.sha256(batch["images"].tobytes()).hexdigest())
+import tensorflow as tf
+threading = tf.config.threading
+print(len(seen), threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps((split, config)), cwd=ROOT, capture_output=True
+    )
+    assert done.stdout.split() == [b"1", b"1", b"1"], done.stderr
+
+
+def test_tensorflow_may_use_the_cores_that_this_process_may(monkeypatch):
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
 
 
 def test_tensorflow_sees_no_gpu(split, config):
