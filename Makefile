@@ -4,8 +4,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+GPU_PYTHON ?= python3
+PARTS ?= final step resnet18
 
-.PHONY: run test test-slow lint soak clean
+.PHONY: run test test-slow lint soak gpu clean
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
@@ -26,6 +28,9 @@ test-slow: $(VENV)/installed ## the tests of violence: kills, full disks, lost h
 soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random inputs a reader
 	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_reliability.py -k killed_at_chosen_moments
 	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+gpu: ## measure on a GPU, with a Python that has jax[cuda] and PyTorch: make gpu PARTS=step GPU_FLAGS='--batch-sizes 128'
+	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS) $(GPU_FLAGS)
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .

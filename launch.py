@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import cli
 from resnet_jax.errors import UserError
+from resnet_jax.profiling import Profile
 
 STARTED = time.monotonic()
 
@@ -22,6 +23,9 @@ MAX_SECONDS = flags.DEFINE_float(
     "max-seconds", None, "Stop training after this many seconds, saved and with exit code 124.", lower_bound=0.0
 )
 flags.register_validator("max-seconds", lambda v: v is None or math.isfinite(v), "it must be a number of seconds")
+PROFILE = flags.DEFINE_string(
+    "profile", None, "START:COUNT: trace so many steps into WORKDIR/profile and print the ten costliest operations."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as SLURM, Open MPI, a TPU pod or Kubernetes (JobSet) started them."
 )
@@ -36,6 +40,9 @@ def main(config: ConfigDict) -> None:
             f"--workdir {WORKDIR.value!r} is not the path of a folder: mount a bucket, or leave the flag out"
         )
     directory = Path(os.path.expanduser(WORKDIR.value or default)).absolute()
+    profile = None if PROFILE.value is None else Profile(PROFILE.value)
+    if profile and MODE.value == "eval":
+        raise UserError("--profile traces steps of training: leave it out, or --mode eval")
     try:  # only now that the config is checked, for importing JAX takes seconds
         from resnet_jax import cluster, evaluate, preemption, train
     except (ImportError, ValueError) as error:
@@ -48,7 +55,7 @@ def main(config: ConfigDict) -> None:
             if MODE.value == "eval":
                 evaluate.run(config, directory, CHECKPOINT.value)
             else:
-                train.train(config, directory, STARTED, MAX_SECONDS.value)
+                train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
     except preemption.Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

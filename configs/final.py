@@ -22,12 +22,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every_steps = 500  # save in between too; 0 for never
     config.log_every_steps = 50  # a row of metrics.jsonl, the mean over these steps
     config.abort_grad_norm = 1e4  # stop where the gradient's global norm is above this, as where it is nan; 0 for never
+    config.pipeline = "tf_data"  # from the host; or "device": images in the accelerator's memory, no TensorFlow
+    config.steps_per_call = 0  # of the device pipeline; 0 for 50 on accelerators, 1 on a CPU, which is slow in a loop
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR
     config.data.data_dir = ""  # TFDS's folder; "" for TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.cache_dir = ""  # decoded images; "" for the user's cache folder
     config.data.image_size = 0  # pixels a side to scale and crop the source's images to; 0 as they are
+    config.data.num_threads = 0  # that TensorFlow may take; 0 for one for each core this process may use
     config.data.validation_ratio = 0.0 if variant == "full" else 0.1  # of the training images; report 3b
     config.data.split_seed = 0  # of the validation split, so that runs of several seeds share it
     config.data.mean = (

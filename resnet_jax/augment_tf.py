@@ -1,12 +1,19 @@
 """The report's augmentation in TensorFlow, batched: flip, crop, colour jitter, rotation.
 
 Given the same draws, each transform gives the very pixels that torchvision gives for Pillow images. All arithmetic is
-exact (integers, or floats that hold the result without rounding), so the result does not depend on the order of
-operations, the batch's size or the machine. Images stay uint8; the step normalises them on the device.
+that of integers, so the result does not depend on the order of operations, the batch's size or the machine. Images stay
+uint8; the step normalises them on the device.
+
+XLA compiles each transform by itself: compiled as one, it computes pixels anew for each use of them, and takes twice as
+long.
 """
 
 import tensorflow as tf
 from ml_collections import ConfigDict
+
+from resnet_jax.sampling import JITTER_BITS
+
+_compiled = tf.function(jit_compile=True, autograph=False)
 
 
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
@@ -14,7 +21,7 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
-        indices: int64 [B], the examples to take.
+        indices: int32 or int64 [B], the examples to take.
         draws: the fields of `sampling.Draws` for the B examples.
         config: `config.augment`.
 
@@ -32,12 +39,13 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
     return images
 
 
+@_compiled
 def flip_and_crop(images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: tf.Tensor, padding: int) -> tf.Tensor:
     """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
 
     Args:
         images: uint8 [N, H, W, 3].
-        indices: int64 [B].
+        indices: int32 or int64 [B].
         flip: bool [B].
         crop: int32 [B, 2], row and column of the cut in the padded image.
         padding: pixels on every side.
@@ -52,6 +60,7 @@ def flip_and_crop(images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: 
     return _take_pixels(images, indices, y[:, :, tf.newaxis], x[:, tf.newaxis, :])
 
 
+@_compiled
 def rotate(images: tf.Tensor, rotation: tf.Tensor) -> tf.Tensor:
     """Rotate about the centre, nearest neighbour, black outside: `PIL.Image.rotate`.
 
@@ -67,51 +76,52 @@ def rotate(images: tf.Tensor, rotation: tf.Tensor) -> tf.Tensor:
     x, y = tf.range(width)[tf.newaxis, tf.newaxis, :], tf.range(height)[tf.newaxis, :, tf.newaxis]
     source_x = tf.bitwise.right_shift(a * x + b * y + c, 16)
     source_y = tf.bitwise.right_shift(d * x + e * y + f, 16)
-    return _take_pixels(images, tf.range(tf.shape(images, tf.int64)[0]), source_y, source_x)
+    return _take_pixels(images, tf.range(tf.shape(images)[0]), source_y, source_x)
 
 
 def _take_pixels(images: tf.Tensor, indices: tf.Tensor, y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
     _, height, width, channels = images.shape
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    pixel = tf.cast(tf.where(inside, y * width + x, 0), tf.int64) + indices[:, tf.newaxis, tf.newaxis] * height * width
+    first = tf.cast(indices, tf.int64)[:, tf.newaxis, tf.newaxis] * height * width
+    pixel = first + tf.cast(tf.where(inside, y * width + x, 0), tf.int64)
     taken = tf.gather(tf.reshape(images, [-1, channels]), pixel)
     return taken * tf.cast(inside, tf.uint8)[..., tf.newaxis]
 
 
+@_compiled
 def jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
     """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
 
     Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
-    for contrast and the pixel's grey for saturation. Factors are multiples of 1/4096 below 2, so float32 is exact.
+    for contrast and the pixel's grey for saturation.
 
     Args:
         images: uint8 [B, H, W, 3].
-        factors: float32 [B, 3].
+        factors: float32 [B, 3], multiples of 1/4096 below 2.
         order: int32 [B, 3].
 
     Returns:
         uint8 [B, H, W, 3].
     """
-    pixels = tf.cast(images, tf.float32)
-    for kind in tf.unstack(order, axis=1):
-        kind = kind[:, tf.newaxis, tf.newaxis]
-        factor = tf.gather(factors, kind[:, :, 0], batch_dims=1)[:, :, tf.newaxis, tf.newaxis]
+    pixels = tf.cast(images, tf.int32)
+    whole = tf.cast(factors * 2**JITTER_BITS, tf.int32)
+    in_order = tf.gather(whole, order, batch_dims=1)
+    for i in range(3):
+        kind, factor = order[:, i, tf.newaxis, tf.newaxis], in_order[:, i, tf.newaxis, tf.newaxis, tf.newaxis]
         grey = _grey(pixels)
-        base = tf.where(kind == 2, grey, tf.where(kind == 1, _mean(grey), 0.0))[..., tf.newaxis]
-        pixels = tf.clip_by_value(tf.floor(base + factor * (pixels - base)), 0.0, 255.0)
+        base = tf.where(kind == 2, grey, tf.where(kind == 1, _mean(grey), 0))[..., tf.newaxis]
+        pixels = tf.clip_by_value(base + tf.bitwise.right_shift(factor * (pixels - base), JITTER_BITS), 0, 255)
     return tf.cast(pixels, tf.uint8)
 
 
 def _grey(pixels: tf.Tensor) -> tf.Tensor:
-    """Pillow's conversion to "L": float32 [B, H, W, 3] whole numbers -> [B, H, W]."""
-    weights = tf.constant([19595.0, 38470.0, 7471.0])  # ITU-R 601-2 luma, times 65536
-    total = tf.linalg.matvec(pixels, weights)
-    return tf.floor((total + 32768.0) * 2.0**-16)
+    """Pillow's conversion to "L", ITU-R 601-2 luma: int32 [B, H, W, 3] -> [B, H, W]."""
+    red, green, blue = tf.unstack(pixels, axis=-1)
+    return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
 
 def _mean(grey: tf.Tensor) -> tf.Tensor:
-    """The mean of each image, rounded half up: [B, H, W] -> [B, 1, 1]."""
+    """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
     count = grey.shape[1] * grey.shape[2]
-    total = tf.reduce_sum(tf.cast(grey, tf.int32), axis=(1, 2), keepdims=True)
-    return tf.cast((2 * total + count) // (2 * count), tf.float32)
+    return (2 * tf.reduce_sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)

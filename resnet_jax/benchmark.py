@@ -1,97 +1,153 @@
-"""Measure the train step and the streaming pipeline: `python -m resnet_jax.benchmark --config configs/final.py`.
+"""Measure a config on this machine: `python -m resnet_jax.benchmark --config configs/final.py --output result.json`.
 
-Each is warmed up, which leaves compilation out, and timed over several repeats, interleaved; the table gives the median
-and the spread. The step is fed one batch that lies on the device; the pipeline is drained with nothing else running.
+For each batch size, dtype and number of devices it measures, or with `--only` a part of:
+
+    train_step, eval_step   the bare step, fed one batch that lies on the devices; GFLOP an image as XLA counts them
+    pipeline                the training stream, drained with nothing else running
+    end_to_end              the loop of launch.py, from its first step's end to its last's; and its ratio to train_step
+    startup                 launch.py from command to first step's dispatch, compilation cache cold and warm
+    save                    how long a checkpoint blocks the loop
+    memory                  peak of launch.py: resident on the host and, where the backend says so, on the device
+
+Throughputs are warmed up, which leaves compilation out, and interleaved A B A B; ratios are taken round by round. The
+table gives the median and the spread; the JSON all repeats, the config and the environment.
 """
 
 import itertools
 import os
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_jax import cli
+from resnet_jax import cli, timing
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
 
+THROUGHPUTS = ("train_step", "eval_step", "pipeline", "end_to_end")
+MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
+RATIOS = (("end_to_end", "train_step"), ("train_step", "torch_train_step"))
+
 flags.declare_key_flag("config")  # so that --help shows it
+ONLY = flags.DEFINE_list("only", list(MEASUREMENTS), "What to measure.")
+BATCH_SIZES = flags.DEFINE_list("batch-sizes", [], "Instead of config.batch_size.")
+DTYPES = flags.DEFINE_list("dtypes", [], "Instead of config.model.dtype.")
+DEVICE_COUNTS = flags.DEFINE_list(
+    "device-counts", [], "Instead of all devices; a CPU acts as so many. startup and memory are of all devices only."
+)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 5.0, "Of each measurement, at least.", lower_bound=0.0)
+SECONDS = flags.DEFINE_float("seconds", 5.0, "Of each throughput measurement, at least.", lower_bound=0.0)
+AGAINST_TORCH = flags.DEFINE_bool("against-torch", False, "Time the same train step in PyTorch beside ours.")
+TORCH_PYTHON = flags.DEFINE_string("torch-python", sys.executable, "A Python that has PyTorch.")
 OUTPUT = flags.DEFINE_string("output", None, "Write the result to this JSON file.")
+flags.register_validator(
+    "only", lambda names: names and set(names) <= set(MEASUREMENTS), f"it must be some of {','.join(MEASUREMENTS)}"
+)
+for _name in ("batch-sizes", "device-counts"):
+    flags.register_validator(
+        _name,
+        lambda numbers: all(n.isdecimal() and int(n) > 0 for n in numbers),
+        "it must be whole numbers from 1, with commas",
+    )
 
 
-def time_repeats(work: dict[str, Callable[[], int]], repeats: int, min_seconds: float) -> dict[str, list[float]]:
-    """Time pieces of work side by side.
-
-    Args:
-        work: by name, a function that does a unit of the work, to its end, and returns how many images that was.
-        repeats: how often each is measured, A B A B.
-        min_seconds: how long a measurement goes on at least.
-
-    Returns:
-        By name, images/s of each repeat.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for unit in work.values():
-        unit()
-    for _ in range(repeats):
-        for name, unit in work.items():
-            images, start = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - start) < min_seconds or not images:
-                images += unit()
-            rates[name].append(images / elapsed)
-    return rates
+def cases_of(config: ConfigDict) -> Iterator[tuple[ConfigDict, int | None]]:
+    """Each config to measure, with the number of devices, None for all."""
+    batch_sizes = [int(size) for size in BATCH_SIZES.value] or [config.batch_size]
+    dtypes = DTYPES.value or [config.model.dtype]
+    counts: list[int | None] = [int(count) for count in DEVICE_COUNTS.value] or [None]
+    for batch_size, dtype, count in itertools.product(batch_sizes, dtypes, counts):
+        yield config_lib.replaced(config, {"batch_size": batch_size, "model.dtype": dtype}), count
 
 
-def measure(config: ConfigDict, repeats: int, min_seconds: float) -> dict[str, Any]:
-    """Measure a config on this machine; a result for `results/`."""
+def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
+    """Measure what the flags ask for of one config on so many devices; a case of the result."""
     import jax
 
-    from resnet_jax import input_pipeline, setup, steps, workdir
+    from resnet_jax import measure, setup, train_state, workdir
 
-    run = setup.setup(config)
-    train_step = steps.jit_train_step(config, run.mesh)
-    stream = input_pipeline.train_batches(run.train, config, 0, 10**9)
-    batch = steps.shard_batch(next(stream), run.mesh)
-    state = run.state
-
-    def one_step() -> int:
-        nonlocal state
-        state, metrics = train_step(state, batch)
-        jax.block_until_ready(metrics)
-        return config.batch_size
-
-    def some_batches() -> int:
-        return sum(len(batch["labels"]) for batch in itertools.islice(stream, 20))
-
-    rates = time_repeats({"train_step": one_step, "tf_data_pipeline": some_batches}, repeats, min_seconds)
-    return {
-        "images_per_second": {
-            name: {"median": statistics.median(r), "min": min(r), "max": max(r), "repeats": r}
-            for name, r in rates.items()
-        },
-        "config": config_lib.to_json(config),
-        "environment": workdir.environment(),
+    wanted, repeats = ONLY.value, REPEATS.value
+    start = setup.setup(config, num_devices)
+    flops = measure.flops_per_image(config, start)
+    case = {
+        "batch_size": config.batch_size,
+        "dtype": config.model.dtype,
+        "devices": start.mesh.size,
+        "num_params": train_state.num_params(start.state.params),
+        "train_flops_per_image": flops,
+        "dataset": workdir.describe(start.dataset, start.train, start.validation),
     }
+    figures: dict[str, Any] = {}
+    if start.mesh.size == jax.device_count():  # first, while this process holds little
+        if "startup" in wanted:
+            for cache, seconds in measure.startup_seconds(config, repeats).items():
+                figures[f"startup_{cache}"] = timing.summary(seconds, "s")
+        if "memory" in wanted:
+            for where, peak in measure.peak_memory_bytes(config, start).items():
+                if peak is not None:
+                    figures[f"memory_{where}"] = timing.summary([peak / 1e9], "GB")
+    if "save" in wanted:
+        figures["save"] = timing.summary(measure.save_seconds(config, start, repeats), "s")
+    with ExitStack() as stack:
+        contenders = {name: getattr(measure, name)(config, start) for name in THROUGHPUTS if name in wanted}
+        if AGAINST_TORCH.value:
+            if start.mesh.size > 1:
+                raise UserError(
+                    f"--against-torch compares on one device, not {start.mesh.size}: give --device-counts=1"
+                )
+            torch = measure.torch_train_step(config, start, TORCH_PYTHON.value)
+            contenders["torch_train_step"], case["torch"] = stack.enter_context(torch)
+        rates = timing.interleave(contenders, repeats, SECONDS.value)
+    for name, repeated in rates.items():
+        figures[name] = timing.summary(repeated, "images/s")
+        if name.endswith("train_step"):
+            figures[f"{name}_flops"] = timing.summary([rate * flops / 1e9 for rate in repeated], "GFLOP/s")
+    for one, other in RATIOS:
+        if {one, other} <= rates.keys():
+            rounds = zip(rates[one], rates[other], strict=True)
+            figures[f"{one} / {other}"] = timing.summary([a / b for a, b in rounds], "ratio")
+    return case | {"figures": figures}
+
+
+def table(case: dict[str, Any]) -> Iterator[str]:
+    """The lines that show a case to a person."""
+    yield (
+        f"batch {case['batch_size']}, {case['dtype']}, {case['devices']} device{'s' * (case['devices'] > 1)}: "
+        f"{case['num_params']:,} parameters, {case['train_flops_per_image'] / 1e9:.3f} GFLOP to train on an image"
+    )
+    yield f"{'':<30} {'median':>10} {'min':>10} {'max':>10}"
+    for name, figure in case["figures"].items():
+        cells = (f"{figure[which]:>10,.{1 if figure['median'] >= 100 else 3}f}" for which in ("median", "min", "max"))
+        yield f"{name:<30} {' '.join(cells)} {figure['unit']}"
 
 
 def main(config: ConfigDict) -> None:
-    """Measure, print a table and write the result."""
+    """Measure each case, print it and write the result."""
     output = Path(OUTPUT.value).absolute() if OUTPUT.value else None
     if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
         raise UserError(f"--output {output}: give a file in a folder that can be written")
+    cases = list(cases_of(config))
+    for case_config, _ in cases:
+        config_lib.validate(case_config)
+    counts = [count for _, count in cases if count]
+    if counts:  # before JAX starts
+        fake_devices = f"--xla_force_host_platform_device_count={max(counts)}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake_devices}".strip()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # for there are other processes on a GPU
     from resnet_jax import workdir
 
-    result = measure(config, REPEATS.value, SECONDS.value)
-    print(f"{'images/s':<18} {'median':>9} {'min':>9} {'max':>9}   batch {config.batch_size}, {REPEATS.value} repeats")
-    for name, rate in result["images_per_second"].items():
-        print(f"{name:<18} {rate['median']:>9.1f} {rate['min']:>9.1f} {rate['max']:>9.1f}")
+    results = []
+    for case_config, num_devices in cases:
+        with redirect_stdout(StringIO()):  # what runs print of themselves
+            results.append(measure_case(case_config, num_devices))
+        print("\n".join(table(results[-1])), flush=True)
     if output:
+        result = {"cases": results, "config": config_lib.to_json(config), "environment": workdir.environment()}
         workdir.write_json(output, result)
         print(output)
 

@@ -71,10 +71,13 @@ FIELDS: dict[str, Field] = {
     "checkpoint_every_steps": _integer(0),
     "log_every_steps": _integer(1),
     "abort_grad_norm": _NOT_NEGATIVE,
+    "pipeline": _choice("tf_data", "device"),
+    "steps_per_call": _integer(0, 10_000),
     "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
     "data.image_size": _integer(0, 4096),
+    "data.num_threads": _integer(0, 1024),
     "data.validation_ratio": _FRACTION,
     "data.split_seed": _integer(0, 2**32 - 1),
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
@@ -121,7 +124,7 @@ ALL_FIELDS = FIELDS | {
 NEUTRAL_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        "abort_grad_norm",
+        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads"),
     }
 )
 
@@ -188,6 +191,13 @@ def _check_together(config: ConfigDict) -> None:
             f"config.schedule.warmup_epochs is {warmup} and config.num_epochs {config.num_epochs}: the warm-up must "
             "end before the run does"
         )
+
+
+def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values of some fields: {"model.dtype": "bfloat16"}."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(fields)
+    return copy
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

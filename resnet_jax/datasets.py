@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +43,8 @@ def load(config: ConfigDict) -> Dataset:
 
     Args:
         config: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
-            user's cache folder) and `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
-            to it and the centre cut out).
+            user's cache folder), `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
+            to it and the centre cut out) and `num_threads`.
 
     Raises:
         UserError: where the data are missing, unreadable or not image classification.
@@ -64,14 +65,16 @@ def _read(config: ConfigDict) -> Arrays:
     if config.name == "digits":
         return sources.read_digits()
     if source == "npz":
-        return sources.read_npz(Path(os.path.expanduser(path)))
+        arrays = sources.read_npz(Path(os.path.expanduser(path)))
+        return {key: arrays[key] for key in KEYS}
     if source == "folder":
         folder = Path(os.path.realpath(os.path.expanduser(path)))
         images = sources.list_folder(folder)
         return _cached(config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size))
     builder = sources.prepared_tfds_builder(config.name, config.data_dir)
     folder = Path(builder.data_path)
-    return _cached(config, folder, folder.iterdir(), lambda: sources.read_tfds(builder, config.image_size))
+    read = partial(sources.read_tfds, builder, config.image_size, config.num_threads)
+    return _cached(config, folder, folder.iterdir(), read)
 
 
 def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split]:
@@ -137,7 +140,7 @@ def _checked(name: str, arrays: Arrays) -> Dataset:
         Split(arrays["train_images"], arrays["train_labels"]),
         Split(arrays["test_images"], arrays["test_labels"]),
         class_names,
-        fingerprint(arrays),
+        str(arrays["fingerprint"]) if "fingerprint" in arrays else fingerprint(arrays),
     )
 
 
@@ -169,7 +172,7 @@ def default_cache_dir() -> Path:
 
 
 def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
-    """The arrays of a source's files, from the cache where they are there, whole, and as new as the files."""
+    """The arrays of a source's files and their fingerprint, from the cache where they are there, whole, and up to date."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((state, config.image_size)).encode()).hexdigest()[:16]
     directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else default_cache_dir()
@@ -183,10 +186,11 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
             pass
         print(f"{path} is damaged: decoding {folder} anew")
     arrays = read()
+    arrays["fingerprint"] = np.array(fingerprint(arrays))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".incomplete-") as scratch:
-            np.savez(Path(scratch) / "data.npz", **arrays, fingerprint=np.array(fingerprint(arrays)))  # type: ignore[arg-type]
+            np.savez(Path(scratch) / "data.npz", **arrays)  # type: ignore[arg-type]
             os.replace(Path(scratch) / "data.npz", path)
     except OSError as error:
         raise UserError(f"{directory} cannot take the decoded data ({error}): set config.data.cache_dir") from error

@@ -31,12 +31,14 @@ def describe(config: ConfigDict, start: Setup, state: TrainState) -> dict[str, A
     """
     step = int(state.step)
     here = jax.process_index(), jax.process_count()
-    batch = next(iter(input_pipeline.train_batches(start.train, config, step, step + 1, *here)))
+    draws = {name: own[0] for name, own in input_pipeline.train_draws(start.train, config, step, 1, *here).items()}
+    data = {name: array[draws["indices"]] for name, array in start.train._asdict().items()}  # the rest may not fit
+    draws["indices"] = np.arange(len(data["labels"]))
+    batch = jax.jit(partial(steps.build_batch, config=config))(data, draws)
     loss_and_gradient = jax.jit(partial(steps.loss_and_gradient, config=config))
-    (loss, _), grads = loss_and_gradient(state, steps.shard_batch(batch, start.mesh))
+    (loss, _), grads = loss_and_gradient(state, steps.shard_batch(jax.device_get(batch), start.mesh))
 
-    first = step * config.batch_size
-    chosen = sampling.indices(config.seed, first, first + config.batch_size, len(start.train.labels))
+    (chosen,) = input_pipeline.train_draws(start.train, config, step, 1)["indices"]
     labels = start.dataset.train.labels
     train, _ = sampling.stratified_split(labels, config.data.validation_ratio, config.data.split_seed)
     layers = {}

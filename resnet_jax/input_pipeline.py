@@ -1,16 +1,23 @@
 """From arrays in memory to batches: the training stream, which starts at any step, and padded evaluation batches.
 
-The training stream is a tf.data pipeline over the draws of `sampling.py`; TensorFlow is imported when it is built.
-Batches are host arrays; `images` are uint8 and the step normalises them.
+There are two training pipelines, and both apply the draws of `sampling.py`, so they give the same batches: `tf_data` streams
+them from the host (`train_batches`; TensorFlow is imported when its first is asked for), and `device` keeps the examples in
+the devices' memory and is sent which to take and how to augment them (`train_draws`). Images are uint8; the step
+normalises them.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import psutil
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_jax import sampling
 from resnet_jax.datasets import Split
+from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import import_tensorflow, usable_cores
 
 Batch = dict[str, np.ndarray]
 
@@ -19,6 +26,53 @@ def process_slice(batch_size: int, process_index: int, process_count: int) -> tu
     """The part [first, last) of the global batch that a process feeds; `batch_size` is a multiple of the count."""
     size = batch_size // process_count
     return process_index * size, (process_index + 1) * size
+
+
+def train_draws(
+    split: Split, config: ConfigDict, start_step: int, count: int, process_index: int = 0, process_count: int = 1
+) -> dict[str, np.ndarray]:
+    """Which examples a process takes in steps [start_step, start_step + count), and how they are augmented.
+
+    Args:
+        split: the training examples.
+        config: reads `seed`, `batch_size` and `augment`.
+        start_step: the first step.
+        count: how many steps.
+        process_index: which slice of each batch to draw.
+        process_count: how many slices there are.
+
+    Returns:
+        {"indices": int32 [count, B], and the fields of `sampling.Draws`, each [count, B, ...]} with B = batch_size /
+        process_count.
+    """
+    num_examples, height, width, _ = split.images.shape
+    batch_size = config.batch_size
+    where = (config.seed, start_step * batch_size, (start_step + count) * batch_size, num_examples)
+    first, last = process_slice(batch_size, process_index, process_count)
+
+    draws = sampling.draws(*where, config.augment, (height, width))._asdict()
+    draws["indices"] = sampling.indices(*where).astype(np.int32)
+    return {name: drawn.reshape(count, batch_size, *drawn.shape[1:])[:, first:last] for name, drawn in draws.items()}
+
+
+def check_fits(split: Split, mesh: Mesh) -> None:
+    """Refuse examples that do not fit in the memory of each of this process's devices, before anything is copied.
+
+    Raises:
+        UserError: with the bytes that are needed and those that are free.
+    """
+    needed = split.images.nbytes + split.labels.nbytes
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if all(stats):
+        free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    else:
+        needed *= len(stats)  # on a CPU, whose devices share the host's memory
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"config.pipeline device needs {needed:,} bytes for the training images, and {free:,} are free: set it to "
+            "tf_data"
+        )
 
 
 def train_batches(
@@ -33,50 +87,37 @@ def train_batches(
 
     Args:
         split: the training examples.
-        config: reads `seed`, `batch_size` and `augment`.
+        config: reads `seed`, `batch_size`, `augment` and `data.num_threads`.
         start_step: first step to give.
         stop_step: last step to give + 1.
         process_index: which slice of each batch to build.
         process_count: how many slices there are.
 
-    Returns:
-        An iterator over {"images": uint8 [B, H, W, 3], "labels": int32 [B]} with B = batch_size / process_count.
+    Yields:
+        {"images": uint8 [B, H, W, 3], "labels": int32 [B]} with B = batch_size / process_count.
     """
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+    tf = import_tensorflow(config.data.num_threads)
     from resnet_jax import augment_tf
 
-    images = tf.constant(split.images)
-    num_examples, height, width, _ = split.images.shape
-    first, last = process_slice(config.batch_size, process_index, process_count)
+    images, labels = tf.constant(split.images), tf.constant(split.labels)
 
-    def draw_steps() -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-        for step in range(start_step, stop_step):
-            where = (config.seed, step * config.batch_size + first, step * config.batch_size + last, num_examples)
-            chosen = sampling.indices(*where)
-            draws = sampling.draws(*where, config.augment, (height, width))
-            yield chosen, split.labels[chosen], draws._asdict()
+    def draw(step: int) -> dict[str, np.ndarray]:
+        draws = train_draws(split, config, step, 1, process_index, process_count)
+        return {name: drawn[0] for name, drawn in draws.items()}
 
-    @tf.function(jit_compile=True, autograph=False)  # XLA fuses it, and the arithmetic is exact either way
-    def build(chosen: tf.Tensor, labels: tf.Tensor, draws: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {"images": augment_tf.augment(images, chosen, draws, config.augment), "labels": labels}
+    @tf.autograph.experimental.do_not_convert
+    def build(draws: Any) -> Any:
+        augmented = augment_tf.augment(images, draws["indices"], draws, config.augment)
+        return {"images": augmented, "labels": tf.gather(labels, draws["indices"])}
 
-    size = last - first
-    signature = (
-        tf.TensorSpec([size], tf.int64),
-        tf.TensorSpec([size], tf.int32),
-        {
-            "flip": tf.TensorSpec([size], tf.bool),
-            "crop": tf.TensorSpec([size, 2], tf.int32),
-            "jitter": tf.TensorSpec([size, 3], tf.float32),
-            "order": tf.TensorSpec([size, 3], tf.int32),
-            "rotation": tf.TensorSpec([size, 6], tf.int32),
-        },
-    )
-    stream = tf.data.Dataset.from_generator(draw_steps, output_signature=signature)
-    stream = stream.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
-    return stream.as_numpy_iterator()
+    signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
+    stream = tf.data.Dataset.from_generator(lambda: map(draw, range(start_step, stop_step)), output_signature=signature)
+    threads = config.data.num_threads or usable_cores()
+    stream = stream.map(build, num_parallel_calls=threads, deterministic=True).prefetch(2)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1  # several batches at once, each by one thread
+    yield from stream.with_options(options).as_numpy_iterator()
 
 
 def eval_batches(split: Split, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

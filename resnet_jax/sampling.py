@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 STREAMS = {"order": 0, "augment": 1, "split": 2}  # never renumber: it would change every run
 
 _WORDS = 8  # 64-bit words a position draws, two Philox blocks
-_JITTER_STEPS = 4096  # factors are multiples of 1/4096: float32 then holds every product with a pixel exactly
+JITTER_BITS = 12  # factors are multiples of 1/4096, so that they are whole numbers to whoever applies them
 
 # The three jitters in each of their 6 orders: 0 brightness, 1 contrast, 2 saturation.
 JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
@@ -108,7 +108,7 @@ def draws(
     return Draws(
         flip=_uniform(words[:, 0]) < augment.flip_probability,
         crop=_below(words[:, 1:3], 2 * augment.crop_padding + 1),
-        jitter=(np.round(factors * _JITTER_STEPS) / _JITTER_STEPS).astype(np.float32),
+        jitter=(np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32),
         order=JITTER_ORDERS[_below(words[:, 6], len(JITTER_ORDERS))],
         rotation=rotation_map(degrees, *image_shape),
     )

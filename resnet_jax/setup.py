@@ -23,7 +23,7 @@ class Setup(NamedTuple):
         dataset: all of it.
         train: the part of `dataset.train` that is trained on.
         validation: the rest of it, possibly empty.
-        mesh: every device, on the axis "data".
+        mesh: the devices, on the axis "data".
         state: of step 0.
         steps_per_epoch: len(train) / batch_size, not rounded.
         total_steps: ceil(num_epochs * len(train) / batch_size).
@@ -38,18 +38,22 @@ class Setup(NamedTuple):
     total_steps: int
 
 
-def setup(config: ConfigDict) -> Setup:
+def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     """Load the data and build the state, checking what can be wrong before the first step.
 
+    Args:
+        config: of the run.
+        num_devices: how many devices to use; all of them if not given.
+
     Raises:
-        UserError: where the data are not to be had, the batch does not divide over the devices, or the model has more
-            parameters than `config.model.max_params`.
+        UserError: where the data or the devices are not to be had, the batch does not divide over the devices, or the
+            model has more parameters than `config.model.max_params`.
     """
     jax.config.update(
         "jax_compilation_cache_dir",
         os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(datasets.default_cache_dir() / "xla"),
     )
-    mesh = train_state.make_mesh()
+    mesh = train_state.make_mesh(num_devices)
     check_batch_size(config.batch_size, mesh.size)
     alike = {name: value for name, value in flatten(config).items() if name not in ("data.data_dir", "data.cache_dir")}
     cluster.check_agreement("config", json.dumps(alike))
@@ -63,11 +67,13 @@ def setup(config: ConfigDict) -> Setup:
     create = partial(
         train_state.create, config, len(dataset.class_names), train.images.shape[1:], steps_per_epoch, mesh
     )
-    params = jax.eval_shape(create).params  # the shapes alone: a model over its budget is never built
+    traced = jax.jit(create).trace()
+    params = traced.out_info.params  # the shapes alone: a model over its budget is never built
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
     check_budget(train_state.num_params(params), config.model.max_params)
-    return Setup(dataset, train, validation, mesh, create(), steps_per_epoch, total_steps)
+    state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
+    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps)
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:

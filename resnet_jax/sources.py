@@ -14,6 +14,7 @@ from PIL import Image
 
 from resnet_jax import sampling
 from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import import_tensorflow
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 Arrays = dict[str, np.ndarray]  # of KEYS: uint8 [N, H, W, 3], int [N], twice, and str [num_classes]
@@ -175,12 +176,11 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def read_tfds(builder: Any, image_size: int) -> Arrays:
+def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
     """Decode a prepared TFDS set in its own order; without a split "test", "validation" is the test set."""
-    import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")
+    tf = import_tensorflow(num_threads)
     splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
     for split in splits.values():
         if split not in builder.info.splits:

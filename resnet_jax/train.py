@@ -13,18 +13,23 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_jax import cluster, failure, input_pipeline, optim, preemption, steps, train_state, workdir
+from resnet_jax import cluster, failure, input_pipeline, optim, preemption, profiling, steps, train_state, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError, leave
 from resnet_jax.evaluate import evaluate
+from resnet_jax.feed import make_feed
 from resnet_jax.progress import Progress
 from resnet_jax.setup import Setup, setup
 
 
 def train(
-    config: ConfigDict, directory: Path, started: float | None = None, max_seconds: float | None = None
+    config: ConfigDict,
+    directory: Path,
+    started: float | None = None,
+    max_seconds: float | None = None,
+    profile: profiling.Profile | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
@@ -33,6 +38,7 @@ def train(
         directory: the workdir, made where it is not there.
         started: the `time.monotonic()` from which the run's seconds count; from this call if not given.
         max_seconds: stop, with the state saved, at the first step that ends later than this after `started`.
+        profile: of some of the steps to come.
 
     Returns:
         What `result.json` holds.
@@ -44,6 +50,8 @@ def train(
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
     if (directory / "result.json").exists():
+        if profile:
+            raise UserError(f"--profile: {directory} is complete, and takes no more steps: choose another --workdir")
         result = workdir.read_json(directory / "result.json", _SUMMARISED)
         try:
             summary = _summary(result)
@@ -57,6 +65,10 @@ def train(
     stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():
         start = setup(config)
+        if config.pipeline == "device":
+            input_pipeline.check_fits(start.train, start.mesh)
+        if profile:
+            profile.check(0, start.total_steps)
         if code := stop_request.exit_code():
             raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} before the first step")
         with workdir.opened(directory, config, 4 * train_state.num_bytes(start.state)) as check_held:  # 3 kept, 1 new
@@ -64,7 +76,7 @@ def train(
             with (
                 closing(Checkpoints(directory / "checkpoints", accuracies)) as checkpoints,
                 closing(
-                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies)
+                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies, profile)
                 ) as run,
                 cluster.all_end_with_this(),  # before anything is closed, for closing waits for the others
             ):
@@ -93,6 +105,7 @@ class Run:
         check_held: from `workdir.opened`.
         checkpoints: of the run; the newest is restored.
         accuracies: step -> validation accuracy, shared with `checkpoints`; validations to come are added.
+        profile: of some of the steps to come.
     """
 
     def __init__(
@@ -105,10 +118,11 @@ class Run:
         check_held: Callable[[], None],
         checkpoints: Checkpoints,
         accuracies: dict[int, float],
+        profile: profiling.Profile | None = None,
     ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
         self.stop_request, self.check_held = stop_request, check_held
-        self.checkpoints, self.accuracies = checkpoints, accuracies
+        self.checkpoints, self.accuracies, self.profile = checkpoints, accuracies, profile
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
@@ -116,10 +130,11 @@ class Run:
             self.state, meta = found
             self.seconds_before = meta["seconds"]
         self.first_step = int(self.state.step)
+        if profile:
+            profile.check(self.first_step, start.total_steps)
         for step in [step for step in accuracies if step > self.first_step]:
             del accuracies[step]  # it comes again
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
-        self.train_step = steps.jit_train_step(config, start.mesh)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
         self.log = workdir.MetricsLog(directory, self.first_step)
         self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
@@ -134,18 +149,26 @@ class Run:
     def loop(self) -> None:
         """Take the steps that are left, logging, saving and evaluating on the way.
 
-        The metrics of a step are fetched once the next step is dispatched, so the device does not wait for them, and a
-        signal never finds more than two steps under way.
+        The metrics of a call are fetched once the next call is dispatched, so the device does not wait for them, and a
+        signal never finds more than two calls under way.
         """
         config, total = self.config, self.start.total_steps
         if self.first_step and self.evaluates_after(self.first_step) and self.first_step not in self.accuracies:
             self.validate(self.first_step)  # for the session before ended between the save and the evaluation's end
-        batches = input_pipeline.train_batches(
-            self.start.train, config, self.first_step, total, jax.process_index(), jax.process_count()
-        )
-        pending: tuple[int, train_state.TrainMetrics] | None = None
-        for step, batch in enumerate(batches, start=self.first_step + 1):
-            self.state, metrics = self.train_step(self.state, steps.shard_batch(batch, self.start.mesh))
+        step = self.first_step
+        if step == total:
+            return
+        pending: tuple[int, int, train_state.TrainMetrics] | None = None
+        feed = make_feed(config, self.start, step)
+        while step < total:
+            count = self.call_length(step, feed.steps_per_call)
+            if self.profile:
+                self.profile.before(step + count, self.state, self.directory)
+            self.state, metrics = feed.take(self.state, step, count)
+            step += count
+            if self.profile and (report := self.profile.after(step, metrics, self.directory)):
+                self.progress.note(report)
+                self.progress.restart_clock(step)
             if self.startup_seconds is None:
                 self.startup_seconds = time.monotonic() - self.started
                 self.progress.note(f"first step dispatched {self.startup_seconds:.1f} s after the start")
@@ -153,23 +176,38 @@ class Run:
                 self.progress.restart_clock(step)
                 self.stop_request.start_clock()
             if pending:
-                self.end_step(*pending)
-            pending = step, metrics
-            stop = self.stop_request.exit_code(agree=step % config.log_every_steps == 0)
-            save = config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0
-            evaluates = self.evaluates_after(step)
-            if stop or save or evaluates:
-                self.end_step(*pending)
+                self.end_call(*pending)
+            pending = step, count, metrics
+            stop = self.stop_request.exit_code(agree=self.logs_in(step, count))
+            if stop or self.saves_after(step):
+                self.end_call(*pending)
                 pending = None
                 self.save()
                 if stop:
                     self.stop(stop, step)
-                if evaluates:
+                if self.evaluates_after(step):
                     self.validate(step)
                 self.progress.restart_clock(step)
 
+    def call_length(self, step: int, steps_per_call: int) -> int:
+        """How many steps to take after a step in one call: as many as a call takes, or 1 where a save comes before.
+
+        So a call never goes past a save, only two lengths are compiled, and the steps that follow a save are cut into
+        calls as in the run that was not stopped there.
+        """
+        return 1 if any(map(self.saves_after, range(step + 1, step + steps_per_call))) else steps_per_call
+
+    def logs_in(self, step: int, count: int) -> bool:
+        """Whether the last `count` steps up to this one have one after which every run logs a row."""
+        return step // self.config.log_every_steps > (step - count) // self.config.log_every_steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether the run saves after a step, to evaluate or in between."""
+        every = self.config.checkpoint_every_steps
+        return self.evaluates_after(step) or (every > 0 and step % every == 0)
+
     def evaluates_after(self, step: int) -> bool:
-        """Whether the run saves and evaluates after a step."""
+        """Whether the run evaluates after a step."""
         config = self.config
         return evaluates_after(
             step, self.start.total_steps, config.batch_size, len(self.start.train.labels), config.eval_every_epochs
@@ -193,28 +231,31 @@ class Run:
         self.check_held()
         self.log.write(row)
 
-    def end_step(self, step: int, metrics: train_state.TrainMetrics) -> None:
-        """Wait for a step, stop the run if it was not taken, and log the means since the last row if it ends one."""
-        figures = {name: float(value) for name, value in jax.device_get(metrics).compute().items()}
-        if math.isnan(figures["loss"]):
-            self.fail(step)
-        if step % self.config.log_every_steps and step < self.start.total_steps:
-            return
-        speed = self.progress.images_per_second(step)
-        row = self.row(
-            step,
-            "train",
-            {
-                "loss": figures["loss"],
-                "accuracy": figures["accuracy"],
-                "learning_rate": float(self.schedule(step - 1)),
-                "grad_norm": figures["grad_norm"],
-                # Too few steps to measure, at the end of a run whose steps log_every_steps does not divide:
-                "images_per_second": None if step % self.config.log_every_steps else speed,
-            },
-        )
-        self.write(row)
-        self.progress.show(row)
+    def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
+        """Wait for a call, log the means since the last row where a step ends one, and stop at a step that was not taken."""
+        metrics = jax.device_get(metrics)
+        speed = self.progress.images_per_second(last_step) if self.logs_in(last_step, count) else None
+        for i, step in enumerate(range(last_step - count + 1, last_step + 1)):
+            of_step = jax.tree.map(lambda leaf, i=i: leaf.reshape(count)[i], metrics)
+            figures = {name: float(value) for name, value in of_step.compute().items()}
+            if math.isnan(figures["loss"]):
+                self.fail(step)
+            if step % self.config.log_every_steps and step < self.start.total_steps:
+                continue
+            row = self.row(
+                step,
+                "train",
+                {
+                    "loss": figures["loss"],
+                    "accuracy": figures["accuracy"],
+                    "learning_rate": float(self.schedule(step - 1)),
+                    "grad_norm": figures["grad_norm"],
+                    # Too few steps to measure, at the end of a run whose steps log_every_steps does not divide:
+                    "images_per_second": None if step % self.config.log_every_steps else speed,
+                },
+            )
+            self.write(row)
+            self.progress.show(row)
 
     def fail(self, step: int) -> NoReturn:
         """Stop a run at a step that was not taken: save the state before it and describe the step in a file."""
@@ -293,6 +334,7 @@ class Run:
             "state_digest": last_digest,
             "seconds": self.seconds(),
             "startup_seconds": self.startup_seconds,
+            "peak_memory_bytes": workdir.peak_memory_bytes(),
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             "dataset": workdir.describe(self.start.dataset, self.start.train, self.start.validation),

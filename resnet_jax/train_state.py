@@ -51,18 +51,21 @@ class TrainState(flax.struct.PyTreeNode):
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes in one row, named "data".
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """The first so many devices, or all devices of all processes, in one row, named "data".
 
     Raises:
-        UserError: where JAX finds no device to use.
+        UserError: where JAX finds no device to use, or not so many.
     """
     try:
-        return Mesh(np.array(jax.devices()), ("data",))
+        devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"JAX finds no device ({error or 'none of that kind'}): install its plugin, or unset JAX_PLATFORMS"
         ) from error
+    if num_devices is not None and num_devices > len(devices):
+        raise UserError(f"{num_devices} devices are asked for and {len(devices)} are there: ask for fewer")
+    return Mesh(np.array(devices[:num_devices]), ("data",))
 
 
 def create(

@@ -5,10 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +20,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from resnet_jax import config as config_lib
 from resnet_jax.datasets import Dataset, Split
@@ -214,12 +219,25 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": cpu_count(),
         "backend": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def peak_memory_bytes() -> dict[str, int | None]:
+    """The most memory that this process has held: "host", resident, and "device", of its first; None where not told."""
+    status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
+    host = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    device = jax.local_devices()[0].memory_stats() or {}
+    return {"host": int(host[1]) * 1024 if host else None, "device": device.get("peak_bytes_in_use")}
+
+
+def cpu_count() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -267,33 +285,35 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
-        from clu import metric_writers  # imports TensorFlow
-
-        primary = jax.process_index() == 0
-        self._path = directory / "metrics.jsonl"
-        events = directory / "tensorboard"
-        try:
-            self._writer = metric_writers.create_default_writer(str(events), just_logging=not primary)
-        except Exception as error:  # TensorFlow's, whatever its kind
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{events} cannot be written ({reason}): mend that, or choose another --workdir") from error
-        if primary:
-            lines = _lines(directory)
-            kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]
-            if len(kept) < len(lines):
-                write_text(self._path, "".join(kept))
-        self._primary = primary
+        self._primary = jax.process_index() == 0
+        if not self._primary:
+            return
+        self._path, self._events_path = directory / "metrics.jsonl", directory / "tensorboard"
+        with _writing(self._events_path):
+            self._events_path.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+            self._events = RecordWriter((self._events_path / name).open("wb", buffering=0))
+        self._write_event(file_version="brain.Event:2")
+        lines = _lines(directory)
+        kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]
+        if len(kept) < len(lines):
+            write_text(self._path, "".join(kept))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; "step", "epoch" and "split" name it, the rest are its figures."""
-        if self._primary:
-            with _writing(self._path), self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        figures = {
-            f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None
-        }
-        self._writer.write_scalars(row["step"], figures)
+        if not self._primary:
+            return
+        with _writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
+        values = [Summary.Value(tag=f"{row['split']}/{name}", simple_value=v) for name, v in figures.items()]
+        self._write_event(step=row["step"], summary=Summary(value=values))
+
+    def _write_event(self, **fields: Any) -> None:
+        with _writing(self._events_path):
+            self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def close(self) -> None:
-        """Flush the events."""
-        self._writer.close()
+        """Close the events."""
+        if self._primary:
+            self._events.close()

@@ -38,6 +38,11 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def tiny_config(cache_dir: str) -> ConfigDict:
     """A run of a few seconds on digits: 41 steps in two epochs, an evaluation after each."""
+    return make_tiny_config(cache_dir)
+
+
+def make_tiny_config(cache_dir: str) -> ConfigDict:
+    """What `tiny_config` is, for fixtures that live longer than a test."""
     config = quickstart.get_config()
     config.num_epochs = 2.0
     config.schedule.warmup_epochs = 0.5

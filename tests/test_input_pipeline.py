@@ -1,11 +1,21 @@
+import functools
+import os
+import pickle
+import subprocess
+import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 
-from resnet_jax import augment_tf, input_pipeline, sampling
+from resnet_jax import augment_tf, input_pipeline, sampling, steps
 from resnet_jax.datasets import Split
+from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import usable_cores
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +43,35 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
     chosen, draws = sampling.indices(*where), sampling.draws(*where, config.augment, (16, 16))
     expected = augment_tf.augment(tf.constant(split.images), tf.constant(chosen), draws._asdict(), config.augment)
     assert_equal(batch, {"images": expected.numpy(), "labels": split.labels[chosen]})
+
+
+@pytest.mark.parametrize("start", [0, 3, 11])  # steps 4, 8 and 12 end an epoch, 96 of whose 100 examples they begin in
+def test_both_pipelines_give_the_same_batches(split, config, start):
+    streamed = list(input_pipeline.train_batches(split, config, start, start + 6))
+    build_batch = jax.jit(functools.partial(steps.build_batch, config=config))
+    draws = input_pipeline.train_draws(split, config, start, 6)
+    for step, batch in enumerate(streamed):
+        on_device = build_batch(split._asdict(), {name: drawn[step] for name, drawn in draws.items()})
+        assert_equal(jax.device_get(on_device), batch)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, processes):
+    whole = input_pipeline.train_draws(split, config, 2, 5)
+    parts = [input_pipeline.train_draws(split, config, 2, 5, i, processes) for i in range(processes)]
+    assert_equal({name: np.concatenate([part[name] for part in parts], axis=1) for name in whole}, whole)
+
+
+def test_free_memory_is_that_of_the_fullest_device(split):
+    def device(in_use):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100_000, "bytes_in_use": in_use})
+
+    def mesh(*in_use):
+        return types.SimpleNamespace(local_devices=[device(bytes_in_use) for bytes_in_use in in_use])
+
+    input_pipeline.check_fits(split, mesh(0, 22_800))
+    with pytest.raises(UserError, match="needs 77,200 bytes for the training images, and 77,199 are free: set it to"):
+        input_pipeline.check_fits(split, mesh(0, 22_801))
 
 
 def test_a_step_is_the_same_wherever_the_stream_starts(split, config):
@@ -86,6 +125,32 @@ def test_evaluation_covers_every_example_once(split, batch_size, processes):
             for image, label in zip(b["images"][b["mask"]], b["labels"][b["mask"]], strict=True)
         ]
     assert sorted(seen) == sorted((image.tobytes(), label) for image, label in zip(*split, strict=True))
+
+
+def test_tensorflow_takes_the_threads_it_is_given_and_those_it_has_when_it_runs(split, config):
+    """In a process of its own, for the threads are made once: the second pipeline asks for others, and goes on with those."""
+    script = """
+import sys, pickle, hashlib
+from resnet_jax import input_pipeline
+split, config = pickle.load(sys.stdin.buffer)
+seen = set()
+for config.data.num_threads in (1, 3, 0):
+    (batch,) = input_pipeline.train_batches(split, config, 7, 8)
+    seen.add(hashlib.sha256(batch["images"].tobytes()).hexdigest())
+import tensorflow as tf
+threading = tf.config.threading
+print(len(seen), threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps((split, config)), cwd=ROOT, capture_output=True
+    )
+    assert done.stdout.split() == [b"1", b"1", b"1"], done.stderr
+
+
+def test_tensorflow_may_use_the_cores_that_this_process_may(monkeypatch):
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
 
 
 def test_tensorflow_sees_no_gpu(split, config):

@@ -50,6 +50,10 @@ MISTAKES = {
     "stray argument": ([FINAL, "train"], ["train: stray argument", "--flag=value"]),
     "unknown flag": ([FINAL, "--epochs=3"], ["Unknown command line flag 'epochs'"]),
     "unknown mode": ([FINAL, "--mode=test"], ["--mode=test", "train|eval"]),
+    "a profile of no steps": ([FINAL, "--profile=3:0"], ["--profile '3:0' must be START:COUNT"]),
+    "a profile from no step": ([FINAL, "--profile=0:3"], ["--profile '0:3' must be START:COUNT"]),
+    "a profile of one number": ([FINAL, "--profile=3"], ["--profile '3' must be START:COUNT"]),
+    "a profile of an evaluation": ([FINAL, "--mode=eval", "--profile=3:2"], ["--profile", "--mode eval"]),
     "workdir without a value": ([FINAL, "--workdir"], ["Missing value", "--workdir"]),
 }
 
@@ -260,6 +264,8 @@ DEEPER_MISTAKES = {
     ),
     "a model beyond all bounds": (None, ["--config.model.channel_list=(9223372036854775807,16,16)"], {}, ["to 65536"]),
     "no time limit": (None, ["--max-seconds=nan"], {}, ["max-seconds", "must be a number of seconds"]),
+    "a profile beyond the run": (None, [*SMOKE, "--profile=11:2"], {}, ["steps 11 to 12", "to come are 1 to 11"]),
+    "a profile of a finished run": (finished_run, [*SMOKE, "--profile=3:2"], {}, ["is complete", "another --workdir"]),
     "evaluating no run": (None, ["--mode=eval"], {}, ["run holds no run", "--workdir"]),
     "evaluating a checkpoint that is not there": (
         finished_run,
@@ -354,7 +360,14 @@ def test_help_lists_the_flags_and_starts_nothing(here):
     done = launch("--help")
     assert done.returncode in (0, 1)  # absl's is 1
     assert done.stderr == ""
-    for flag in ("--config:", "--workdir:", "--mode: <train|eval>", "--checkpoint:", "--[no]distributed:"):
+    for flag in (
+        "--config:",
+        "--workdir:",
+        "--mode: <train|eval>",
+        "--checkpoint:",
+        "--profile:",
+        "--[no]distributed:",
+    ):
         assert flag in done.stdout
     assert list(here.iterdir()) == []
 

@@ -4,6 +4,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from benchmarks import tables
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -60,3 +62,11 @@ def test_every_promise_of_reliability_names_tests_that_are_there_and_every_slow_
         assert named <= set.union(*tests.values()), row
         assert ("make test-slow" in command) == (named <= tests["test_reliability.py"]), row
     assert tests["test_reliability.py"] <= set(re.findall(r"`(test_\w+)`", "".join(promises)))
+
+
+def test_the_tables_of_performance_are_those_that_their_files_make():
+    document = tables.DOCUMENT.read_text()
+    assert tables.refreshed(document) == document, "run python -m benchmarks.tables"
+    shown = set(re.findall(r"results/([\w-]+\.json)", document))
+    assert shown
+    assert all(f"<!-- results/{name} -->" in document for name in shown)

@@ -2,10 +2,14 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import types
 
 import numpy as np
+import psutil
 import pytest
-from conftest import rows
+from conftest import ROOT, make_tiny_config, rows
 
 from configs import sgd
 from resnet_jax import config as config_lib
@@ -13,23 +17,40 @@ from resnet_jax import datasets, evaluate, input_pipeline, preemption, train
 from resnet_jax.errors import UserError
 
 
-def at_step(monkeypatch, step, action, factory="jit_train_step"):
-    """Do something right after the given step of the next run was dispatched, or a batch of evaluation after it."""
-    make = getattr(train.steps, factory)
+def at_step(monkeypatch, step, action):
+    """Do something right after the given step of the next run was dispatched."""
+    make = train.make_feed
+
+    def made(*arguments):
+        feed = make(*arguments)
+
+        def take(state, before, count):
+            results = feed.take(state, before, count)
+            if before < step <= before + count:
+                action()
+            return results
+
+        return feed._replace(take=take)
+
+    monkeypatch.setattr(train, "make_feed", made)
+
+
+def at_evaluation_after(monkeypatch, step, action):
+    """Do something right after a batch of the evaluation after the given step was dispatched."""
+    make = train.steps.jit_eval_step
 
     def made(*arguments):
         compiled = make(*arguments)
 
         def call(state, batch):
-            before = int(state.step)
             results = compiled(state, batch)
-            if before + (factory == "jit_train_step") == step:
+            if state.step == step:
                 action()
             return results
 
         return call
 
-    monkeypatch.setattr(train.steps, factory, made)
+    monkeypatch.setattr(train.steps, "jit_eval_step", made)
 
 
 class Died(BaseException):
@@ -40,10 +61,13 @@ def die():
     raise Died
 
 
-@pytest.fixture(params=["adamw", "sgd"])
+@pytest.fixture(params=["adamw", "sgd", "device"])
 def config(request, tiny_config):
+    """Either optimizer, and AdamW with the device pipeline in calls of 5 steps: 1..5 to 16..20, 21, 22..26 to 37..41."""
     if request.param == "sgd":
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
+    if request.param == "device":
+        tiny_config.pipeline, tiny_config.steps_per_call = "device", 5
     return tiny_config
 
 
@@ -52,7 +76,7 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert set(result) == {
         *("test_accuracy", "test_loss", "validation_accuracy", "num_params", "checkpoint_step", "steps", "seconds"),
-        *("startup_seconds", "state_digest", "config", "seed", "dataset", "environment"),
+        *("startup_seconds", "peak_memory_bytes", "state_digest", "config", "seed", "dataset", "environment"),
     }
     assert result["steps"] == 41 == math.ceil(2 * 1294 / 64)
     assert result["dataset"]["splits"] == {"train": 1294, "validation": 144, "test": 359}
@@ -95,10 +119,11 @@ def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypa
 
 def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, config, monkeypatch):
     whole = train.train(config, tmp_path / "whole")
+    of_call = {13: 15, 22: 26, 30: 31} if config.pipeline == "device" else {}  # the step at which the call ends
     for step, signum in ((13, signal.SIGTERM), (22, signal.SIGUSR1), (30, signal.SIGINT)):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda signum=signum: os.kill(os.getpid(), signum))
-            with pytest.raises(preemption.Interrupted, match=f"at step {step} of 41") as stop:
+            with pytest.raises(preemption.Interrupted, match=f"at step {of_call.get(step, step)} of 41") as stop:
                 train.train(config, tmp_path / "parts")
         assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
@@ -112,7 +137,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_p
     config.checkpoint_every_steps = 7
     whole = train.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        at_step(patch, 34, die)
+        at_step(patch, 35, die)
         with pytest.raises(Died):
             train.train(config, tmp_path / "parts")
     assert max(row["step"] for row in rows(tmp_path / "parts")) == 30  # later than the checkpoint of step 28
@@ -128,7 +153,7 @@ def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_pa
     for step, evaluated in ((21, []), (41, [21])):
         end = die if signum is None else lambda: os.kill(os.getpid(), signum)
         with monkeypatch.context() as patch:
-            at_step(patch, step, end, "jit_eval_step")
+            at_evaluation_after(patch, step, end)
             with pytest.raises(Died if signum is None else preemption.Interrupted):
                 train.train(tiny_config, tmp_path / "parts")
         assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
@@ -146,7 +171,7 @@ def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_end
     whole = train.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "validate", lambda *_: None)
-        at_step(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM), "jit_eval_step")
+        at_evaluation_after(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.Interrupted, match="at step 41 of 41"):
             train.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
@@ -195,6 +220,72 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
         evaluate.run(tiny_config, tmp_path / "run", "latest")
 
 
+@pytest.fixture(scope="module")
+def rows_of_single_steps(tmp_path_factory, cache_dir):
+    """The rows of a run of the device pipeline that takes its steps one by one."""
+    directory = tmp_path_factory.mktemp("single")
+    config = make_tiny_config(cache_dir)
+    config.pipeline, config.steps_per_call = "device", 1
+    train.train(config, directory)
+    return rows(directory)
+
+
+def assert_rows_agree(ours, theirs):
+    """The same rows but for rounding.
+
+    XLA may fuse, and so round, the step differently in another program. One step then differs by some 1e-7, which 41
+    steps of training amplify.
+    """
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert {k: our[k] for k in ("step", "epoch", "split")} == {k: their[k] for k in ("step", "epoch", "split")}
+        for name in our.keys() - {"step", "epoch", "split"}:
+            assert our[name] == pytest.approx(their[name], rel=1e-2), (our, their)
+
+
+@pytest.mark.parametrize(("pipeline", "steps_per_call"), [("device", 3), ("device", 7), ("device", 0), ("tf_data", 0)])
+def test_the_rows_do_not_depend_on_the_pipeline_and_how_it_cuts_steps_into_calls(
+    tmp_path, tiny_config, rows_of_single_steps, pipeline, steps_per_call
+):
+    tiny_config.pipeline, tiny_config.steps_per_call = pipeline, steps_per_call
+    train.train(tiny_config, tmp_path)
+    assert_rows_agree(rows(tmp_path), rows_of_single_steps)
+
+
+def test_a_resumed_run_may_switch_its_pipeline(tmp_path, tiny_config, rows_of_single_steps, monkeypatch):
+    for step, pipeline in ((13, "tf_data"), (22, "device")):
+        tiny_config.pipeline = pipeline
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(preemption.Interrupted):
+                train.train(tiny_config, tmp_path)
+    tiny_config.pipeline = "tf_data"
+    train.train(tiny_config, tmp_path)
+    assert_rows_agree(rows(tmp_path), rows_of_single_steps)
+
+
+def test_data_that_do_not_fit_on_the_device_are_refused_with_the_figures(tmp_path, tiny_config, monkeypatch):
+    tiny_config.pipeline = "device"
+    free = 2 * 1294 * (8 * 8 * 3 + 4) - 1  # for two devices
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
+    with pytest.raises(UserError, match=r"needs 507,248 bytes for the training images, and 507,247 are free: set it"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
+    script = (
+        "import sys, pathlib, launch; from configs import final; from resnet_jax import evaluate, train\n"
+        "config, directory = final.get_config('smoke'), pathlib.Path(sys.argv[1])\n"
+        "config.pipeline = 'device'\n"
+        "train.train(config, directory); evaluate.run(config, directory, 'best')\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result.json").exists()
+
+
 def fails(directory, config):
     """The message of a run that stops at a step that cannot be taken, and what it says of that step."""
     with pytest.raises(UserError) as stop:
@@ -219,7 +310,11 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_state_before_it_saved(t
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == failed - 1
 
 
-def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit_goes_on_exactly(tmp_path, tiny_config):
+@pytest.mark.parametrize("pipeline", ["tf_data", "device"])
+def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit_goes_on_exactly(
+    tmp_path, tiny_config, pipeline
+):
+    tiny_config.pipeline = pipeline
     tiny_config.log_every_steps = 1
     whole = train.train(tiny_config, tmp_path / "whole")
     norms = [row["grad_norm"] for row in rows(tmp_path / "whole", "train")]

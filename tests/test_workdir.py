@@ -41,17 +41,38 @@ def test_a_torn_last_line_and_the_test_row_of_a_run_that_did_not_end_are_dropped
 
 def test_figures_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
 
     log = workdir.MetricsLog(tmp_path, 0)
-    log.write(row(10))
+    log.write(row(10) | {"grad_norm": 2.0, "images_per_second": None})
     log.write(row(10, "validation"))
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    assert sorted(events.Tags()["tensors"]) == ["train/loss", "validation/loss"]
-    (event,) = events.Tensors("train/loss")
-    assert event.step == 10
-    assert make_ndarray(event.tensor_proto) == pytest.approx(0.1)
+    log = workdir.MetricsLog(tmp_path, 10)  # another session, of the same second
+    log.write(row(20))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["train/grad_norm", "train/loss", "validation/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (10, pytest.approx(0.1)),
+        (20, pytest.approx(0.05)),
+    ]
+    assert [event.step for event in events.Scalars("train/grad_norm")] == [10]
+
+
+def test_no_figure_is_lost_when_a_process_is_killed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = workdir.MetricsLog(tmp_path, 0)
+    log.write(row(10))  # and never closed
+    assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")[0].step == 10
+    log.close()
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log = workdir.MetricsLog(tmp_path, 0)
+    log.write(row(10))
+    log.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -1,0 +1,194 @@
+"""The yardstick: the same model, optimizer, loss and batch size in PyTorch, timed by `python -m resnet_jax.benchmark`.
+
+    python -m benchmarks.torch_step        # in the repository's folder, with any Python that has PyTorch
+
+A process of its own, so that neither library's threads, allocator or CUDA libraries are the other's. It reads one line of
+JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3]}, and answers with one that describes it;
+then each line that it reads is a number of seconds to measure for, and is answered with images/s.
+
+On a CPU: channels_last, float32 or autocast to bfloat16, as many threads as cores allowed. On a GPU: channels_last,
+`torch.compile`, TF32 or autocast to bfloat16, fused optimizer.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from resnet_jax import timing
+
+
+class BasicBlock(nn.Module):
+    """3x3 conv, BN, ReLU, 3x3 conv, BN, plus the shortcut, ReLU."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.shortcut = _shortcut(inputs, channels, stride, norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the block."""
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (strided), 1x1 convs with BN, plus the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        outputs = channels * self.expansion
+        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.conv3 = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.bn3 = norm(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the block."""
+        y = functional.relu(self.bn1(self.conv1(x)))
+        y = functional.relu(self.bn2(self.conv2(y)))
+        return functional.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """The identity, or a 1x1 conv and BN where the block changes the shape."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+
+class ResNet(nn.Module):
+    """The network of `config.model`, with the names of the report's own code: conv1, bn1, layer1.0.conv1 ... fc."""
+
+    def __init__(self, config: dict[str, Any], num_classes: int) -> None:
+        super().__init__()
+        norm = partial(nn.BatchNorm2d, eps=config["batch_norm_epsilon"], momentum=1.0 - config["batch_norm_momentum"])
+        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[config["block"]]
+        width = config["channel_list"][0]
+        if config["stem"] == "cifar":
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.bn1 = norm(width)
+        self.num_layers = len(config["block_list"])
+        for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
+            layer = nn.Sequential()
+            for j in range(blocks):
+                layer.append(block(width, channels, 2 if i > 0 and j == 0 else 1, norm))
+                width = channels * block.expansion
+            self.add_module(f"layer{i + 1}", layer)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map normalised images [B, 3, H, W] to logits [B, num_classes]."""
+        x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
+        for i in range(self.num_layers):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer of `config.optim`, fused; the learning rate does not change the speed and stays."""
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    decay = config["weight_decay"]
+    groups = [
+        {"params": kernels, "weight_decay": decay},
+        {"params": others, "weight_decay": decay if config["decay_mask"] == "all" else 0.0},
+    ]
+    if config["name"] == "adamw":
+        betas = (config["b1"], config["b2"])
+        return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, eps=config["eps"], fused=True)
+    return torch.optim.SGD(
+        groups, lr=config["learning_rate"], momentum=config["momentum"], dampening=config["dampening"], fused=True
+    )
+
+
+def make_step(model: nn.Module, config: dict[str, Any], images: torch.Tensor, labels: torch.Tensor) -> Any:
+    """A training step on a batch that lies on the device.
+
+    Args:
+        model: on the device, channels_last.
+        config: a whole config.
+        images: uint8 [B, H, W, 3].
+        labels: int64 [B].
+
+    Returns:
+        A function that dispatches the step and returns what `wait` takes.
+    """
+    device = images.device
+    mean, std = (torch.tensor(config["data"][name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    optimizer = make_optimizer(model, config["optim"])
+    max_norm = config["optim"]["max_grad_norm"]
+    bfloat16 = config["model"]["dtype"] == "bfloat16"
+
+    def loss_of_batch() -> torch.Tensor:
+        normalised = (images.permute(0, 3, 1, 2).float() / 255.0 - mean) / std  # channels_last as it is
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(normalised)
+        return functional.cross_entropy(logits.float(), labels, label_smoothing=config["label_smoothing"])
+
+    compiled = torch.compile(loss_of_batch) if device.type == "cuda" else loss_of_batch
+
+    def step() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        compiled().backward()
+        if max_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        return torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+
+    return step
+
+
+def wait(event: Any) -> None:
+    """Return once a dispatched step is done; on a CPU it is when `step` returns."""
+    if event is not None:
+        event.synchronize()
+
+
+def main() -> None:
+    """Answer the lines of the standard input."""
+    spec = json.loads(sys.stdin.readline())
+    config, (height, width, _) = spec["config"], spec["image_shape"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    model = ResNet(config["model"], spec["num_classes"]).to(device, memory_format=torch.channels_last).train()
+    images = torch.randint(256, (config["batch_size"], height, width, 3), dtype=torch.uint8, device=device)
+    labels = torch.randint(spec["num_classes"], (config["batch_size"],), device=device)
+    step = make_step(model, config, images, labels)
+    description = {
+        "version": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "compiled": device.type == "cuda",
+        "num_params": sum(p.numel() for p in model.parameters()),
+    }
+    print(json.dumps(description), flush=True)
+    for line in sys.stdin:
+        print(timing.throughput(step, wait, config["batch_size"], float(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

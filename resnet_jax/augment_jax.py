@@ -1,0 +1,119 @@
+"""The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation.
+
+The transforms are those of `augment_tf.py`, name by name and bit by bit: all arithmetic is that of integers.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from resnet_jax.sampling import JITTER_BITS
+
+
+def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
+    """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
+
+    Args:
+        images: uint8 [N, H, W, 3], the whole training set.
+        indices: int32 [B], the examples to take.
+        draws: the fields of `sampling.Draws` for the B examples.
+        config: `config.augment`; static.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    if config.flip_probability > 0 or config.crop_padding > 0:
+        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding)
+    else:
+        images = images[indices]
+    if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
+        images = jitter(images, draws["jitter"], draws["order"])
+    if config.rotation_degrees > 0:
+        images = rotate(images, draws["rotation"])
+    return images
+
+
+def flip_and_crop(images: jax.Array, indices: jax.Array, flip: jax.Array, crop: jax.Array, padding: int) -> jax.Array:
+    """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        indices: int32 [B].
+        flip: bool [B].
+        crop: int32 [B, 2], row and column of the cut in the padded image.
+        padding: pixels on every side.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    _, height, width, _ = images.shape
+    y = jnp.arange(height)[None] + crop[:, :1] - padding  # [B, H]
+    x = jnp.arange(width)[None] + crop[:, 1:] - padding  # [B, W]
+    x = jnp.where(flip[:, None], width - 1 - x, x)
+    return _take_pixels(images, indices, y[:, :, None], x[:, None, :])
+
+
+def rotate(images: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Rotate about the centre, nearest neighbour, black outside: `PIL.Image.rotate`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        rotation: int32 [B, 6], from `sampling.rotation_map`.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    size, height, width, _ = images.shape
+    a, b, c, d, e, f = (v[:, :, None] for v in jnp.split(rotation, 6, axis=1))
+    x, y = jnp.arange(width)[None, None, :], jnp.arange(height)[None, :, None]
+    source_x = (a * x + b * y + c) >> 16
+    source_y = (d * x + e * y + f) >> 16
+    return _take_pixels(images, jnp.arange(size), source_y, source_x)
+
+
+def _take_pixels(images: jax.Array, indices: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
+    _, height, width, _ = images.shape
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = jnp.where(inside, y, 0), jnp.where(inside, x, 0)
+    taken = images.at[indices[:, None, None], y, x].get(mode="promise_in_bounds")
+    return taken * inside.astype(jnp.uint8)[..., None]
+
+
+def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+    """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
+
+    Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
+    for contrast and the pixel's grey for saturation.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        factors: float32 [B, 3], multiples of 1/4096 below 2.
+        order: int32 [B, 3].
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    pixels = images.astype(jnp.int32)
+    whole = (factors * 2**JITTER_BITS).astype(jnp.int32)
+    in_order = jnp.take_along_axis(whole, order, axis=1)
+    for i in range(3):
+        kind, factor = order[:, i, None, None], in_order[:, i, None, None, None]
+        grey = _grey(pixels)
+        base = jnp.where(kind == 2, grey, jnp.where(kind == 1, _mean(grey), 0))[..., None]
+        pixels = jnp.clip(base + (factor * (pixels - base) >> JITTER_BITS), 0, 255)
+    return pixels.astype(jnp.uint8)
+
+
+def _grey(pixels: jax.Array) -> jax.Array:
+    """Pillow's conversion to "L", ITU-R 601-2 luma: int32 [B, H, W, 3] -> [B, H, W]."""
+    red, green, blue = (pixels[..., channel] for channel in range(3))
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def _mean(grey: jax.Array) -> jax.Array:
+    """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
+    count = grey.shape[1] * grey.shape[2]
+    return (2 * jnp.sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)

@@ -1,0 +1,155 @@
+"""`launch.py --profile START:COUNT`: a trace of some steps of a run, and the operations that cost them most.
+
+The trace lies in WORKDIR/profile: TensorBoard's profiler reads the folder, Perfetto the `.trace.json.gz` in it.
+"""
+
+import collections
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from resnet_jax.errors import UserError
+
+
+class Cost(NamedTuple):
+    """What an operation costs, all its calls together.
+
+    Attributes:
+        name: the compiler's, of an operation of the compiled step; on a GPU the kernel's.
+        milliseconds: without the operations that run inside it.
+        share: of the milliseconds of all operations, 0..1.
+        calls: how often it ran.
+    """
+
+    name: str
+    milliseconds: float
+    share: float
+    calls: int
+
+
+class Profile:
+    """The trace of the steps that `--profile` names; one that lies ahead, is being taken, or is done.
+
+    Args:
+        text: "START:COUNT", the first step, counted from 1, and how many.
+
+    Raises:
+        UserError: where it is not of that form.
+    """
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", text)
+        if not found:
+            raise UserError(
+                f"--profile {text!r} must be START:COUNT, the first step to trace, counted from 1, and how many: 20:5, say"
+            )
+        self._first = int(found[1])
+        self._last = self._first + int(found[2]) - 1
+        self._phase = "ahead"  # or "under way", or "done"
+
+    def check(self, done: int, total: int) -> None:
+        """Refuse steps that a run from step `done` to step `total` does not take.
+
+        Raises:
+            UserError: naming those that it takes.
+        """
+        if not done < self._first <= self._last <= total:
+            raise UserError(
+                f"--profile names steps {self._first} to {self._last}, and those to come are {done + 1} to {total}: choose "
+                "among these"
+            )
+
+    def before(self, last_step: int, state: Any, directory: Path) -> None:
+        """Start the trace if the call about to be dispatched, which ends with `last_step`, takes its first step.
+
+        A call is traced whole, so the trace may hold steps that were not asked for.
+
+        Args:
+            last_step: of the call.
+            state: the run's, waited for so that no earlier step is in the trace.
+            directory: of the run.
+        """
+        import jax
+
+        if self._phase != "ahead" or last_step < self._first:
+            return
+        jax.block_until_ready(state)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow the loop that it watches
+        jax.profiler.start_trace(directory / "profile", profiler_options=options)
+        self._phase = "under way"
+
+    def after(self, last_step: int, metrics: Any, directory: Path) -> str:
+        """End the trace if the call just dispatched takes its last step.
+
+        Args:
+            last_step: of the call.
+            metrics: of the call, waited for.
+            directory: of the run.
+
+        Returns:
+            The ten costliest operations, for a person; "" while there is no trace.
+        """
+        import jax
+
+        if self._phase != "under way" or last_step < self._last:
+            return ""
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        self._phase = "done"
+        trace = max((directory / "profile").glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
+        with gzip.open(trace, "rt") as file:
+            operations = costs(json.load(file)["traceEvents"])
+        return f"{table(operations[:10])}\nsteps {self._first} to {self._last} are traced in {trace}"
+
+
+def costs(events: list[dict[str, Any]]) -> list[Cost]:
+    """The operations of a trace, the costliest first.
+
+    Args:
+        events: in Chrome's trace format, as `jax.profiler` writes them.
+    """
+    microseconds: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    under_way: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)  # thread -> nested operations
+    for event in sorted(_operations(events), key=lambda e: (e["ts"], -e["dur"])):
+        outer = under_way[event["pid"], event["tid"]]
+        while outer and outer[-1]["ts"] + outer[-1]["dur"] <= event["ts"]:
+            outer.pop()
+        if outer:
+            microseconds[outer[-1]["name"]] -= event["dur"]
+        outer.append(event)
+        microseconds[event["name"]] += event["dur"]
+        calls[event["name"]] += 1
+    total = microseconds.total() or 1.0
+    return [Cost(name, time / 1e3, time / total, calls[name]) for name, time in microseconds.most_common()]
+
+
+def _operations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events that are operations: those on a device's own timeline or, on a CPU, those that name one of XLA's."""
+    names = {
+        (event["pid"], event.get("tid")): event["args"]["name"]
+        for event in events
+        if event.get("name") in ("process_name", "thread_name")
+    }
+    on_devices = {
+        thread: name
+        for thread, name in names.items()
+        if thread[1] is not None and names.get((thread[0], None), "").startswith("/device:")
+    }
+    timelines = {thread for thread, name in on_devices.items() if name == "XLA Ops"} or {
+        thread for thread, name in on_devices.items() if name.startswith("Stream")
+    }
+    complete = [event for event in events if event.get("ph") == "X"]
+    if timelines:
+        return [event for event in complete if (event["pid"], event["tid"]) in timelines]
+    return [event for event in complete if "hlo_op" in event.get("args", {})]
+
+
+def table(operations: list[Cost]) -> str:
+    """A line an operation, under a heading."""
+    lines = [f"{'ms':>10} {'share':>6} {'calls':>6}  operation"]
+    lines += [f"{op.milliseconds:>10.3f} {op.share:>6.1%} {op.calls:>6}  {op.name}" for op in operations]
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def gpu(folder, *arguments):
+    """Run `benchmarks/gpu.py` on a tiny config, and return the results that it wrote."""
+    results = folder / "results"
+    results.mkdir(exist_ok=True)
+    flags = ["--config=configs/final.py:smoke", "--data=digits", "--epochs=1", "--seconds=0.05", "--no-torch"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            *arguments,
+            *flags,
+            f"--runs={folder / 'runs'}",
+            f"--results={results}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name: json.loads(path.read_text()) for path in results.iterdir()}
+
+
+def test_each_seed_is_a_run_with_its_speed_and_its_share_of_the_peak(tmp_path):
+    ((name, result),) = gpu(tmp_path, "final", "--seeds", "3", "--peak-tflops=2").items()
+    assert name == "final-cpu-seed3.json"
+    assert (result["seed"], result["steps"]) == (3, 11)
+    assert (result["config"]["pipeline"], result["config"]["model"]["dtype"]) == ("device", "bfloat16")
+    assert 0 < result["seconds_after_startup"] < result["seconds"]
+    flops = result["images_per_second"] * result["train_flops_per_image"]
+    assert result["share_of_peak"] == pytest.approx(flops / 2e12)
+
+
+def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
+    (tmp_path / "results").mkdir()
+    before = {"cases": [{"batch_size": 64, "old": 1}, {"batch_size": 32, "old": 1}]}
+    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before))
+    result = gpu(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    assert [case["batch_size"] for case in result["cases"]] == [32, 64]
+    assert ["old" in case for case in result["cases"]] == [False, True]
+
+
+def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
+    result = gpu(tmp_path, "resnet18", "--channels", "8", "16", "16", "16")["resnet18-cpu.json"]
+    assert result["final"]["num_params"] == 5266
+    assert result["resnet18"]["num_params"] > 20_000
+    for name, less in result["final_has_less_by"].items():
+        assert less == 1 - result["final"][name] / result["resnet18"][name]
+    for one in ("final", "resnet18"):
+        (case,) = result["benchmarks"][one]["cases"]
+        seconds = case["dataset"]["splits"]["train"] / case["figures"]["end_to_end"]["median"]
+        assert result[one]["seconds_per_epoch"] == seconds
