@@ -27,6 +27,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from resnet_jax import config as config_lib
 from resnet_jax.datasets import Dataset, Split
 from resnet_jax.errors import UserError
+from resnet_jax.lazy_tensorflow import usable_cores
 
 _PACKAGES = [
     "resnet_jax",
@@ -219,7 +220,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu_count": cpu_count(),
+        "cpu_count": usable_cores(),
         "backend": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "processes": jax.process_count(),
@@ -233,11 +234,6 @@ def peak_memory_bytes() -> dict[str, int | None]:
     host = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     device = jax.local_devices()[0].memory_stats() or {}
     return {"host": int(host[1]) * 1024 if host else None, "device": device.get("peak_bytes_in_use")}
-
-
-def cpu_count() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git_state() -> dict[str, Any] | None:
