@@ -174,6 +174,17 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> EvalMet
     )
 
 
+def _compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
+    """What XLA is told where it compiles for a CPU, whose defaults were measured to be slower or larger."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    # Operations one after another, each on all cores; side by side they are no faster and take 40 % more memory.
+    options: dict[str, bool | str] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if jax.__version_info__ < (0, 11):  # whose YNNPACK computes products and convolutions in a single thread
+        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
+    return options
+
+
 def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` compiled for a mesh: state replicated and donated, batch sharded."""
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -182,6 +193,7 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
         in_shardings=(replicated, sharded),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
     )
 
 
@@ -195,13 +207,19 @@ def jit_train_steps(
         in_shardings=(replicated, replicated, sharded),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
     )
 
 
 def jit_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch], EvalMetrics]:
     """`eval_step` compiled for a mesh: state replicated, batch sharded."""
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    return jax.jit(partial(eval_step, config=config), in_shardings=(replicated, sharded), out_shardings=replicated)
+    return jax.jit(
+        partial(eval_step, config=config),
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        compiler_options=_compiler_options(mesh),
+    )
 
 
 def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
