@@ -242,6 +242,8 @@ def torch_train_step(
                 print(line, file=worker.stdin, flush=True)
             if answer := worker.stdout.readline():
                 return answer
+            with suppress(BrokenPipeError):
+                worker.stdin.close()  # which would fail later, with what could not be written
             stderr.seek(0)
             reason = (stderr.read().splitlines() or ["it ended"])[-1]
             raise UserError(f"PyTorch in {python}: {reason}: give --torch-python=PYTHON that has PyTorch")
