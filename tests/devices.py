@@ -1,5 +1,7 @@
 """Train on 1, 2, 4 and 8 of eight fake devices, and print the largest relative differences from one device as JSON.
 
+The batches are those of the device pipeline: gathered and augmented on the devices.
+
 Losses and batch statistics are compared in float32, after one step and after ten; parameters in float64, for in float32
 rounding flips what is discrete: the sign of a gradient near 0, which is Adam's first update, or a ReLU near 0.
 """
@@ -16,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from configs import final, sgd
-from resnet_jax import steps, train_state
+from resnet_jax import input_pipeline, steps, train_state
+from resnet_jax.datasets import Split
 
 STEPS = 10
 
@@ -26,20 +30,25 @@ STEPS = 10
 def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
     """What is compared, of a run of ten steps."""
     config = final.get_config("smoke")
-    config.log_every_steps = 1
+    config.log_every_steps, config.batch_size = 1, 32
     config.model.dtype = config.model.param_dtype = dtype
     if optimizer == "sgd":
         config.optim, config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     state = train_state.create(config, 10, (8, 8, 3), 10.0, mesh)
-    step = steps.jit_train_step(config, mesh)
+    step = steps.jit_train_steps(config, mesh)
     found: dict[str, Any] = {"losses": []}
     rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (STEPS, 32, 8, 8, 3)) // np.repeat([1, 2, 4, 8], 8)[:, None, None, None]
+    split = Split(images.reshape(-1, 8, 8, 3).astype(np.uint8), rng.integers(0, 10, STEPS * 32, np.int32))
+    data = steps.put(split._asdict(), mesh, P())
     for number in range(STEPS):
-        images = rng.integers(0, 256, (32, 8, 8, 3), np.uint8) // np.repeat([1, 2, 4, 8], 8)[:, None, None, None]
-        batch = {"images": images.astype(np.uint8), "labels": rng.integers(0, 10, 32, np.int32)}
-        state, metrics = step(state, steps.shard_batch(batch, mesh))
-        found["losses"].append(float(metrics.compute()["loss"]))
+        draws = input_pipeline.train_draws(split, config, number, 1)
+        draws["indices"] = np.arange(number * 32, (number + 1) * 32, dtype=np.int32)[
+            None
+        ]  # so that devices' means differ
+        state, metrics = step(state, data, steps.put(draws, mesh, P(None, "data")))
+        found["losses"].append(float(jax.tree.map(lambda values: values[0], metrics).compute()["loss"]))
         if number == 0:
             found["batch_stats after one step"] = jax.device_get(state.batch_stats)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(dtype)}

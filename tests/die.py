@@ -55,19 +55,20 @@ def at_file_event(pattern: str, pass_by: Callable[[], None], then: bool = False)
     sys.addaudithook(hook)
 
 
-def at_call(module: Any, factory: str, pass_by: Callable[[], None]) -> None:
-    """Call `pass_by` as the function that a factory of a module makes has been called."""
+def at_call(module: Any, factory: str, pass_by: Callable[[], None], attribute: str = "") -> None:
+    """Call `pass_by` as what a factory of a module makes, or a function among its attributes, has been called."""
     make = getattr(module, factory)
 
-    def made(*arguments: Any) -> Callable[..., Any]:
-        compiled = make(*arguments)
+    def made(*arguments: Any) -> Any:
+        product = make(*arguments)
+        function = getattr(product, attribute) if attribute else product
 
         def call(*arguments: Any) -> Any:
-            results = compiled(*arguments)
+            results = function(*arguments)
             pass_by()
             return results
 
-        return call
+        return product._replace(**{attribute: call}) if attribute else call
 
     setattr(module, factory, made)
 
@@ -77,7 +78,7 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import steps
+    from resnet_jax import steps, train
 
     pass_by = countdown(n)
     if moment in FILE_EVENTS:
@@ -86,8 +87,10 @@ def main() -> None:
         at_file_event(FILE_EVENTS["before a checkpoint has its name"], pass_by, then=True)
     elif moment == "any time":
         threading.Timer(4 + n / 10, countdown(1)).start()  # seconds; the first step comes after about six
+    elif moment == "stepping":
+        at_call(train, "make_feed", pass_by, "take")
     else:
-        at_call(steps, {"stepping": "jit_train_step", "evaluating": "jit_eval_step"}[moment], pass_by)
+        at_call(steps, "jit_eval_step", pass_by)
     launch.cli.run(launch.main)
 
 

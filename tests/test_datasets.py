@@ -376,6 +376,15 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(data, tmp_path, monkeypatch, cap
     assert same(first, load(data, f"folder:{root}"))
 
 
+def test_cached_data_are_hashed_once(data, tmp_path, monkeypatch):
+    root, calls = folder(tmp_path), []
+    first = load(data, f"folder:{root}")
+    fingerprint = datasets.fingerprint
+    monkeypatch.setattr(datasets, "fingerprint", lambda arrays: calls.append(1) or fingerprint(arrays))
+    assert same(first, load(data, f"folder:{root}"))
+    assert len(calls) == 1
+
+
 def test_a_cache_that_is_whole_but_of_other_data_is_noticed(data, tmp_path, capsys):
     root = folder(tmp_path)
     first = load(data, f"folder:{root}")

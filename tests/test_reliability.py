@@ -28,6 +28,7 @@ OPTIMIZERS = {
         *("--config.model.channel_list=(8,16)", "--config.model.block_list=(1,1)"),
     ),
 }
+RUNS = OPTIMIZERS | {"device": (*SMOKE, "--config.pipeline=device", "--config.steps_per_call=3")}
 
 
 def result(directory):
@@ -47,17 +48,17 @@ def steps_saved(directory):
 # 1. Exact resume
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, optimizer):
-    """Ten times an optimizer; RESNET_JAX_SOAK_KILLS asks for more (`make soak`)."""
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, run):
+    """Ten times an optimizer, and the device pipeline; RESNET_JAX_SOAK_KILLS asks for more (`make soak`)."""
     seed = int(os.environ.get("RESNET_JAX_SOAK_SEED", time.time_ns() % 2**32))
     rng = np.random.default_rng(seed)
     kills = int(os.environ.get("RESNET_JAX_SOAK_KILLS", 10))
     more = ("--config.checkpoint_every_steps=7", "--config.eval_every_epochs=2", f"--config.num_epochs={3.0 * kills}")
-    command = (*OPTIMIZERS[optimizer], *more)
+    command = (*RUNS[run], *more)
     whole = launch(*command, "--workdir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    offset = list(OPTIMIZERS).index(optimizer) * 3  # so that both together meet every moment more than once
+    offset = list(RUNS).index(run) * 3  # so that all together meet every moment more than once
     for kill in range(kills):
         moment = die.MOMENTS[(kill + offset) % len(die.MOMENTS)]
         n = int(rng.integers(1, {"saving": 40, "stepping": 20, "evaluating": 2, "any time": 40}.get(moment, 3)))
@@ -74,9 +75,15 @@ def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, optim
 # 2. Preemption
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_ends_a_run_within_ten_seconds_saved(tmp_path, signum):
-    process = start(*LONG, "--workdir", tmp_path)
+@pytest.mark.parametrize(
+    ("signum", "more"),
+    [
+        *((signum, ()) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+        (signal.SIGTERM, ("--config.pipeline=device", "--config.steps_per_call=3")),
+    ],
+)
+def test_a_signal_ends_a_run_within_ten_seconds_saved(tmp_path, signum, more):
+    process = start(*LONG, *more, "--workdir", tmp_path)
     read_until(process, "epoch")
     step = saved_by_signal(process, signum, tmp_path, seconds=10)
     assert steps_saved(tmp_path)[-1] == step
@@ -310,13 +317,13 @@ def ends(processes, timeout=240):
     return [process.returncode for process in processes], *zip(*outputs, strict=True)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, count):
+@pytest.mark.parametrize(("count", "pipeline"), [(2, "tf_data"), (4, "tf_data"), (2, "device")])
+def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, count, pipeline):
     """SGD, for Adam's first updates are signs of gradients, which rounding flips; 33 steps amplify rounding as it is."""
     command = (*OPTIMIZERS["sgd"], "--config.num_epochs=3.0", "--config.log_every_steps=3")
     alone = launch(*command, "--workdir", tmp_path / "alone", XLA_FLAGS="")
     assert alone.returncode == 0, alone.stderr
-    command = (*command, "--workdir", tmp_path / "all")
+    command = (*command, f"--config.pipeline={pipeline}", "--workdir", tmp_path / "all")
     processes = start_processes(count, *command)
     read_until(processes[0], "epoch")
     for process in processes:

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -6,14 +7,15 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, make_tiny_config, rows
 
-from configs import sgd
+from configs import quickstart, sgd
 from resnet_jax import config as config_lib
-from resnet_jax import datasets, evaluate, input_pipeline, preemption, train
+from resnet_jax import datasets, evaluate, input_pipeline, preemption, setup, steps, train
 from resnet_jax.errors import UserError
 
 
@@ -423,6 +425,26 @@ def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_conf
     result = train.train(tiny_config, tmp_path)
     assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
     assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tmp_path):
+    """Within 0.06 of a loss that falls from 2.3 to 0.2 in 81 steps; over four seeds the difference was at most 0.031."""
+    losses, dtypes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = quickstart.get_config()
+        config.num_epochs, config.schedule.warmup_epochs, config.log_every_steps = 4.0, 1.0, 10
+        config.pipeline, config.model.dtype = "device", dtype
+        train.train(config, tmp_path / dtype)
+        losses[dtype] = np.array([row["loss"] for row in rows(tmp_path / dtype, "train")])
+        state = setup.setup(config).state
+        batch = {"images": np.zeros((64, 8, 8, 3), np.uint8), "labels": np.zeros(64, np.int32)}
+        after = jax.eval_shape(functools.partial(steps.train_step, config=config), state, batch)
+        dtypes[dtype] = jax.tree.map(lambda leaf: leaf.dtype, after)
+        metrics = jax.tree.leaves(after[1])
+        assert {leaf.dtype for leaf in metrics if leaf.dtype != np.int32} == {np.dtype("float32")}
+    assert np.abs(losses["bfloat16"] - losses["float32"]).max() < 0.06
+    assert (losses["bfloat16"] != losses["float32"]).all()
+    assert jax.tree.leaves(dtypes["bfloat16"]) == jax.tree.leaves(dtypes["float32"])
 
 
 def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, tiny_config):
