@@ -1,6 +1,6 @@
 """Write the tables of docs/PERFORMANCE.md from results/*.json: `python -m benchmarks.tables`.
 
-A table stands under a line `<!-- results/NAME.json -->`, up to the next empty line; a test holds it to its file.
+A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`; a test holds it to its file.
 """
 
 import json
@@ -57,18 +57,18 @@ def table(result: dict[str, Any]) -> str:
         rows, environment = list(run_rows(result)), result["environment"]
     rows.insert(1, ["---"] * len(rows[0]))
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    machine = f"{environment['devices'][0]}, {environment['cpu_count']} CPU cores, jax {environment['versions']['jax']}"
+    machine = f"{environment['devices'][0]}, {environment['cpu_count']} CPU core{'s' * (environment['cpu_count'] > 1)}, jax {environment['versions']['jax']}"
     code = (environment["git"] or {"commit": "unknown"})["commit"][:9]
-    return "\n".join([*lines, f"({machine}, commit {code})"])
+    return "\n".join([*lines, "", f"{machine}, commit {code}."])
 
 
 def refreshed(document: str) -> str:
     """The document with each table as its result has it."""
 
     def block(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(json.loads((ROOT / found[2]).read_text()))}\n"
+        return f"{found[1]}\n{table(json.loads((ROOT / found[2]).read_text()))}\n<!-- end -->\n"
 
-    return re.sub(r"(<!-- (results/[\w-]+\.json) -->)\n(?:.+\n)*", block, document)
+    return re.sub(r"(<!-- (results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
 
 
 if __name__ == "__main__":
