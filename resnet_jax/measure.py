@@ -139,6 +139,7 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
             try:
                 run.loop()
             except _Measured as measured:
+                jax.block_until_ready(run.state)  # the call under way would slow down whatever is measured next
                 return measured.steps_per_second * config.batch_size
         raise AssertionError("the loop ended by itself")
 
