@@ -118,13 +118,13 @@ def _filter(x: jax.Array, u: jax.Array) -> jax.Array:
     return jnp.stack(outputs, axis=2).reshape(b, height, width, -1)
 
 
-@jax.custom_vjp
-def _winograd(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The 3x3 convolution of stride 1 and padding 1."""
+@jax.jit
+def _winograd_forward(x: jax.Array, w: jax.Array) -> jax.Array:
     u = _transform_kernel(_G, w).reshape(36, *w.shape[2:])
     return lax.map(partial(_filter, u=u), _split(x)).reshape(*x.shape[:3], -1)
 
 
+@jax.jit
 def _winograd_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     turned = w[::-1, ::-1].swapaxes(2, 3)  # dx is the convolution of dy with it
@@ -140,7 +140,13 @@ def _winograd_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) ->
     return dx.reshape(x.shape), _transform_kernel(_G.T, du.reshape(6, 6, *w.shape[2:]))
 
 
-_winograd.defvjp(lambda x, w: (_winograd(x, w), (x, w)), _winograd_backward)
+@jax.custom_vjp
+def _winograd(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The 3x3 convolution of stride 1 and padding 1; both directions are traced once a shape, for they are long."""
+    return _winograd_forward(x, w)
+
+
+_winograd.defvjp(lambda x, w: (_winograd_forward(x, w), (x, w)), _winograd_backward)
 
 
 @jax.custom_vjp
