@@ -11,7 +11,6 @@ On a CPU: channels_last, float32 or autocast to bfloat16, as many threads as cor
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -170,7 +169,7 @@ def main() -> None:
     spec = json.loads(sys.stdin.readline())
     config, (height, width, _) = spec["config"], spec["image_shape"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(timing.usable_cores())
     torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)

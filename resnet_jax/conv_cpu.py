@@ -149,10 +149,18 @@ def _winograd(x: jax.Array, w: jax.Array) -> jax.Array:
 _winograd.defvjp(lambda x, w: (_winograd_forward(x, w), (x, w)), _winograd_backward)
 
 
+_xla_strided = partial(
+    lax.conv_general_dilated,
+    window_strides=(2, 2),
+    padding=((1, 1), (1, 1)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+)
+
+
 @jax.custom_vjp
 def _strided(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The 3x3 convolution of stride 2 and padding 1, by XLA."""
-    return lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    """The 3x3 convolution of stride 2 and padding 1: XLA's, but for the weight gradient."""
+    return _xla_strided(x, w)
 
 
 def _strided_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +175,7 @@ def _strided_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> 
 
     xs = _split(x)
     dw, _ = lax.scan(chunk, jnp.zeros((9, *w.shape[2:])), (xs, dy.reshape(*xs.shape[:2], *dy.shape[1:])))
-    (dx,) = jax.linear_transpose(lambda x: _strided.fun(x, w), x)(dy)
+    (dx,) = jax.linear_transpose(lambda x: _xla_strided(x, w), x)(dy)
     return dx, dw.reshape(w.shape)
 
 

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from resnet_jax import sampling
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
-from resnet_jax.lazy_tensorflow import import_tensorflow, usable_cores
+from resnet_jax.lazy_tensorflow import import_tensorflow
+from resnet_jax.timing import usable_cores
 
 Batch = dict[str, np.ndarray]
 

@@ -1,13 +1,9 @@
 """TensorFlow, which takes seconds to import, where it is needed; it sees no GPU and takes no more threads than it is given."""
 
-import os
 from contextlib import suppress
 from typing import Any
 
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from resnet_jax.timing import usable_cores
 
 
 def import_tensorflow(num_threads: int) -> Any:

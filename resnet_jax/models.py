@@ -84,7 +84,7 @@ class ResNet(nn.Module):
         stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
-        dtype: of the computation; the logits are float32 whatever it is.
+        dtype: of the computation up to the last stage; pooling, classifier and logits are float32 where it is bfloat16.
         param_dtype: of the parameters.
         conv_general_dilated: computes the convolutions; `jax.lax.conv_general_dilated` or one that equals it.
     """
@@ -140,8 +140,10 @@ class ResNet(nn.Module):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 x = self.block(channels, stride, conv, norm, name=f"stage{i + 1}_block{j + 1}")(x)
-        x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.num_classes, name="classifier", **dtypes)(x).astype(jnp.float32)
+        at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work: bfloat16 would only lose digits
+        x = jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
+        classifier = nn.Dense(self.num_classes, dtype=at_least_float32, param_dtype=self.param_dtype, name="classifier")
+        return classifier(x).astype(jnp.float32)
 
 
 _IMAGENET_CHANNELS = (64, 128, 256, 512)

@@ -1,8 +1,9 @@
-"""Stopwatches: the throughput of a step, contenders side by side, and what their repeats come to.
+"""Cores and stopwatches: the throughput of a step, contenders side by side, and what their repeats come to.
 
 The standard library alone, so that the yardstick in `benchmarks/` is timed by the same code, in a Python without JAX.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,11 @@ from typing import Any, TypeVar
 
 Contender = Callable[[float], float]  # measures for at least so many seconds, and returns images/s
 Dispatched = TypeVar("Dispatched")
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def throughput(

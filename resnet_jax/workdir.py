@@ -27,7 +27,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from resnet_jax import config as config_lib
 from resnet_jax.datasets import Dataset, Split
 from resnet_jax.errors import UserError
-from resnet_jax.lazy_tensorflow import usable_cores
+from resnet_jax.timing import usable_cores
 
 _PACKAGES = [
     "resnet_jax",

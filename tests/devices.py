@@ -44,9 +44,8 @@ def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
     data = steps.put(split._asdict(), mesh, P())
     for number in range(STEPS):
         draws = input_pipeline.train_draws(split, config, number, 1)
-        draws["indices"] = np.arange(number * 32, (number + 1) * 32, dtype=np.int32)[
-            None
-        ]  # so that devices' means differ
+        in_order = np.arange(number * 32, (number + 1) * 32, dtype=np.int32)  # so that devices' means differ
+        draws["indices"] = in_order[None]
         state, metrics = step(state, data, steps.put(draws, mesh, P(None, "data")))
         found["losses"].append(float(jax.tree.map(lambda values: values[0], metrics).compute()["loss"]))
         if number == 0:

@@ -48,6 +48,7 @@ def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
     assert ["old" in case for case in result["cases"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
     result = gpu(tmp_path, "resnet18", "--channels", "8", "16", "16", "16")["resnet18-cpu.json"]
     assert result["final"]["num_params"] == 5266

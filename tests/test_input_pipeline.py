@@ -15,7 +15,7 @@ from conftest import ROOT
 from resnet_jax import augment_tf, input_pipeline, sampling, steps
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
-from resnet_jax.lazy_tensorflow import usable_cores
+from resnet_jax.timing import usable_cores
 
 
 @pytest.fixture(scope="module")
