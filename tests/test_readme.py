@@ -13,15 +13,21 @@ def result(name):
     return json.loads((ROOT / "results" / name).read_text())
 
 
+def against_torch(result):
+    return "train step {train_step[median]:,.0f} images/s, {train_step / torch_train_step[median]:.2f} of PyTorch's".format(
+        **result["cases"][0]["figures"]
+    )
+
+
 CELLS = {
     "quickstart-cpu.json": lambda r: f"{r['test_accuracy']:.2%} test accuracy in {r['seconds']:.0f} s",
     "final-321-steps-cpu.json": lambda r: (
         f"{r['test_accuracy']:.2%} test accuracy after {r['steps']} steps in {r['seconds']:.0f} s"
     ),
     "benchmark-final-cpu.json": lambda r: (
-        "train step {train_step[median]:,.0f} images/s, {train_step / torch_train_step[median]:.2f} of PyTorch's; "
-        "pipeline alone {pipeline[median]:,.0f} images/s".format(**r["cases"][0]["figures"])
+        f"{against_torch(r)}; pipeline alone {r['cases'][0]['figures']['pipeline']['median']:,.0f} images/s"
     ),
+    "benchmark-final-cpu-tcmalloc.json": lambda r: against_torch(r),
 }
 
 
