@@ -7,12 +7,13 @@ r"""Measure the report's model on a GPU and write results/*.json: `python -m ben
 Each part can be started again: a run goes on where it was, and batch sizes join those that are in the file. The first run
 compiles, unless the compilation cache is warm; the others load what it compiled. On a CPU, to see that it works:
 
-    python -m benchmarks.gpu final step resnet18 --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
+    JAX_PLATFORMS=cpu python -m benchmarks.gpu final step resnet18 --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
         --batch-sizes 32 64 --seconds 0.1 --no-torch --channels 8 8 8 8 --runs /tmp/runs --results /tmp/results
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from resnet_jax.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,9 +59,28 @@ def result_path(arguments: argparse.Namespace, part: str, environment: dict[str,
     return arguments.results / f"{part}-{(gpu[0] if gpu else kind.split()[-1]).lower()}{suffix}.json"
 
 
+def check_machine(results: Path) -> None:
+    """Refuse, before anything is measured, a Python without the packages or a GPU, and results that could not be written."""
+    probe = "import resnet_jax.setup, resnet_jax.workdir, jax; print(jax.default_backend())"
+    found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        reason = (found.stderr.splitlines() or ["it ended"])[-1]
+        raise UserError(
+            f"{sys.executable}: {reason}: run pip install -e '.[cuda]' there, or give make GPU_PYTHON=PYTHON"
+        )
+    if found.stdout.split()[-1] == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise UserError("JAX finds no GPU: install jax[cuda], or set JAX_PLATFORMS=cpu to see that it works")
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results {results}: {error.strerror}: give a folder that can be written") from error
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result."""
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    """Write a result, whole or not at all."""
+    new = path.with_suffix(".incomplete")
+    new.write_text(json.dumps(result, indent=2) + "\n")
+    new.replace(path)
     print(path, flush=True)
 
 
@@ -85,14 +107,22 @@ def final(arguments: argparse.Namespace) -> None:
         write(result_path(arguments, "final", result["environment"], f"-seed{seed}"), result)
 
 
+def of_what(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What cases must share to stand in one result."""
+    return result["config"], result["environment"]["git"], result["environment"]["versions"]
+
+
 def step(arguments: argparse.Namespace) -> None:
-    """Time the train step at each batch size; a result is written after each, with those that were there."""
+    """Time the train step at each batch size; a result is written after each, with the others of the same config and commit."""
     for batch_size in arguments.batch_sizes:
         flags = ["--only=train_step", f"--batch-sizes={batch_size}", f"--seconds={arguments.seconds}"]
         result = benchmark(*config_flags(arguments), *flags, *["--against-torch"] * arguments.torch)
         path = result_path(arguments, "step", result["environment"])
-        before = json.loads(path.read_text())["cases"] if path.exists() else []
-        others = [case for case in before if case["batch_size"] != batch_size]
+        before = json.loads(path.read_text()) if path.exists() else result
+        if of_what(before) != of_what(result):
+            before = result
+            print(f"{path} was of another config or commit: begun anew")
+        others = [case for case in before["cases"] if case["batch_size"] != batch_size]
         write(path, result | {"cases": sorted(others + result["cases"], key=lambda case: case["batch_size"])})
 
 
@@ -137,6 +167,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args()
+    with exit_on_user_error():
+        check_machine(arguments.results)
     for part in arguments.parts:
         parts[part](arguments)
 

@@ -14,8 +14,11 @@ table gives the median and the spread; the JSON all repeats, the config and the 
 """
 
 import itertools
+import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
@@ -48,6 +51,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Write the result to this JSON file
 flags.register_validator(
     "only", lambda names: names and set(names) <= set(MEASUREMENTS), f"it must be some of {','.join(MEASUREMENTS)}"
 )
+flags.register_validator("seconds", math.isfinite, "it must be a number of seconds")
 for _name in ("batch-sizes", "device-counts"):
     flags.register_validator(
         _name,
@@ -96,11 +100,7 @@ def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders = {name: getattr(measure, name)(config, start) for name in THROUGHPUTS if name in wanted}
         if AGAINST_TORCH.value:
-            if start.mesh.size > 1:
-                raise UserError(
-                    f"--against-torch compares on one device, not {start.mesh.size}: give --device-counts=1"
-                )
-            torch = measure.torch_train_step(config, start, TORCH_PYTHON.value)
+            torch = measure.torch_train_step(config, start, shutil.which(TORCH_PYTHON.value) or "")
             contenders["torch_train_step"], case["torch"] = stack.enter_context(torch)
         rates = timing.interleave(contenders, repeats, SECONDS.value)
     for name, repeated in rates.items():
@@ -126,29 +126,50 @@ def table(case: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<30} {' '.join(cells)} {figure['unit']}"
 
 
+def check_output(path: Path) -> None:
+    """Refuse, before anything is measured, a file that could not be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-"):
+            is_folder = path.is_dir()
+    except OSError:
+        is_folder = True
+    if is_folder:
+        raise UserError(f"--output {path}: give a file in a folder that can be written")
+
+
 def main(config: ConfigDict) -> None:
     """Measure each case, print it and write the result."""
-    output = Path(OUTPUT.value).absolute() if OUTPUT.value else None
-    if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
-        raise UserError(f"--output {output}: give a file in a folder that can be written")
+    output = None if OUTPUT.value is None else Path(OUTPUT.value).absolute()
+    if output:
+        check_output(output)
+    if AGAINST_TORCH.value and shutil.which(TORCH_PYTHON.value) is None:
+        raise UserError(f"--torch-python {TORCH_PYTHON.value} is not a program: give a Python that has PyTorch")
     cases = list(cases_of(config))
-    for case_config, _ in cases:
+    for case_config, num_devices in cases:
         config_lib.validate(case_config)
+        if num_devices:
+            config_lib.check_batch_size(case_config.batch_size, num_devices)
     counts = [count for _, count in cases if count]
     if counts:  # before JAX starts
         fake_devices = f"--xla_force_host_platform_device_count={max(counts)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake_devices}".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # for there are other processes on a GPU
+    import jax
+
     from resnet_jax import workdir
 
+    for _, num_devices in cases:
+        if AGAINST_TORCH.value and (num_devices or jax.device_count()) > 1:
+            raise UserError("--against-torch compares on one device: give --device-counts=1")
     results = []
     for case_config, num_devices in cases:
         with redirect_stdout(StringIO()):  # what runs print of themselves
             results.append(measure_case(case_config, num_devices))
         print("\n".join(table(results[-1])), flush=True)
+        if output:  # after each, so that none is lost with a later one
+            result = {"cases": results, "config": config_lib.to_json(config), "environment": workdir.environment()}
+            workdir.write_json(output, result)
     if output:
-        result = {"cases": results, "config": config_lib.to_json(config), "environment": workdir.environment()}
-        workdir.write_json(output, result)
         print(output)
 
 

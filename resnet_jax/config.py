@@ -193,6 +193,14 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Refuse a batch that does not divide over the devices, naming the nearest ones that do."""
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
+        raise UserError(f"config.batch_size {batch_size} does not divide over {devices} devices: set it to {nearest}")
+
+
 def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
     """A copy of a config with other values of some fields: {"model.dtype": "bfloat16"}."""
     copy = config.copy_and_resolve_references()

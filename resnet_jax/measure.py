@@ -6,7 +6,6 @@ The first four measure throughput, in images/s, and can be interleaved; the rest
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -220,10 +219,8 @@ def torch_train_step(
     """The same train step in PyTorch, in a process of its own, and what that says of itself: `benchmarks/torch_step.py`.
 
     Raises:
-        UserError: where that Python is not there or has no PyTorch.
+        UserError: where that Python has no PyTorch.
     """
-    if (path := shutil.which(python)) is None:
-        raise UserError(f"--torch-python {python} is not a program: give a Python that has PyTorch")
     spec = {
         "config": config_lib.to_json(config),
         "num_classes": len(start.dataset.class_names),
@@ -232,7 +229,7 @@ def torch_train_step(
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(
-            [os.path.abspath(path), "-m", "benchmarks.torch_step"],
+            [os.path.abspath(python), "-m", "benchmarks.torch_step"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -97,12 +97,20 @@ class Profile:
         if self._phase != "under way" or last_step < self._last:
             return ""
         jax.block_until_ready(metrics)
+        return self.end(self._last, directory)
+
+    def end(self, last_step: int, directory: Path) -> str:
+        """End a trace that is under way, at the last of its steps or where the run stops before it; as `after` returns."""
+        import jax
+
+        if self._phase != "under way":
+            return ""
         jax.profiler.stop_trace()
         self._phase = "done"
         trace = max((directory / "profile").glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
         with gzip.open(trace, "rt") as file:
             operations = costs(json.load(file)["traceEvents"])
-        return f"{table(operations[:10])}\nsteps {self._first} to {self._last} are traced in {trace}"
+        return f"{table(operations[:10])}\nsteps {self._first} to {last_step} are traced in {trace}"
 
 
 def costs(events: list[dict[str, Any]]) -> list[Cost]:

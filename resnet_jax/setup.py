@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_jax import cluster, datasets, train_state
-from resnet_jax.config import flatten
+from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
 
 
@@ -54,8 +54,12 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(datasets.default_cache_dir() / "xla"),
     )
     mesh = train_state.make_mesh(num_devices)
-    check_batch_size(config.batch_size, mesh.size)
-    alike = {name: value for name, value in flatten(config).items() if name not in ("data.data_dir", "data.cache_dir")}
+    config_lib.check_batch_size(config.batch_size, mesh.size)
+    alike = {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if name not in ("data.data_dir", "data.cache_dir")
+    }
     cluster.check_agreement("config", json.dumps(alike))
     dataset = datasets.load(config.data)
     cluster.check_agreement("data", dataset.fingerprint)
@@ -74,14 +78,6 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     check_budget(train_state.num_params(params), config.model.max_params)
     state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
     return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps)
-
-
-def check_batch_size(batch_size: int, devices: int) -> None:
-    """Refuse a batch that does not divide over the devices, naming the nearest ones that do."""
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
-        raise UserError(f"config.batch_size {batch_size} does not divide over {devices} devices: set it to {nearest}")
 
 
 def check_budget(num_params: int, max_params: int) -> None:

@@ -184,6 +184,8 @@ class Run:
                 pending = None
                 self.save()
                 if stop:
+                    if self.profile and (report := self.profile.end(step, self.directory)):
+                        self.progress.note(report)
                     self.stop(stop, step)
                 if self.evaluates_after(step):
                     self.validate(step)

@@ -121,8 +121,16 @@ MISTAKES = {
     "no devices": (["--device-counts=0"], ["--device-counts", "whole numbers from 1"]),
     "no repeats": (["--repeats=0"], ["--repeats"]),
     "an unknown dtype": (["--dtypes=float16"], ["config.model.dtype is 'float16'", "'float32', 'bfloat16'"]),
-    "a batch that devices cannot share": (["--batch-sizes=63", "--device-counts=2"], ["batch_size 63", "62 or 64"]),
+    "a time without end": (["--seconds=inf"], ["--seconds", "number of seconds"]),
+    "a time that is no number": (["--seconds=nan"], ["--seconds", "number of seconds"]),
+    "a batch that devices cannot share, of the last case": (
+        ["--batch-sizes=64,63", "--device-counts=1,2"],
+        ["batch_size 63", "62 or 64"],
+    ),
+    "more devices than images": (["--batch-sizes=8", "--device-counts=100000"], ["batch_size 8", "100000 devices"]),
     "a folder that is not there": (["--output=nowhere/x.json"], ["--output", "nowhere"]),
+    "a folder that takes no files": (["--output=/proc/x.json"], ["--output /proc/x.json"]),
+    "no output": (["--output="], ["--output"]),
     "PyTorch on two devices": (["--against-torch", "--device-counts=2"], ["--device-counts=1"]),
     "a Python that is not there": (
         ["--against-torch", "--device-counts=1", "--torch-python=nowhere/python"],
@@ -130,7 +138,7 @@ MISTAKES = {
     ),
     "a Python without PyTorch": (
         ["--against-torch", "--device-counts=1", "--torch-python=false"],
-        ["PyTorch in false", "give --torch-python"],
+        ["false: it ended", "give --torch-python"],
     ),
 }
 
@@ -138,4 +146,6 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(mistake):
     arguments, words = MISTAKES[mistake]
-    assert_user_error(run(*SMOKE, "--only=train_step", *arguments), *words)
+    done = run(*SMOKE, "--only=train_step", *arguments)
+    assert_user_error(done, *words)
+    assert "images/s" not in done.stdout

@@ -1,9 +1,10 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_user_error
 
 
 def gpu(folder, *arguments):
@@ -22,6 +23,7 @@ def gpu(folder, *arguments):
             f"--results={results}",
         ],
         cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
@@ -40,12 +42,29 @@ def test_each_seed_is_a_run_with_its_speed_and_its_share_of_the_peak(tmp_path):
 
 
 def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
-    (tmp_path / "results").mkdir()
-    before = {"cases": [{"batch_size": 64, "old": 1}, {"batch_size": 32, "old": 1}]}
+    first = gpu(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    before = first | {"cases": [{"batch_size": 64, "old": 1}, {"batch_size": 32, "old": 1}]}
     (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before))
-    result = gpu(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
-    assert [case["batch_size"] for case in result["cases"]] == [32, 64]
-    assert ["old" in case for case in result["cases"]] == [False, True]
+    joined = gpu(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    assert [case["batch_size"] for case in joined["cases"]] == [32, 64]
+    assert ["old" in case for case in joined["cases"]] == [False, True]
+    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before | {"config": {}}))
+    anew = gpu(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    assert [case["batch_size"] for case in anew["cases"]] == [32]
+
+
+MISTAKES = {
+    "no GPU, and no CPU asked for": ({"JAX_PLATFORMS": ""}, [], ["no GPU", "JAX_PLATFORMS=cpu"]),
+    "a folder that cannot be made": ({"JAX_PLATFORMS": "cpu"}, ["--results=README.md/x"], ["--results README.md/x"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_measured(mistake):
+    environment, flags, words = MISTAKES[mistake]
+    command = [sys.executable, "-m", "benchmarks.gpu", "step", "--data=digits", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert_user_error(done, *words)
 
 
 @pytest.mark.slow
