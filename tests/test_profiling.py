@@ -103,3 +103,11 @@ def test_a_run_prints_the_ten_costliest_operations_of_its_trace(profiled):
     assert times == sorted(times, reverse=True)
     assert times[0] > 0
     assert lines[heading + 11].startswith(f"steps 3 to 6 are traced in {directory}/profile/")
+
+
+def test_a_run_that_stops_amid_its_trace_leaves_what_there_is_of_it(tmp_path):
+    flags = ["--profile=1:8", "--max-seconds=0"]
+    done = launch(f"--config={ROOT}/configs/final.py:smoke", "--workdir", tmp_path / "run", *flags)
+    assert done.returncode == 124, done.stderr
+    (path,) = tmp_path.glob("run/profile/plugins/profile/*/*.trace.json.gz")
+    assert f"steps 1 to 1 are traced in {path}" in done.stdout
