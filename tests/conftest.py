@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def start(
     return subprocess.Popen(
         [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
         env=os.environ | environment,
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # which nohup would have it ignore
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
