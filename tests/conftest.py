@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,19 @@ def start(
     *arguments: object, program: str = "launch.py", prefix: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
     """Start `launch.py` without waiting for its end; `prefix` is a command that starts it."""
-    return subprocess.Popen(
-        [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
-        env=os.environ | environment,
-        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # which nohup would have it ignore
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    hangup = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # a child inherits it, and nohup would have it ignore the signal
+    try:
+        return subprocess.Popen(
+            [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def read_until(process: subprocess.Popen[str], beginning: str) -> str:
