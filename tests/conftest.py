@@ -75,9 +75,7 @@ def start(
     *arguments: object, program: str = "launch.py", prefix: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
     """Start `launch.py` without waiting for its end; `prefix` is a command that starts it."""
-    hangup = signal.signal(
-        signal.SIGHUP, signal.SIG_DFL
-    )  # a child inherits it, and nohup would have it ignore the signal
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it: nohup would have it ignored
     try:
         return subprocess.Popen(
             [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
