@@ -57,16 +57,13 @@ def evaluate(
     }
 
 
-def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
-    """Restore a checkpoint, evaluate it on validation and test, print the report and write `eval.json`.
+def restored(config: ConfigDict, directory: Path, which: str) -> tuple[setup.Setup, train_state.TrainState, int]:
+    """What a run starts from, the state of one of its checkpoints, and that checkpoint's step.
 
     Args:
         config: of the run.
         directory: the run's workdir.
         which: "best", "latest" or a step.
-
-    Returns:
-        What `eval.json` holds.
 
     Raises:
         UserError: where there is no such run, checkpoint, or data, or the config is another.
@@ -81,6 +78,18 @@ def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
     with _reading(directory) as checkpoints:  # anew, for a run under way replaces its checkpoints
         step = checkpoints.choose(which)
         state, _ = checkpoints.restore(step, run_setup.state, is_of_this_run)
+    return run_setup, state, step
+
+
+def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
+    """Restore a checkpoint, evaluate it on validation and test, print the report and write `eval.json`.
+
+    Args and errors are those of `restored`.
+
+    Returns:
+        What `eval.json` holds.
+    """
+    run_setup, state, step = restored(config, directory, which)
     eval_step = steps.jit_eval_step(config, run_setup.mesh)
     report = {
         "checkpoint": which,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_jax import cluster, failure, input_pipeline, optim, preemption, profiling, steps, train_state, workdir
-from resnet_jax import config as config_lib
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError, leave
@@ -311,12 +310,7 @@ class Run:
     def save(self) -> None:
         """Start saving the state."""
         self.check_held()
-        meta = {
-            "config": config_lib.to_json(self.config),
-            "fingerprint": self.start.dataset.fingerprint,
-            "seconds": self.seconds(),
-        }
-        self.checkpoints.save(self.state, meta)
+        self.checkpoints.save(self.state, workdir.make_meta(self.config, self.start.dataset, self.seconds()))
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test split and write `result.json`."""
@@ -339,6 +333,7 @@ class Run:
             "peak_memory_bytes": workdir.peak_memory_bytes(),
             "config": self.config.to_dict(),
             "seed": self.config.seed,
+            "initial_weights": workdir.initial_weights(self.directory),
             "dataset": workdir.describe(self.start.dataset, self.start.train, self.start.validation),
             "environment": workdir.environment(),
         }

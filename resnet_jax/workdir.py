@@ -44,6 +44,8 @@ _PACKAGES = [
     "tensorflow-datasets",
 ]
 
+INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from a file's weights
+
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file so that a reader sees the old one or the whole new one."""
@@ -180,9 +182,27 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
         yield check_held
 
 
+@contextmanager
+def new_folder(directory: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `directory`, which is not there yet, if nothing is raised."""
+    with _writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-")
+    with scratch as parent:
+        new = Path(parent) / directory.name
+        yield new
+        with _writing(directory):
+            new.rename(directory)
+
+
 def _from_the_first(token: str) -> str:
     """What the first process has in its lock, once it holds it: no other may read the folder before."""
     return str(int(multihost_utils.broadcast_one_to_all(np.int32(token or 0))))
+
+
+def make_meta(config: ConfigDict, dataset: Dataset, seconds: float) -> dict[str, Any]:
+    """What a checkpoint holds beside the state: what it belongs to, and the seconds spent on it."""
+    return {"config": config_lib.to_json(config), "fingerprint": dataset.fingerprint, "seconds": seconds}
 
 
 def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:
@@ -197,6 +217,12 @@ def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict
             f"{dataset.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
             f"{dataset.fingerprint[:12]} now): give the run's own data, or choose another --workdir"
         )
+
+
+def initial_weights(directory: Path) -> dict[str, Any] | None:
+    """The file that a run's weights came from, with its SHA-256; None where they were drawn from the seed."""
+    path = directory / INITIAL_WEIGHTS
+    return read_json(path) if path.exists() else None
 
 
 def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any]:

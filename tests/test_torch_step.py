@@ -1,7 +1,6 @@
 """The yardstick is the same network: where PyTorch is installed beside JAX, as a scratch environment may have it."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from resnet_jax import config as config_lib
-from resnet_jax import models, train_state
+from resnet_jax import models, torch_weights, train_state
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here: the yardstick has nothing to run on")
 from benchmarks import torch_step  # noqa: E402  needs PyTorch
@@ -24,36 +23,10 @@ NETWORKS = {
 }
 
 
-def torch_name(path):
-    """The yardstick's name for a leaf of ours: ("stage1_block2", "shortcut_norm", "mean") -> layer1.1.shortcut.1.running_mean."""
-    name = ".".join(path)
-    name = re.sub(r"stage(\d+)_block(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", name)
-    for ours, theirs in {
-        "shortcut_conv": "shortcut.0",
-        "shortcut_norm": "shortcut.1",
-        "stem_conv": "conv1",
-        "stem_norm": "bn1",
-        "norm": "bn",
-        "classifier": "fc",
-        "kernel": "weight",
-        "scale": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    }.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 def copy_to_torch(variables, network):
-    """Give the yardstick our parameters and statistics; every one of its own but the batch counters is overwritten."""
-    given = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        array = np.asarray(leaf)
-        axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim]
-        given[torch_name([key.key for key in path[1:]])] = torch.tensor(array.transpose(axes).copy())
-    missing, unexpected = network.load_state_dict(given, strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
+    """Give the yardstick our parameters and statistics, under the names that `resnet_jax.torch_weights` knows."""
+    weights = torch_weights.to_torch(variables, step=0)
+    network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
 
 @pytest.mark.parametrize("network", NETWORKS)
