@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment.brightness = 0.2  # factor uniform in 1 +- this
     config.augment.contrast = 0.2  # likewise
     config.augment.saturation = 0.2  # likewise; the three in random order
+    config.augment.policy = ""  # "cifar10" for AutoAugment's, as in the authors' notebook; the report has none
     config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
 
     config.model = ConfigDict()

@@ -1,4 +1,4 @@
-"""The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation.
+"""The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation; AutoAugment.
 
 The transforms are those of `augment_tf.py`, name by name and bit by bit: all arithmetic is that of integers.
 """
@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from resnet_jax.auto_augment import Kind
 from resnet_jax.sampling import JITTER_BITS
 
 
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
+    AutoAugment, which it does not name, comes between jitter and rotation, as in the authors' notebook.
+
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.Draws` for the B examples.
+        draws: the fields of `sampling.Draws` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
         config: `config.augment`; static.
 
     Returns:
@@ -30,6 +33,9 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
         images = images[indices]
     if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
         images = jitter(images, draws["jitter"], draws["order"])
+    if config.policy:
+        for operation in jnp.unstack(draws["operations"], axis=1):
+            images = operate(images, operation)
     if config.rotation_degrees > 0:
         images = rotate(images, draws["rotation"])
     return images
@@ -103,8 +109,70 @@ def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array
         kind, factor = order[:, i, None, None], in_order[:, i, None, None, None]
         grey = _grey(pixels)
         base = jnp.where(kind == 2, grey, jnp.where(kind == 1, _mean(grey), 0))[..., None]
-        pixels = jnp.clip(base + (factor * (pixels - base) >> JITTER_BITS), 0, 255)
+        pixels = _blend(pixels, base, factor)
     return pixels.astype(jnp.uint8)
+
+
+def operate(images: jax.Array, operation: jax.Array) -> jax.Array:
+    """AutoAugment's operations, each image's own: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        operation: int32 [B, 8], as `auto_augment.operation` gives it.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    pixels = rotate(images, operation[:, 2:]).astype(jnp.int32)
+    kind, amount = operation[:, 0, None, None, None], operation[:, 1, None, None, None]
+    grey = _grey(pixels)
+    bases = {Kind.CONTRAST: _mean(grey)[..., None], Kind.COLOR: grey[..., None], Kind.SHARPNESS: _smooth(pixels)}
+    base = jnp.select([kind == k for k in bases], list(bases.values()), 0)
+    results = {
+        Kind.GEOMETRY: pixels,
+        Kind.POSTERIZE: pixels & amount,
+        Kind.SOLARIZE: jnp.where(pixels < amount, pixels, 255 - pixels),
+        Kind.AUTO_CONTRAST: _auto_contrast(pixels),
+        Kind.EQUALIZE: _equalize(pixels),
+    }
+    blended = _blend(pixels, base, amount)
+    return jnp.select([kind == k for k in results], list(results.values()), blended).astype(jnp.uint8)
+
+
+def _smooth(pixels: jax.Array) -> jax.Array:
+    """Pillow's SMOOTH: the mean of 3x3 pixels, the middle one five times, rounded; the border as it is."""
+    _, height, width, _ = pixels.shape
+    around = [jnp.roll(pixels, (y, x), axis=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    total = sum(around, 4 * pixels)
+    y, x = jnp.arange(height)[None, :, None, None], jnp.arange(width)[None, None, :, None]
+    inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
+    return jnp.where(inside, (2 * total + 13) // 26, pixels)
+
+
+def _auto_contrast(pixels: jax.Array) -> jax.Array:
+    """Each channel stretched so that its lowest value becomes 0 and its highest 255, rounded down."""
+    low, high = pixels.min(axis=(1, 2), keepdims=True), pixels.max(axis=(1, 2), keepdims=True)
+    return jnp.where(high > low, 255 * (pixels - low) // jnp.maximum(high - low, 1), pixels)
+
+
+def _equalize(pixels: jax.Array) -> jax.Array:
+    """Each channel's values spread evenly over 0..255, by their number."""
+    size, height, width, channels = pixels.shape
+    of_channel = jnp.moveaxis(pixels, 3, 1).reshape(size * channels, height * width)
+    counts = jnp.zeros((size * channels, 256), jnp.int32)
+    counts = counts.at[jnp.arange(size * channels)[:, None], of_channel].add(1, mode="promise_in_bounds")
+    of_highest = jnp.sum(of_channel == of_channel.max(axis=1, keepdims=True), axis=1, keepdims=True)
+    step = (height * width - of_highest) // 255
+    below = jnp.cumsum(counts, axis=1) - counts
+    spread = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
+    table = jnp.where(step > 0, spread, jnp.arange(256)[None])
+    result = jnp.take_along_axis(table, of_channel, axis=1).reshape(size, channels, height, width)
+    return jnp.moveaxis(result, 1, 3)
+
+
+def _blend(pixels: jax.Array, base: jax.Array, factor: jax.Array) -> jax.Array:
+    """floor(base + factor / 2**JITTER_BITS * (pixels - base)), clamped to 0..255: `PIL.Image.blend`."""
+    return jnp.clip(base + (factor * (pixels - base) >> JITTER_BITS), 0, 255)
 
 
 def _grey(pixels: jax.Array) -> jax.Array:

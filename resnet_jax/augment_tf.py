@@ -1,4 +1,4 @@
-"""The report's augmentation in TensorFlow, batched: flip, crop, colour jitter, rotation.
+"""The report's augmentation in TensorFlow, batched: flip, crop, colour jitter, rotation; AutoAugment.
 
 Given the same draws, each transform gives the very pixels that torchvision gives for Pillow images. All arithmetic is
 that of integers, so the result does not depend on the order of operations, the batch's size or the machine. Images stay
@@ -11,6 +11,7 @@ long.
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from resnet_jax.auto_augment import Kind
 from resnet_jax.sampling import JITTER_BITS
 
 _compiled = tf.function(jit_compile=True, autograph=False)
@@ -19,10 +20,12 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
+    AutoAugment, which it does not name, comes between jitter and rotation, as in the authors' notebook.
+
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.Draws` for the B examples.
+        draws: the fields of `sampling.Draws` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
         config: `config.augment`.
 
     Returns:
@@ -34,6 +37,9 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
         images = tf.gather(images, indices)
     if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
         images = jitter(images, draws["jitter"], draws["order"])
+    if config.policy:
+        for operation in tf.unstack(draws["operations"], 2, axis=1):
+            images = operate(images, operation)
     if config.rotation_degrees > 0:
         images = rotate(images, draws["rotation"])
     return images
@@ -111,8 +117,74 @@ def jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor
         kind, factor = order[:, i, tf.newaxis, tf.newaxis], in_order[:, i, tf.newaxis, tf.newaxis, tf.newaxis]
         grey = _grey(pixels)
         base = tf.where(kind == 2, grey, tf.where(kind == 1, _mean(grey), 0))[..., tf.newaxis]
-        pixels = tf.clip_by_value(base + tf.bitwise.right_shift(factor * (pixels - base), JITTER_BITS), 0, 255)
+        pixels = _blend(pixels, base, factor)
     return tf.cast(pixels, tf.uint8)
+
+
+@_compiled
+def operate(images: tf.Tensor, operation: tf.Tensor) -> tf.Tensor:
+    """AutoAugment's operations, each image's own: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        operation: int32 [B, 8], as `auto_augment.operation` gives it.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    pixels = tf.cast(rotate(images, operation[:, 2:]), tf.int32)
+    kind, amount = (operation[:, i, tf.newaxis, tf.newaxis, tf.newaxis] for i in range(2))
+    grey = _grey(pixels)
+    base = tf.where(kind == Kind.SHARPNESS, _smooth(pixels), 0)
+    base = tf.where(kind == Kind.COLOR, grey[..., tf.newaxis], base)
+    base = tf.where(kind == Kind.CONTRAST, _mean(grey)[..., tf.newaxis], base)
+    result = _blend(pixels, base, amount)
+    for of_kind, operated in (
+        (Kind.GEOMETRY, pixels),
+        (Kind.POSTERIZE, tf.bitwise.bitwise_and(pixels, amount)),
+        (Kind.SOLARIZE, tf.where(pixels < amount, pixels, 255 - pixels)),
+        (Kind.AUTO_CONTRAST, _auto_contrast(pixels)),
+        (Kind.EQUALIZE, _equalize(pixels)),
+    ):
+        result = tf.where(kind == of_kind, operated, result)
+    return tf.cast(result, tf.uint8)
+
+
+def _smooth(pixels: tf.Tensor) -> tf.Tensor:
+    """Pillow's SMOOTH: the mean of 3x3 pixels, the middle one five times, rounded; the border as it is."""
+    _, height, width, _ = pixels.shape
+    around = [tf.roll(pixels, (y, x), axis=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    total = tf.add_n([4 * pixels, *around])
+    y, x = tf.range(height)[:, tf.newaxis, tf.newaxis], tf.range(width)[:, tf.newaxis]
+    inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
+    return tf.where(inside, (2 * total + 13) // 26, pixels)
+
+
+def _auto_contrast(pixels: tf.Tensor) -> tf.Tensor:
+    """Each channel stretched so that its lowest value becomes 0 and its highest 255, rounded down."""
+    low, high = (reduce(pixels, axis=(1, 2), keepdims=True) for reduce in (tf.reduce_min, tf.reduce_max))
+    return tf.where(high > low, 255 * (pixels - low) // tf.maximum(high - low, 1), pixels)
+
+
+def _equalize(pixels: tf.Tensor) -> tf.Tensor:
+    """Each channel's values spread evenly over 0..255, by their number."""
+    _, height, width, channels = pixels.shape
+    of_channel = tf.reshape(tf.transpose(pixels, (0, 3, 1, 2)), [-1, height * width])
+    rows = tf.shape(of_channel)[0]
+    cells = tf.range(rows)[:, tf.newaxis] * 256 + of_channel
+    counts = tf.reshape(tf.math.unsorted_segment_sum(tf.ones_like(cells), cells, rows * 256), [-1, 256])
+    highest = tf.reduce_max(of_channel, axis=1, keepdims=True)
+    of_highest = tf.reduce_sum(tf.cast(of_channel == highest, tf.int32), axis=1, keepdims=True)
+    step = (height * width - of_highest) // 255
+    spread = tf.minimum((step // 2 + tf.cumsum(counts, axis=1, exclusive=True)) // tf.maximum(step, 1), 255)
+    table = tf.where(step > 0, spread, tf.range(256))
+    result = tf.reshape(tf.gather(table, of_channel, batch_dims=1), [-1, channels, height, width])
+    return tf.transpose(result, (0, 2, 3, 1))
+
+
+def _blend(pixels: tf.Tensor, base: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """floor(base + factor / 2**JITTER_BITS * (pixels - base)), clamped to 0..255: `PIL.Image.blend`."""
+    return tf.clip_by_value(base + tf.bitwise.right_shift(factor * (pixels - base), JITTER_BITS), 0, 255)
 
 
 def _grey(pixels: tf.Tensor) -> tf.Tensor:

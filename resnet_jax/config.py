@@ -88,6 +88,7 @@ FIELDS: dict[str, Field] = {
     "augment.contrast": _FRACTION,
     "augment.saturation": _FRACTION,
     "augment.rotation_degrees": _number("a number from 0 to 180", lambda v: 0 <= v <= 180),
+    "augment.policy": _choice("", "cifar10"),
     "model.block": _choice("basic", "bottleneck"),
     "model.stem": _choice("cifar", "imagenet"),
     "model.channel_list": _integers(1),

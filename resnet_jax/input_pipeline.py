@@ -14,7 +14,7 @@ import psutil
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_jax import sampling
+from resnet_jax import auto_augment, sampling
 from resnet_jax.datasets import Split
 from resnet_jax.errors import UserError
 from resnet_jax.lazy_tensorflow import import_tensorflow
@@ -43,8 +43,8 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], and the fields of `sampling.Draws`, each [count, B, ...]} with B = batch_size /
-        process_count.
+        {"indices": int32 [count, B], the fields of `sampling.Draws`, each [count, B, ...], and where the config has a
+        policy its "operations", int32 [count, B, 2, 8]} with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
     batch_size = config.batch_size
@@ -53,6 +53,8 @@ def train_draws(
 
     draws = sampling.draws(*where, config.augment, (height, width))._asdict()
     draws["indices"] = sampling.indices(*where).astype(np.int32)
+    if config.augment.policy:
+        draws["operations"] = auto_augment.operations(*where, (height, width))
     return {name: drawn.reshape(count, batch_size, *drawn.shape[1:])[:, first:last] for name, drawn in draws.items()}
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-STREAMS = {"order": 0, "augment": 1, "split": 2}  # never renumber: it would change every run
+STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3}  # never renumber: it would change every run
 
 _WORDS = 8  # 64-bit words a position draws, two Philox blocks
 JITTER_BITS = 12  # factors are multiples of 1/4096, so that they are whole numbers to whoever applies them
@@ -48,12 +48,12 @@ def _bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndar
     return np.random.Philox(counter=counter, key=key).random_raw(count)
 
 
-def _uniform(bits: np.ndarray) -> np.ndarray:
+def uniform(bits: np.ndarray) -> np.ndarray:
     """Raw bits -> float64 in [0, 1)."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _below(bits: np.ndarray, n: int) -> np.ndarray:
+def below(bits: np.ndarray, n: int) -> np.ndarray:
     """Raw bits -> int32 in 0..n-1, uniform to within n / 2**32."""
     return (((bits >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int32)
 
@@ -83,6 +83,15 @@ def indices(seed: int, start: int, stop: int, num_examples: int) -> np.ndarray:
     return np.concatenate([permutation(seed, epoch, num_examples)[first:last] for epoch, first, last in pieces])
 
 
+def words(seed: int, stream: str, start: int, stop: int, num_examples: int) -> np.ndarray:
+    """Raw bits for global positions [start, stop): uint64 [stop - start, 8]."""
+    pieces = [
+        _bits(seed, stream, epoch, first * _WORDS, (last - first) * _WORDS)
+        for epoch, first, last in _by_epoch(start, stop, num_examples)
+    ]
+    return np.concatenate(pieces).reshape(-1, _WORDS)
+
+
 def draws(
     seed: int, start: int, stop: int, num_examples: int, augment: ConfigDict, image_shape: tuple[int, int]
 ) -> Draws:
@@ -96,20 +105,15 @@ def draws(
         augment: `config.augment`; an augmentation of size 0 draws its neutral value, and the others are unchanged.
         image_shape: (H, W) of the images, for the rotation about their centre.
     """
-    words = np.concatenate(
-        [
-            _bits(seed, "augment", epoch, first * _WORDS, (last - first) * _WORDS)
-            for epoch, first, last in _by_epoch(start, stop, num_examples)
-        ]
-    ).reshape(-1, _WORDS)
+    bits = words(seed, "augment", start, stop, num_examples)
     strength = np.array([augment.brightness, augment.contrast, augment.saturation])
-    factors = 1.0 + strength * (2.0 * _uniform(words[:, 3:6]) - 1.0)
-    degrees = augment.rotation_degrees * (2.0 * _uniform(words[:, 7]) - 1.0)
+    factors = 1.0 + strength * (2.0 * uniform(bits[:, 3:6]) - 1.0)
+    degrees = augment.rotation_degrees * (2.0 * uniform(bits[:, 7]) - 1.0)
     return Draws(
-        flip=_uniform(words[:, 0]) < augment.flip_probability,
-        crop=_below(words[:, 1:3], 2 * augment.crop_padding + 1),
+        flip=uniform(bits[:, 0]) < augment.flip_probability,
+        crop=below(bits[:, 1:3], 2 * augment.crop_padding + 1),
         jitter=(np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32),
-        order=JITTER_ORDERS[_below(words[:, 6], len(JITTER_ORDERS))],
+        order=JITTER_ORDERS[below(bits[:, 6], len(JITTER_ORDERS))],
         rotation=rotation_map(degrees, *image_shape),
     )
 

@@ -75,7 +75,7 @@ def test_jitter_in_each_order_at_every_value_of_a_pixel(order):
 def test_all_together(final_config, shape, off):
     names = {"nothing": (), "jitter": ("brightness", "contrast", "saturation"), "all": tuple(final_config.augment)}
     for name in names.get(off, (off,)):
-        final_config.augment[name] = type(final_config.augment[name])(0)
+        final_config.augment[name] = type(final_config.augment[name])()
     images, draws = some_images(shape, count=1000), draws_for(final_config, shape, start=960)  # into the next epoch
     indices = sampling.indices(0, 960, 960 + B, 1000)
     ours = jax.jit(functools.partial(augment_jax.augment, config=final_config.augment))(

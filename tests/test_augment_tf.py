@@ -95,7 +95,7 @@ def test_each_augmentation_can_be_switched_off(images, final_config, off):
     augment = final_config.augment
     everything = sampling.draws(0, 0, B, B, augment, (32, 32))
     for name in ("brightness", "contrast", "saturation") if off == "jitter" else (off,):
-        augment[name] = type(augment[name])(0)
+        augment[name] = type(augment[name])()
     draws = sampling.draws(0, 0, B, B, augment, (32, 32))
     ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws._asdict(), augment)
     step = images
@@ -114,7 +114,7 @@ def test_each_augmentation_can_be_switched_off(images, final_config, off):
 
 def test_everything_off_gives_the_images(images, final_config):
     for name in final_config.augment:
-        final_config.augment[name] = type(final_config.augment[name])(0)
+        final_config.augment[name] = type(final_config.augment[name])()
     draws = sampling.draws(0, 0, B, B, final_config.augment, (32, 32))
     indices = np.arange(B)[::-1].copy()
     ours = augment_tf.augment(tf.constant(images), tf.constant(indices), draws._asdict(), final_config.augment)

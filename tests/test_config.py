@@ -2,22 +2,25 @@ import inspect
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from configs import final, quickstart, sgd
+from configs import final, narrow, quickstart, sgd
 from resnet_jax import config as config_lib
 from resnet_jax.config import FIELDS, NEUTRAL_FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
 
+NARROW = ("adamw", "adamw_plain", "sgd", "sgd_plain")
 SHIPPED = {
     "final": final.get_config,
     "final:full": lambda: final.get_config("full"),
     "final:smoke": lambda: final.get_config("smoke"),
     "sgd": sgd.get_config,
     "quickstart": quickstart.get_config,
+    **{f"narrow:{variant}": partial(narrow.get_config, variant) for variant in NARROW},
 }
 ALL_FIELDS = FIELDS | {
     name: field
@@ -54,6 +57,7 @@ RANGES = {
     "augment.contrast": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.saturation": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.rotation_degrees": ([0, 180.0], [-0.01, 180.1]),
+    "augment.policy": (["", "cifar10"], ["imagenet"]),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
     "model.channel_list": ([(1, 1, 1, 1)], [(1, 1, 1, 0)]),
@@ -122,6 +126,15 @@ def test_a_shipped_config_is_valid_and_has_the_fields_of_the_reference_and_no_ot
 def test_the_report_takes_no_other_variant():
     with pytest.raises(ValueError, match=":full or :smoke, not :fast"):
         final.get_config("fast")
+
+
+def test_the_narrow_config_takes_no_other_variant_and_plain_ones_do_not_augment():
+    with pytest.raises(ValueError, match=":sgd_plain, not :fast"):
+        narrow.get_config("fast")
+    for variant in NARROW:
+        config = narrow.get_config(variant)
+        assert any(config.augment.values()) == (not variant.endswith("_plain"))
+        assert config.optim.name == variant.removesuffix("_plain")
 
 
 def test_the_table_of_ranges_knows_every_field():

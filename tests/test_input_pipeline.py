@@ -46,7 +46,9 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
 
 
 @pytest.mark.parametrize("start", [0, 3, 11])  # steps 4, 8 and 12 end an epoch, 96 of whose 100 examples they begin in
-def test_both_pipelines_give_the_same_batches(split, config, start):
+@pytest.mark.parametrize("policy", ["", "cifar10"])
+def test_both_pipelines_give_the_same_batches(split, config, start, policy):
+    config.augment.policy = policy
     streamed = list(input_pipeline.train_batches(split, config, start, start + 6))
     build_batch = jax.jit(functools.partial(steps.build_batch, config=config))
     draws = input_pipeline.train_draws(split, config, start, 6)
