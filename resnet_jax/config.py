@@ -129,6 +129,9 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 
+# Fields that came later, each with the value that does what runs without it did.
+LATER_FIELDS: dict[str, Any] = {"augment.policy": ""}
+
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
@@ -215,8 +218,25 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return as_json
 
 
+def from_json(values: Mapping[str, Any]) -> ConfigDict:
+    """The config that `to_json` gave these values of.
+
+    Raises:
+        UserError: where it is not one that this version runs.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in (LATER_FIELDS | flatten(dict(values))).items():
+        section, _, leaf = name.rpartition(".")
+        is_tuple = name in ALL_FIELDS and ALL_FIELDS[name].type is tuple
+        holder = nested.setdefault(section, {}) if section else nested
+        holder[leaf] = tuple(value) if is_tuple and isinstance(value, list) else value
+    config = ConfigDict(nested)
+    validate(config)
+    return config
+
+
 def differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
     """The fields in which a config differs from a stored one in a way that changes the result, as "field: old -> new"."""
-    old, new = flatten(stored), flatten(to_json(config))
+    old, new = LATER_FIELDS | flatten(stored), flatten(to_json(config))
     names = sorted((set(old) | set(new)) - NEUTRAL_FIELDS)
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]

@@ -1,72 +1,267 @@
-"""Draw a run's curves: `python -m resnet_jax.report runs/final [--output curves.png]`."""
+"""A page about runs: their curves, their networks, and the report's claims beside what they measured.
+
+    python -m resnet_jax.report RUN [RUN ...] --output DIR
+
+Each RUN is the workdir of a complete run, or the summary of one: `python -m resnet_jax.report RUN --summary FILE` writes it,
+for a workdir alone, so that the page can be built again without data and checkpoints. Runs that differ in their seed alone
+are one group. DIR/index.html holds all that it shows, and DIR/figures each figure as PNG and SVG.
+"""
 
 import argparse
+import base64
 import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
+import numpy as np
+from absl import logging
+from matplotlib.figure import Figure
+
+from resnet_jax import claims, figures, workdir
+from resnet_jax import config as config_lib
+from resnet_jax.analysis import SUMMARY_KEYS, summarise
 from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.figures import Group, Summary
 
-_STYLES = {"train": ("#4477aa", "-", ""), "validation": ("#ee6677", "-", "."), "test": ("#228833", "", "*")}
+_PAGE = Path(__file__).with_name("report.html")
 
 
-def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`.
+class Picture(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        name: of its files.
+        caption: what it shows, and which figure of the report it repeats.
+        draw: draws it.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+def read_run(path: Path) -> tuple[str, Summary]:
+    """The name and summary of a run: of a workdir, which is analysed, or of a file.
 
     Raises:
-        UserError: where there are none.
+        UserError: where there is no complete run, or the file is no summary.
     """
-    path = directory / "metrics.jsonl"
+    if path.is_dir():
+        with redirect_stdout(StringIO()):  # what a run says of itself
+            return path.absolute().name, summarise(path)
+    summary = workdir.read_json(path, SUMMARY_KEYS)
     try:
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed leaves half a line
-        if not all({"epoch", "split"} <= row.keys() for row in rows):
-            raise ValueError("a row lacks epoch or split")
-        if not all(
-            isinstance(value, (int, float, type(None))) for row in rows for value in (row | {"split": 0}).values()
-        ):
-            raise ValueError("a figure is no number")
-    except (AttributeError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the folder of a run") from error
-    if not rows:
-        raise UserError(f"{path} is empty: train first")
-    return rows
+        config_lib.from_json(summary["config"])
+        _check(summary)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the summary of a run ({error!r}): write it again with --summary") from error
+    return path.stem, summary
 
 
-def draw_curves(rows: list[dict[str, Any]], output: Path) -> None:
-    """Draw loss, accuracy and learning rate over epochs into a file, of the kind its suffix names."""
-    from matplotlib.figure import Figure
+def _check(summary: Summary) -> None:
+    """Touch all that is drawn, so that a file of something else is found before anything is written."""
+    analysis, classes = summary["analysis"], len(summary["analysis"]["class_names"])
+    if np.array(analysis["confusion"]).shape != (classes, classes):
+        raise ValueError("the confusion matrix has another size than the classes")
+    for row in summary["metrics"]:
+        if not {"epoch", "split", "step"} <= row.keys():
+            raise ValueError("a row of metrics lacks epoch, split or step")
+    for stage in analysis["stages"]:
+        _ = stage["name"], stage["blocks"], int(stage["num_params"]), list(stage["shape"])
+    for mistake in analysis["mistakes"]:
+        _ = analysis["class_names"][mistake["label"]], analysis["class_names"][mistake["prediction"]]
+        _ = mistake["index"], float(mistake["probability"]), base64.b64decode(mistake["png"], validate=True)
+    _ = float(summary["test_accuracy"]), float(summary["test_loss"]), float(summary["seconds"])
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True):
-        for split, (colour, line, marker) in _STYLES.items():
-            points = [(row["epoch"], row[quantity]) for row in rows if row["split"] == split and quantity in row]
-            if points:
-                label = f"{split} {points[-1][1]:.2%}" if quantity == "accuracy" else split
-                axes.plot(*zip(*points, strict=True), color=colour, ls=line or "none", marker=marker, label=label)
-        axes.set(xlabel="epoch", title=quantity.replace("_", " "))
-        axes.grid(alpha=0.3)
-        if quantity != "learning_rate":
-            axes.legend()
+
+def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
+    """The runs by config, in the order in which they were given; a seed given twice counts once.
+
+    Raises:
+        UserError: where two groups would have the same name, or one seed has two results.
+    """
+    found: dict[str, dict[int, tuple[str, Summary]]] = {}
+    for name, run in runs:
+        flat = config_lib.LATER_FIELDS | config_lib.flatten(run["config"])
+        same = {k: v for k, v in flat.items() if k != "seed" and k not in config_lib.NEUTRAL_FIELDS}
+        key = json.dumps([same, run["dataset"]["fingerprint"]], sort_keys=True)
+        of_seed = found.setdefault(key, {})
+        if flat["seed"] in of_seed:
+            raise UserError(f"{name} and {of_seed[flat['seed']][0]} are of the same config and seed: give one of them")
+        of_seed[flat["seed"]] = name, run
+    groups = []
+    for by_seed in found.values():
+        name = re.sub(r"[-_.]?seed[-_]?\d+$", "", min(by_seed.items())[1][0]) or "run"
+        groups.append(Group(name, [run for _, (_, run) in sorted(by_seed.items())]))
+    names = [group.name for group in groups]
+    return [
+        group if names.count(group.name) == 1 else group._replace(name=f"{group.name} ({i + 1})")
+        for i, group in enumerate(groups)
+    ]
+
+
+def pictures(groups: Sequence[Group]) -> list[Picture]:
+    """The figures that can be drawn of these groups."""
+    drawn = [
+        Picture("accuracy", "Accuracy (the report's figure 5).", partial(figures.draw_accuracy, groups)),
+        Picture("loss", "Loss (figure 4).", partial(figures.draw_loss, groups)),
+        Picture("learning_rate", _schedule_caption(groups), partial(figures.draw_learning_rate, groups)),
+        Picture("grad_norm", "Means over the logged steps.", partial(figures.draw_grad_norm, groups)),
+        Picture("scale", "Activations on the test images, by stage.", partial(figures.draw_scale, groups)),
+        Picture(
+            "relus",
+            "A dead channel is 0 everywhere on every test image.",
+            partial(figures.draw_relus, groups),
+        ),
+        *_by_data(groups),
+    ]
+    if pairs := claims.optimizer_pairs(groups):
+        caption = "SGD against AdamW, all else alike (figures 1 and 2)."
+        drawn.insert(0, Picture("optimizers", caption, partial(figures.draw_optimizers, pairs)))
+    architectures: dict[str, tuple[list[str], Any]] = {}
+    for group in groups:
+        stages = group.runs[0]["analysis"]["stages"]
+        shown = json.dumps([[s["name"], s["blocks"], s["shape"], s["num_params"]] for s in stages])
+        architectures.setdefault(shown, ([], stages))[0].append(group.name)
+    for i, (names, stages) in enumerate(architectures.values(), start=1):
+        caption = f"The network, output's shape and parameters by stage (figure 6): {', '.join(names)}."
+        drawn.append(Picture(f"architecture{i}", caption, partial(figures.draw_architecture, stages)))
+    for i, group in enumerate(groups, start=1):
+        caption = "Shares of each label's test images, over all seeds."
+        drawn.append(Picture(f"confusion{i}", caption, partial(figures.draw_confusion, group)))
+    return drawn
+
+
+def _by_data(groups: Sequence[Group]) -> list[Picture]:
+    """A figure of accuracy by class for each set of classes."""
+    by_classes: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        by_classes.setdefault(tuple(group.runs[0]["analysis"]["class_names"]), []).append(group)
+    return [
+        Picture(f"per_class{i}", "Over all seeds.", partial(figures.draw_per_class, alike))
+        for i, alike in enumerate(by_classes.values(), start=1)
+    ]
+
+
+def _schedule_caption(groups: Sequence[Group]) -> str:
+    """How far the rates that were logged are from the report's formula."""
+    farthest = 0.0
+    for group in groups:
+        config = group.config
+        for run in group.runs:
+            for row in run["metrics"]:
+                if row["split"] == "train":
+                    epoch = row["epoch"] * (row["step"] - 1) / row["step"]  # at which the row's last step began
+                    wanted = figures.learning_rate(config, epoch)
+                    farthest = max(farthest, abs(row["learning_rate"] - wanted) / config["optim"]["learning_rate"])
+    return f"Learning rate (figure 3); logged and formula differ by at most {farthest:.1e} of the highest rate."
+
+
+def _data_uri(path: Path) -> str:
+    kind = {".svg": "image/svg+xml", ".png": "image/png"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def build(runs: Sequence[tuple[str, Summary]], comparison: dict[str, Any] | None, directory: Path) -> None:
+    """Write the page and its figures into a new or empty folder, or over an earlier report, all or nothing.
+
+    Args:
+        runs: (name, summary) of each.
+        comparison: with ResNet-18, as `benchmarks.reproduce` writes it.
+        directory: to write to.
+    """
+    groups = grouped(runs)
     try:
-        output.parent.mkdir(exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {output} cannot be written: {error}") from error
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-") as scratch:
+            new = Path(scratch) / "report"
+            (new / "figures").mkdir(parents=True)
+            page = _page(groups, comparison, new / "figures", Path(scratch))
+            (new / "index.html").write_text(page)
+            if directory.exists():
+                directory.rename(Path(scratch) / "old")
+            new.rename(directory)
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be written ({error.strerror}): give another folder") from error
+
+
+def _page(groups: Sequence[Group], comparison: dict[str, Any] | None, folder: Path, scratch: Path) -> str:
+    """The page; its figures are drawn into a folder, for light paper, and for dark pages into another."""
+    shown = []
+    for picture in pictures(groups):
+        for suffix in (".png", ".svg"):
+            figures.save(
+                picture.draw, folder / f"{picture.name}{suffix}", "light", "white" if suffix == ".png" else "none"
+            )
+        dark = figures.save(picture.draw, scratch / f"{picture.name}.svg", "dark")
+        light = folder / f"{picture.name}.svg"
+        shown.append(
+            {"name": picture.name, "caption": picture.caption, "light": _data_uri(light), "dark": _data_uri(dark)}
+        )
+    reports_data = any("cifar10" in group.config["data"]["name"] for group in groups)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE.read_text())
+    return template.render(
+        groups=groups,
+        spread=claims.mean_and_spread,
+        mean=np.mean,
+        pictures=shown,
+        claims=claims.table(groups, comparison) if reports_data else [],
+        environments=sorted({_machine(run) for group in groups for run in group.runs}),
+    )
+
+
+def _machine(run: Summary) -> str:
+    """Where and by which code a run was made."""
+    environment = run["environment"]
+    git = environment.get("git")
+    commit = f", commit {git['commit'][:12]}{' with changes' * git['dirty']}" if git else ""
+    devices = environment["devices"]
+    cores = f", {environment['cpu_count']} cores" if environment["backend"] == "cpu" else ""
+    jax = environment["versions"].get("jax", "?")
+    return f"{len(devices)} x {devices[0]}{cores}, Python {environment['python']}, jax {jax}{commit}"
+
+
+def _check_output(directory: Path) -> None:
+    """Refuse a folder that holds something else than a report, before anything is analysed."""
+    holds_report = (directory / "index.html").is_file() and (directory / "figures").is_dir()
+    if directory.exists() and not holds_report and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--output {directory} holds something else than a report: give a new folder")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m resnet_jax.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--output", type=Path, help="file to draw to (default: RUN/report/curves.png)")
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")
+    target.add_argument("--summary", type=Path, metavar="FILE", help="write the one RUN's summary instead")
+    parser.add_argument("--resnet18", type=Path, metavar="FILE", help="what `benchmarks.reproduce resnet18` wrote")
     arguments = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
     with exit_on_user_error():
-        rows = read_rows(arguments.run)
-        output = arguments.output or arguments.run / "report" / "curves.png"
-        draw_curves(rows, output)
-        print(output)
+        if arguments.summary:
+            if len(arguments.runs) > 1:
+                raise UserError("--summary is of one run: give one RUN")
+            workdir.write_json(arguments.summary, read_run(arguments.runs[0])[1])
+            print(arguments.summary)
+            return
+        _check_output(arguments.output)
+        comparison = None
+        if arguments.resnet18:
+            comparison = workdir.read_json(arguments.resnet18, ("final", "resnet18", "final_has_less_by", "benchmarks"))
+        build([read_run(path) for path in arguments.runs], comparison, arguments.output)
+        print(arguments.output / "index.html")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

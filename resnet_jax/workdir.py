@@ -291,10 +291,18 @@ def _row(line: str) -> dict[str, Any]:
     return row if whole else {}
 
 
+def metrics_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`."""
+    return [row for _, row in _lines(directory) if row]
+
+
 def validation_accuracies(directory: Path) -> dict[int, float]:
     """Step -> accuracy, from the validation rows of `metrics.jsonl`."""
-    rows = (row for _, row in _lines(directory) if row.get("split") == "validation")
-    return {row["step"]: row["accuracy"] for row in rows if isinstance(row.get("accuracy"), float)}
+    return {
+        row["step"]: row["accuracy"]
+        for row in metrics_rows(directory)
+        if row["split"] == "validation" and isinstance(row.get("accuracy"), float)
+    }
 
 
 class MetricsLog:
