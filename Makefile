@@ -4,10 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-GPU_PYTHON ?= python3
-PARTS ?= final step resnet18
 
-.PHONY: run test test-slow lint soak gpu clean
+.PHONY: run test test-slow lint soak reproduce report clean
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
@@ -29,8 +27,12 @@ soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random i
 	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_reliability.py -k killed_at_chosen_moments
 	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
 
-gpu: ## measure on a GPU, with a Python that has jax[cuda] and PyTorch: make gpu PARTS=step GPU_FLAGS='--batch-sizes 128'
-	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS) $(GPU_FLAGS)
+reproduce: $(if $(GPU_PYTHON),,$(VENV)/installed) ## the report's figures, what this machine can do of them: PARTS=, FLAGS=
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.reproduce $(PARTS) $(FLAGS)
+
+report: $(VENV)/installed ## the page of the runs in results/, with the report's claims: report/index.html
+	$(BIN)/python -m resnet_jax.report $(wildcard results/*-seed*.json results/final-f32-*.json results/final-autoaugment-*.json) \
+		--resnet18 $(lastword $(wildcard results/resnet18-cpu.json results/resnet18-*.json)) --output report
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def run_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """The figures of a run of `benchmarks.gpu`."""
+    """The figures of a run of `benchmarks.reproduce`."""
     yield ["seed", "steps", "test accuracy", "seconds", "after start-up", "images/s", "share of peak"]
     yield [
         str(result["seed"]),

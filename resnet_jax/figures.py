@@ -62,7 +62,7 @@ def rows(run: Summary, split: str, figure: str) -> tuple[np.ndarray, np.ndarray]
     return np.array(epochs), np.array(values)
 
 
-def _band(axes: Axes, group: Group, split: str, figure: str, colour: str, line: str, label: str | None) -> None:
+def _band(axes: Axes, group: Group, split: str, figure: str, colour: str, line: str, label: str | None = None) -> None:
     """The mean over seeds, and the range of them."""
     curves = [rows(run, split, figure) for run in group.runs]
     length = min(len(epochs) for epochs, _ in curves)
@@ -92,7 +92,8 @@ def _curves(groups: Sequence[Group], quantity: str) -> Figure:
     figure, axes = _new(f"{quantity.capitalize()}: dotted train, line validation, star test")
     for group, colour in zip(groups, _colours(groups), strict=True):
         for split, line in _LINES.items():
-            _band(axes, group, split, quantity, colour, line, group.name if split == "train" else None)
+            _band(axes, group, split, quantity, colour, line)
+        axes.plot([], [], color=colour, label=group.name)
         for run in group.runs:
             axes.plot(*rows(run, "test", quantity), "*", color=colour, ms=8)
     axes.set(xlabel="epoch", ylabel=quantity)
@@ -254,7 +255,13 @@ def save(draw: Callable[[], Figure], path: Path, ink: str, background: str = "no
     colour = _INK[ink]
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     settings: Any = dict.fromkeys(names, colour)
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.family": "sans-serif", "text.parse_math": False, "axes.titlesize": 10}
+    settings |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": path.stem,
+        "font.family": "sans-serif",
+        "text.parse_math": False,
+        "axes.titlesize": 10,
+    }
     with rc_context(settings):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         draw().savefig(path, dpi=160, facecolor=background, metadata=metadata)

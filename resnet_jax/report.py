@@ -57,7 +57,7 @@ def read_run(path: Path) -> tuple[str, Summary]:
     if path.is_dir():
         with redirect_stdout(StringIO()):  # what a run says of itself
             return path.absolute().name, summarise(path)
-    summary = workdir.read_json(path, SUMMARY_KEYS)
+    summary = workdir.read_json(path, SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
     try:
         config_lib.from_json(summary["config"])
         _check(summary)
@@ -258,7 +258,12 @@ def main(argv: list[str] | None = None) -> None:
         _check_output(arguments.output)
         comparison = None
         if arguments.resnet18:
-            comparison = workdir.read_json(arguments.resnet18, ("final", "resnet18", "final_has_less_by", "benchmarks"))
+            hint = "give what python -m benchmarks.reproduce resnet18 wrote"
+            comparison = workdir.read_json(arguments.resnet18, hint=hint)
+            try:
+                claims.table([], comparison)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"--resnet18 {arguments.resnet18} is something else ({error!r}): {hint}") from error
         build([read_run(path) for path in arguments.runs], comparison, arguments.output)
         print(arguments.output / "index.html")
 

@@ -78,8 +78,10 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON object that has these keys.
+def read_json(
+    path: Path, keys: Iterable[str] = (), hint: str = "mend it, or choose another --workdir"
+) -> dict[str, Any]:
+    """Read a JSON object that has these keys; `hint` says what to do where it is not one.
 
     Raises:
         UserError: where it cannot be read, is no object or lacks a key.
@@ -91,7 +93,7 @@ def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({error}): mend it, or choose another --workdir") from error
+        raise UserError(f"{path} cannot be used ({error}): {hint}") from error
     return value
 
 
