@@ -32,7 +32,7 @@ reproduce: $(if $(GPU_PYTHON),,$(VENV)/installed) ## the report's figures, what 
 
 report: $(VENV)/installed ## the page of the runs in results/, with the report's claims: report/index.html
 	$(BIN)/python -m resnet_jax.report $(wildcard results/*-seed*.json results/final-f32-*.json results/final-autoaugment-*.json) \
-		--resnet18 $(lastword $(wildcard results/resnet18-cpu.json results/resnet18-*.json)) --output report
+		$(addprefix --resnet18=,$(lastword $(wildcard results/resnet18-*.json))) --output report
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .
