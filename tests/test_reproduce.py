@@ -66,7 +66,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_before_anything_is_measured(mistake):
     environment, flags, words = MISTAKES[mistake]
-    command = [sys.executable, "-m", "benchmarks.reproduce", "step", "--data=digits", *flags]
+    command = [sys.executable, "-m", "benchmarks.reproduce", "--data=digits", *flags, "step"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert_user_error(done, *words)
 

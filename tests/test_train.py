@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     assert set(result) == {
         *("test_accuracy", "test_loss", "validation_accuracy", "num_params", "checkpoint_step", "steps", "seconds"),
         *("startup_seconds", "peak_memory_bytes", "state_digest", "config", "seed", "dataset", "environment"),
+        "initial_weights",
     }
     assert result["steps"] == 41 == math.ceil(2 * 1294 / 64)
     assert result["dataset"]["splits"] == {"train": 1294, "validation": 144, "test": 359}
