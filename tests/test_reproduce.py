@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, assert_user_error
 
-from resnet_jax import report
+from resnet_jax import claims, report
 
 
 def reproduce(folder, *arguments):
@@ -73,12 +73,19 @@ def test_a_mistake_is_one_line_before_anything_is_measured(mistake):
 
 @pytest.mark.slow
 def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
-    result = reproduce(tmp_path, "resnet18", "--channels", "8", "16", "16", "16")["resnet18-cpu.json"]
-    assert result["final"]["num_params"] == 5266
-    assert result["resnet18"]["num_params"] > 20_000
-    for name, less in result["final_has_less_by"].items():
-        assert less == 1 - result["final"][name] / result["resnet18"][name]
-    for one in ("final", "resnet18"):
-        (case,) = result["benchmarks"][one]["cases"]
+    channels = ("--channels", "8", "16", "16", "16")
+    result = reproduce(tmp_path, "resnet18", *channels, "--rounds=2")["resnet18-cpu.json"]
+    ours, theirs, less = result["final"], result["resnet18"], result["final_has_less_by"]
+    assert ours["num_params"] == 5266
+    assert theirs["num_params"] > 20_000
+    for name in ("num_params", "train_flops_per_image"):
+        assert less[name] == 1 - ours[name] / theirs[name]
+    by_round = "seconds_per_epoch_by_round"
+    assert less[by_round] == [1 - our / their for our, their in zip(ours[by_round], theirs[by_round], strict=True)]
+    assert less["seconds_per_epoch"] == sum(less[by_round]) / 2
+    for name in ("final", "resnet18"):
+        (case,) = result["benchmarks"][name]["cases"]
         seconds = case["dataset"]["splits"]["train"] / case["figures"]["end_to_end"]["median"]
-        assert result[one]["seconds_per_epoch"] == seconds
+        assert result[name][by_round][1] == seconds
+        assert result[name]["seconds_per_epoch"] == pytest.approx(sum(result[name][by_round]) / 2)
+    assert claims.table([], result)[-1].basis.endswith("2 rounds")
