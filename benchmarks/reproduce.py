@@ -31,6 +31,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import workdir
 from resnet_jax.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
@@ -89,10 +90,8 @@ def check_machine(results: Path) -> str:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, whole or not at all."""
-    new = path.with_suffix(".incomplete")
-    new.write_text(json.dumps(result, indent=2) + "\n")
-    new.replace(path)
+    """Write a result, and say where."""
+    workdir.write_json(path, result)
     print(path, flush=True)
 
 
@@ -107,15 +106,18 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
         return json.loads(summary.read_text())
 
 
-def train_with_speed(arguments: argparse.Namespace, name: str, seeds: list[int], flags: list[str]) -> None:
-    """Train with each seed; to what each run says of itself, add its speed."""
+def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False) -> None:
+    """Train with each seed, or the first alone; to what each run says of itself, add its speed."""
     flops = None
-    for seed in seeds:
+    for seed in arguments.seeds[:1] if one_seed else arguments.seeds:
         result = train(arguments, name, seed, flags)
         if flops is None:
             (case,) = benchmark(*flags, "--only=save", "--repeats=1")["cases"]
             flops = case["train_flops_per_image"]
-        speed = statistics.median(row["images_per_second"] for row in result["metrics"] if row.get("images_per_second"))
+        speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
+        if not speeds:
+            raise UserError(f"{name}: too short a run to log its speed: give more --epochs")
+        speed = statistics.median(speeds)
         result |= {
             "seconds_after_startup": result["seconds"] - result["startup_seconds"],
             "images_per_second": speed,
@@ -123,36 +125,36 @@ def train_with_speed(arguments: argparse.Namespace, name: str, seeds: list[int],
             "peak_tflops": arguments.peak_tflops,
             "share_of_peak": speed * flops / 1e12 / arguments.peak_tflops,
         }
-        suffix = f"-seed{seed}" if seeds is arguments.seeds else ""
-        write(result_path(arguments, name, result["environment"], suffix), result)
+        write(result_path(arguments, name, result["environment"], "" if one_seed else f"-seed{seed}"), result)
 
 
 def final(arguments: argparse.Namespace) -> None:
     """The report's model and recipe."""
-    train_with_speed(arguments, "final", arguments.seeds, config_flags(arguments))
+    train_with_speed(arguments, "final", config_flags(arguments))
 
 
 def final_f32(arguments: argparse.Namespace) -> None:
     """The same in float32, to see what bfloat16 costs."""
-    train_with_speed(arguments, "final-f32", arguments.seeds[:1], config_flags(arguments, dtype="float32"))
+    train_with_speed(arguments, "final-f32", config_flags(arguments, dtype="float32"), one_seed=True)
 
 
 def sgd(arguments: argparse.Namespace) -> None:
     """The report's baseline."""
-    train_with_speed(arguments, "sgd", arguments.seeds, config_flags(arguments, "configs/sgd.py"))
+    train_with_speed(arguments, "sgd", config_flags(arguments, "configs/sgd.py"))
 
 
 def autoaugment(arguments: argparse.Namespace) -> None:
     """The authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
     flags = [*config_flags(arguments, "configs/final.py:full"), "--config.augment.policy=cifar10"]
-    train_with_speed(arguments, "final-autoaugment", arguments.seeds[:1], flags)
+    train_with_speed(arguments, "final-autoaugment", flags, one_seed=True)
 
 
 def narrow(arguments: argparse.Namespace) -> None:
     """The comparisons of optimizer and augmentation that a CPU can make."""
+    size = ["--config.data.image_size=0"] * (arguments.data == "digits")  # already small
     for seed in arguments.seeds:
         for variant in ("adamw", "sgd", "adamw_plain", "sgd_plain"):
-            flags = [f"--config=configs/narrow.py:{variant}", f"--config.data.name={arguments.data}"]
+            flags = [f"--config=configs/narrow.py:{variant}", f"--config.data.name={arguments.data}", *size]
             summary = train(arguments, f"narrow-{variant}", seed, flags)
             write(arguments.results / f"cpu-narrow-{variant}-seed{seed}.json", summary)
 

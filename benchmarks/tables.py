@@ -1,16 +1,22 @@
-"""Write the tables of docs/PERFORMANCE.md from results/*.json: `python -m benchmarks.tables`.
+"""Write what README.md and docs/PERFORMANCE.md show of results/*.json: `python -m benchmarks.tables`.
 
-A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`; a test holds it to its file.
+A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`, the report's claims between
+`<!-- claims -->` and `<!-- end -->`; tests hold them, and the README's figure, to the files.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import claims, figures, report
+
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "PERFORMANCE.md"]
+FIGURE = ROOT / "results" / "accuracy.png"
+RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
 
 
 def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -62,14 +68,40 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{machine}, commit {code}."])
 
 
+def run_files() -> list[Path]:
+    """The summaries of runs in results/."""
+    return sorted(path for pattern in RUNS for path in (ROOT / "results").glob(pattern))
+
+
+def groups() -> list[figures.Group]:
+    """The runs in results/, by config."""
+    return report.grouped([report.read_run(path) for path in run_files()])
+
+
+def comparison_file() -> Path:
+    """The comparison with ResNet-18 in results/: a GPU's, where there is one."""
+    return sorted((ROOT / "results").glob("resnet18-*.json"))[-1]
+
+
 def refreshed(document: str) -> str:
-    """The document with each table as its result has it."""
+    """The document with each table as the results have it."""
 
     def block(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(json.loads((ROOT / found[2]).read_text()))}\n<!-- end -->\n"
+        if found[2] == "claims":
+            text = claims.as_markdown(claims.table(groups(), json.loads(comparison_file().read_text())))
+        else:
+            text = table(json.loads((ROOT / found[2]).read_text()))
+        return f"{found[1]}\n{text}\n<!-- end -->\n"
 
-    return re.sub(r"(<!-- (results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
+    return re.sub(r"(<!-- (claims|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
+
+
+def draw(path: Path) -> None:
+    """Draw the README's figure."""
+    figures.save(partial(figures.draw_accuracy, groups()), path, "light", "white")
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(refreshed(DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(refreshed(document.read_text()))
+    draw(FIGURE)

@@ -80,10 +80,10 @@ def operation(name: str, magnitude: int, direction: int, height: int, width: int
     match name:
         case "shear_x" | "shear_y":  # up to 0.3 pixels a pixel, from the upper left corner
             shear = direction * 0.3 * level
-            row = (1.0, shear, 0.5 + shear * 0.5) if name == "shear_x" else (shear, 1.0, 0.5 + shear * 0.5)
-            fixed = tuple(math.floor(value * 65536 + 0.5) for value in row)
-            still_x, still_y = _STILL[:3], _STILL[3:]
-            return Kind.GEOMETRY, 0, *((*fixed, *still_y) if name == "shear_x" else (*still_x, *fixed))
+            along, offset = (math.floor(value * 65536 + 0.5) for value in (shear, 0.5 + shear * 0.5))
+            a, b, c, d, e, f = _STILL
+            sheared = (a, along, offset, d, e, f) if name == "shear_x" else (a, b, c, along, e, offset)
+            return Kind.GEOMETRY, 0, *sheared
         case "translate_x" | "translate_y":  # up to 150 pixels of 331
             x, y = (width, 0) if name == "translate_x" else (0, height)
             x, y = (direction * int(150 / 331 * side * level) for side in (x, y))

@@ -42,9 +42,8 @@ def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Groups (SGD, AdamW) that differ in optimizer and schedule alone."""
 
     def rest(group: Group) -> dict[str, Any]:
-        flat = config_lib.flatten(group.config)
-        same = {k: v for k, v in flat.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
-        return {k: v for k, v in same.items() if k not in config_lib.NEUTRAL_FIELDS}
+        fields = config_lib.deciding(group.config)
+        return {k: v for k, v in fields.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
 
     by_name = {name: [g for g in groups if g.config["optim"]["name"] == name] for name in ("sgd", "adamw")}
     return [(sgd, adamw) for sgd in by_name["sgd"] for adamw in by_name["adamw"] if rest(sgd) == rest(adamw)]
@@ -119,11 +118,14 @@ def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
     (case,) = comparison["benchmarks"]["final"]["cases"]
     environment = comparison["benchmarks"]["final"]["environment"]
     machine = f"{environment['cpu_count']} CPU cores" if environment["backend"] == "cpu" else environment["devices"][0]
-    by_round = [100 * share for share in less["seconds_per_epoch_by_round"]]
+    by_round = less["seconds_per_epoch_by_round"]
     basis = f"{machine}, {case['dtype']}, batch {case['batch_size']}, in turns, {len(by_round)} rounds"
 
+    def less_or_more(share: float) -> str:
+        return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}"
+
     def verdict(share: float, claimed: float) -> str:
-        return "holds" if round(100 * share) == round(100 * claimed) else f"does not hold: {100 * share:.0f} % it is"
+        return "holds" if round(100 * share) == round(100 * claimed) else f"does not hold: {less_or_more(share)}"
 
     return [
         Claim(
@@ -141,7 +143,8 @@ def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
         Claim(
             texts[2],
             f"{ours['seconds_per_epoch']:,.0f} s against {theirs['seconds_per_epoch']:,.0f} s, "
-            f"{100 * less['seconds_per_epoch']:.0f} % less ({min(by_round):.0f} to {max(by_round):.0f} by round); "
+            f"{less_or_more(less['seconds_per_epoch'])} (by round {less_or_more(max(by_round))} to "
+            f"{less_or_more(min(by_round))}); "
             f"{ours['train_flops_per_image'] / 1e9:.2f} against {theirs['train_flops_per_image'] / 1e9:.2f} GFLOP an image",
             basis,
             verdict(less["seconds_per_epoch"], 0.22),

@@ -235,8 +235,12 @@ def from_json(values: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
+def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config as JSON holds it that decide the result, flat: all but the neutral ones."""
+    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in NEUTRAL_FIELDS}
+
+
+def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
     """The fields in which a config differs from a stored one in a way that changes the result, as "field: old -> new"."""
-    old, new = LATER_FIELDS | flatten(stored), flatten(to_json(config))
-    names = sorted((set(old) | set(new)) - NEUTRAL_FIELDS)
-    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+    old, new = deciding(stored), deciding(to_json(config))
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(old | new) if old.get(n) != new.get(n)]

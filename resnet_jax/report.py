@@ -12,7 +12,6 @@ import base64
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -90,13 +89,12 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     """
     found: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
-        flat = config_lib.LATER_FIELDS | config_lib.flatten(run["config"])
-        same = {k: v for k, v in flat.items() if k != "seed" and k not in config_lib.NEUTRAL_FIELDS}
-        key = json.dumps([same, run["dataset"]["fingerprint"]], sort_keys=True)
-        of_seed = found.setdefault(key, {})
-        if flat["seed"] in of_seed:
-            raise UserError(f"{name} and {of_seed[flat['seed']][0]} are of the same config and seed: give one of them")
-        of_seed[flat["seed"]] = name, run
+        fields = config_lib.deciding(run["config"])
+        seed = fields.pop("seed")
+        of_seed = found.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
+        if seed in of_seed:
+            raise UserError(f"{name} and {of_seed[seed][0]} are of the same config and seed: give one of them")
+        of_seed[seed] = name, run
     groups = []
     for by_seed in found.values():
         name = re.sub(r"[-_.]?seed[-_]?\d+$", "", min(by_seed.items())[1][0]) or "run"
@@ -179,33 +177,20 @@ def build(runs: Sequence[tuple[str, Summary]], comparison: dict[str, Any] | None
         directory: to write to.
     """
     groups = grouped(runs)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-") as scratch:
-            new = Path(scratch) / "report"
-            (new / "figures").mkdir(parents=True)
-            page = _page(groups, comparison, new / "figures", Path(scratch))
-            (new / "index.html").write_text(page)
-            if directory.exists():
-                directory.rename(Path(scratch) / "old")
-            new.rename(directory)
-    except OSError as error:
-        raise UserError(f"--output {directory} cannot be written ({error.strerror}): give another folder") from error
+    with workdir.new_folder(directory, replace=True) as new:
+        (new / "figures").mkdir(parents=True)
+        (new / "index.html").write_text(_page(groups, comparison, new / "figures"))
 
 
-def _page(groups: Sequence[Group], comparison: dict[str, Any] | None, folder: Path, scratch: Path) -> str:
-    """The page; its figures are drawn into a folder, for light paper, and for dark pages into another."""
+def _page(groups: Sequence[Group], comparison: dict[str, Any] | None, folder: Path) -> str:
+    """The page; its figures are drawn into a folder, for light paper, and the page's dark ones go into the page alone."""
     shown = []
     for picture in pictures(groups):
-        for suffix in (".png", ".svg"):
-            figures.save(
-                picture.draw, folder / f"{picture.name}{suffix}", "light", "white" if suffix == ".png" else "none"
-            )
-        dark = figures.save(picture.draw, scratch / f"{picture.name}.svg", "dark")
-        light = folder / f"{picture.name}.svg"
-        shown.append(
-            {"name": picture.name, "caption": picture.caption, "light": _data_uri(light), "dark": _data_uri(dark)}
-        )
+        path = folder / picture.name
+        dark = _data_uri(figures.save(picture.draw, path.with_suffix(".svg"), "dark"))
+        light = _data_uri(figures.save(picture.draw, path.with_suffix(".svg"), "light"))
+        figures.save(picture.draw, path.with_suffix(".png"), "light", "white")
+        shown.append({"name": picture.name, "caption": picture.caption, "light": light, "dark": dark})
     reports_data = any("cifar10" in group.config["data"]["name"] for group in groups)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE.read_text())
     return template.render(

@@ -73,9 +73,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): mend that, or choose another --workdir"
-        ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): mend that, or choose another place") from error
 
 
 def read_json(
@@ -185,15 +183,23 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
 
 
 @contextmanager
-def new_folder(directory: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `directory`, which is not there yet, if nothing is raised."""
+def new_folder(directory: Path, replace: bool = False) -> Iterator[Path]:
+    """A scratch folder, still to be made, that becomes `directory` if nothing is raised.
+
+    Args:
+        directory: that is not there yet, or is empty.
+        replace: it takes the place of what is there.
+
+    Raises:
+        UserError: where it cannot be written; what is there stays.
+    """
     with _writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-")
-    with scratch as parent:
-        new = Path(parent) / directory.name
-        yield new
-        with _writing(directory):
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-") as scratch:
+            new = Path(scratch) / "new"
+            yield new
+            if replace and directory.exists():
+                directory.rename(Path(scratch) / "old")
             new.rename(directory)
 
 

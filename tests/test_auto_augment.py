@@ -1,5 +1,6 @@
 """Each operation against Pillow, in both pipelines, and the policy's draws."""
 
+import collections
 import functools
 
 import jax
@@ -157,21 +158,15 @@ def test_the_first_draws_are_pinned_and_of_position_alone():
 def test_each_operation_comes_as_often_as_the_policy_says():
     n = 100_000
     drawn = auto_augment.operations(0, 0, n, n, (32, 32))
-    table = auto_augment._table(32, 32)
-    for pair, operations in enumerate(auto_augment._PAIRS):
-        for place, (name, probability, _) in enumerate(operations):
-            expected = sum(
-                p / 25
-                for j, other in enumerate(auto_augment._PAIRS)
-                for _, p, _ in [other[place]]
-                if np.array_equal(table[j, place, 0], table[pair, place, 0])
-            )
-            for way in range(2):
-                same = (drawn[:, place] == table[pair, place, way]).all(axis=1).mean()
-                directed = not np.array_equal(*table[pair, place])
-                wanted = expected / 2 if directed else expected
-                if name == "color" and pair == 19:
-                    continue  # of magnitude 0: a factor of 1, either way
-                assert abs(same - wanted) < 5 * np.sqrt(wanted / n) + 1e-9, (name, probability)
-    still = (drawn[:, :, 0] == auto_augment.Kind.GEOMETRY).all(axis=1) & (drawn[:, 0] == drawn[:, 1]).all(axis=1)
-    assert still.mean() > 0.1  # neither of the two is done
+    nothing = auto_augment.operation("rotate", 0, 1, 32, 32)
+    for place in range(2):
+        wanted = collections.Counter()
+        for pair in auto_augment._PAIRS:
+            name, probability, magnitude = pair[place]
+            wanted[nothing] += (1 - probability) / 25
+            for direction in (1, -1):
+                wanted[auto_augment.operation(name, magnitude, direction, 32, 32)] += probability / 50
+        found = collections.Counter(map(tuple, drawn[:, place].tolist()))
+        for operation in wanted | found:
+            share = wanted[operation]
+            assert abs(found[operation] / n - share) <= 5 * np.sqrt(share * (1 - share) / n), operation

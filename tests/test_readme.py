@@ -1,8 +1,11 @@
 import json
 import re
+import subprocess
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from benchmarks import tables
 
@@ -70,9 +73,28 @@ def test_every_promise_of_reliability_names_tests_that_are_there_and_every_slow_
     assert tests["test_reliability.py"] <= set(re.findall(r"`(test_\w+)`", "".join(promises)))
 
 
-def test_the_tables_of_performance_are_those_that_their_files_make():
-    document = tables.DOCUMENT.read_text()
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.stem)
+def test_the_tables_are_those_that_the_results_make(path):
+    document = path.read_text()
     assert tables.refreshed(document) == document, "run python -m benchmarks.tables"
+    assert document.count("<!-- end -->") == len(re.findall(r"<!-- (claims|results/[\w-]+\.json) -->", document)) > 0
+
+
+def test_every_result_named_in_performance_has_its_table():
+    document = tables.DOCUMENTS[1].read_text()
     shown = set(re.findall(r"results/([\w-]+\.json)", document))
     assert shown
     assert all(f"<!-- results/{name} -->" in document for name in shown)
+
+
+def test_the_figure_is_drawn_from_the_results(tmp_path):
+    assert f"({tables.FIGURE.relative_to(ROOT)})" in README
+    tables.draw(tmp_path / "again.png")
+    ours, shown = (np.asarray(Image.open(path).convert("RGB"), int) for path in (tmp_path / "again.png", tables.FIGURE))
+    assert np.array_equal(ours, shown), "run python -m benchmarks.tables"
+
+
+def test_make_report_shows_the_runs_of_the_claims_table():
+    printed = subprocess.run(["make", "-n", "report"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = {str(path.relative_to(ROOT)) for path in [*tables.run_files(), tables.comparison_file()]}
+    assert set(re.findall(r"results/[\w-]+\.json", printed)) == wanted

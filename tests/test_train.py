@@ -474,6 +474,29 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, tiny_config, monkeypatch):
+    directory = tmp_path / "run"
+    whole = train.train(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(preemption.Interrupted):
+            train.train(tiny_config, directory)
+    forget_later_fields(directory)
+    assert train.train(tiny_config, directory)["state_digest"] == whole["state_digest"]
+    forget_later_fields(directory)
+    assert evaluate.run(tiny_config, directory, "best")["test"]["accuracy"] == whole["test_accuracy"]
+
+
+def forget_later_fields(directory):
+    """Make a run's folder that of a version that did not have them."""
+    for path in [directory / "config.json", *directory.glob("checkpoints/*/meta/metadata")]:
+        stored = json.loads(path.read_text())
+        for name in config_lib.LATER_FIELDS:
+            section, leaf = name.split(".")
+            del stored.get("config", stored)[section][leaf]
+        path.write_text(json.dumps(stored))
+
+
 def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, tiny_config, monkeypatch):
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(preemption.Interrupted):
