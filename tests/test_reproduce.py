@@ -91,7 +91,8 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
     def train_with_speed(arguments, name, flags, one_seed=False):
         values = absl_flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values)
-        values(["launch.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
+        values(sys.argv)
         config_lib.validate(values.config)
         trained[name] = (values.config, one_seed)
 
