@@ -31,6 +31,12 @@ from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.figures import Group, Summary
 
 _PAGE = Path(__file__).with_name("report.html")
+_GENERATOR = '<meta name="generator" content="resnet_jax">'  # in its head
+_ROWS = {  # what each row of a run's metrics has
+    "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
+    "validation": ("loss", "accuracy"),
+    "test": ("loss", "accuracy"),
+}
 
 
 class Picture(NamedTuple):
@@ -71,14 +77,16 @@ def _check(summary: Summary) -> None:
     if np.array(analysis["confusion"]).shape != (classes, classes):
         raise ValueError("the confusion matrix has another size than the classes")
     for row in summary["metrics"]:
-        if not {"epoch", "split", "step"} <= row.keys():
-            raise ValueError("a row of metrics lacks epoch, split or step")
+        for name in ("epoch", "step", *_ROWS[row["split"]]):
+            _ = float(row[name])
+    if not analysis["stages"]:
+        raise ValueError("the network has no stages")
     for stage in analysis["stages"]:
         _ = stage["name"], stage["blocks"], int(stage["num_params"]), list(stage["shape"])
     for mistake in analysis["mistakes"]:
         _ = analysis["class_names"][mistake["label"]], analysis["class_names"][mistake["prediction"]]
         _ = mistake["index"], float(mistake["probability"]), base64.b64decode(mistake["png"], validate=True)
-    _ = float(summary["test_accuracy"]), float(summary["test_loss"]), float(summary["seconds"])
+    _ = float(summary["test_accuracy"]), float(summary["test_loss"]), float(summary["seconds"]), _machine(summary)
 
 
 def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
@@ -215,10 +223,16 @@ def _machine(run: Summary) -> str:
 
 
 def _check_output(directory: Path) -> None:
-    """Refuse a folder that holds something else than a report, before anything is analysed."""
-    holds_report = (directory / "index.html").is_file() and (directory / "figures").is_dir()
-    if directory.exists() and not holds_report and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--output {directory} holds something else than a report: give a new folder")
+    """Refuse a folder that holds anything else than a report, which would be lost, before anything is analysed."""
+    try:
+        held = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()
+        page = (directory / "index.html").read_text() if "index.html" in held else ""
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be read ({error.strerror}): give a new folder") from error
+    others = sorted(name for name in held if not re.fullmatch(r"index\.html|figures(/\w+\.(png|svg))?", name))
+    if others or (held and _GENERATOR not in page) or (directory.exists() and not directory.is_dir()):
+        what = f", {others[0]}" if others else ""
+        raise UserError(f"--output {directory} holds something else than a report{what}: give a new folder")
 
 
 def main(argv: list[str] | None = None) -> None:

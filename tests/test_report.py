@@ -326,6 +326,11 @@ MISTAKES = {
     "a summary nowhere": (["good.json", "--summary", "nowhere/x.json"], "cannot be written"),
     "no comparison": (["good.json", "--resnet18", "nowhere", "--output", "page"], "benchmarks.reproduce resnet18"),
     "another comparison": (["good.json", "--resnet18", "good.json", "--output", "page"], "is something else"),
+    "a report with a file of the user's": (["good.json", "--output", "kept"], "a report, mine.txt: give a new folder"),
+    "a page that is no report": (["good.json", "--output", "site"], "something else than a report"),
+    "no rate": (["rate.json", "--output", "page"], "is not the summary of a run"),
+    "no stages": (["stages.json", "--output", "page"], "the network has no stages"),
+    "no devices": (["devices.json", "--output", "page"], "is not the summary of a run"),
     "broken rows": (["rows.json", "--output", "page"], "is not the summary of a run"),
     "a broken picture": (["picture.json", "--output", "page"], "is not the summary of a run"),
 }
@@ -337,6 +342,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
     good = json.loads(summaries[0].read_text())
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "metrics.jsonl").touch()
+    for folder in ("kept", "site"):
+        (tmp_path / folder / "figures").mkdir(parents=True)
+    (tmp_path / "kept" / "index.html").write_text(report._GENERATOR)
+    (tmp_path / "kept" / "mine.txt").touch()
+    (tmp_path / "site" / "index.html").write_text("<html>")
     picture = good["analysis"] | {"mistakes": [good["analysis"]["mistakes"][0] | {"png": "!"}]}
     files = {
         "good": good,
@@ -345,6 +355,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
         "fake": SMALL | {"seconds": 1, "steps": 1, "metrics": [], "analysis": {}},
         "rows": good | {"metrics": [{"step": 1}]},
         "picture": good | {"analysis": picture},
+        "rate": good | {"metrics": [good["metrics"][0] | {"learning_rate": None}]},
+        "stages": good | {"analysis": good["analysis"] | {"stages": []}},
+        "devices": good | {"environment": {}},
     }
     for name, content in files.items():
         Path(f"{name}.json").write_text(json.dumps(content))
