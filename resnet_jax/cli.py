@@ -5,14 +5,16 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_jax.config import check_name, validate
-from resnet_jax.errors import UserError, exit_on_user_error, leave, report
+from resnet_jax.config import ALL_FIELDS, Field, check_name, validate
+from resnet_jax.errors import UserError, exit_on_user_error, is_out_of_memory, leave, report
 
 with exit_on_user_error():
     try:
@@ -23,8 +25,13 @@ with exit_on_user_error():
         raise UserError(str(error)) from error
 
 
-def run(main: Callable[[ConfigDict], None]) -> None:
-    """Parse the command line, check the config and run a tool on it; a `UserError` is one line and exit code 2."""
+def run(main: Callable[[ConfigDict], None], extra_fields: Mapping[str, Field] = MappingProxyType({})) -> None:
+    """Parse the command line, check the config and run a tool on it; a `UserError` is one line and exit code 2.
+
+    Args:
+        main: the tool.
+        extra_fields: that its configs have besides a run's.
+    """
 
     def guarded(_: list[str]) -> None:
         try:
@@ -38,7 +45,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
             report(f"{error}: mend that, and start the same command again")
             leave(2)
         except Exception as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             report(
                 f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or make the model "
@@ -47,7 +54,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
             leave(2)
 
     sys.unraisablehook = _hide_closed_loops
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=partial(_parse_flags, extra_fields))
 
 
 def _hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -62,7 +69,7 @@ def config_file() -> tuple[Path, str]:
     return Path(file), variant
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(extra_fields: Mapping[str, Field], argv: list[str]) -> list[str]:
     """Parse the command line and check the config; whatever is wrong becomes one line."""
     with exit_on_user_error():
         app.define_help_flags()
@@ -70,7 +77,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ  # quiet TensorFlow too
         for argument in argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-                check_name(override[1])
+                check_name(override[1], ALL_FIELDS | dict(extra_fields))
         given = sum(re.match("--?config(=|$)", argument) is not None for argument in argv[1:])
         if given > 1:
             raise UserError(f"--config is given {given} times: give it once")
@@ -90,7 +97,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"--config {file} is not a file: give a file of configs/")
         if not isinstance(config, ConfigDict):
             raise UserError(f"{file}: get_config() returned {config!r}: it must return a ConfigDict")
-        validate(config)
+        validate(config, extra_fields)
     return argv
 
 

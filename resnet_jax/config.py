@@ -9,6 +9,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -117,6 +118,44 @@ SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
     },
 }
 
+
+def _lists(low: int) -> Field:
+    integers = _integers(low)
+    return Field(
+        tuple,
+        lambda v: len(v) > 0 and all(type(x) is tuple and integers.accepts(x) for x in v),
+        f"a tuple of one or more tuples, each of whole numbers from {low} to {2**16}",
+    )
+
+
+def _range(words: str, accepts: Callable[[float], bool]) -> Field:
+    return Field(
+        tuple,
+        lambda v: (
+            len(v) == 2 and all(type(x) in (int, float) and _finite(x) and accepts(x) for x in v) and v[0] <= v[1]
+        ),
+        f"a tuple of a lowest and a highest number {words}",
+    )
+
+
+# Of a config for `resnet_jax.search`, in addition.
+SEARCH_FIELDS: dict[str, Field] = {
+    "search.objective": _choice("accuracy", "accuracy_params", "accuracy_seconds"),
+    "search.max_gflops": _NOT_NEGATIVE,
+    "search.channel_lists": _lists(1),
+    "search.block_lists": _lists(0),
+    "search.reduction_factor": _integer(2, 100),
+    "search.refine_trials": _integer(1, 10_000),
+    "search.width_range": _number("a number >= 1", lambda v: v >= 1),
+    "search.width_step": _integer(1, 1024),
+    "search.block_range": _integer(0, 100),
+    "search.learning_rate": _range("> 0", lambda v: v > 0),
+    "search.weight_decay": _range("> 0", lambda v: v > 0),
+    "search.warmup_share": _range(">= 0 and < 1", lambda v: 0 <= v < 1),
+    "search.confirm_top": _integer(1, 100),
+    "search.confirm_seeds": _integer(2, 100),
+}
+
 ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }
@@ -142,14 +181,18 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
     return flat
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProxyType({})) -> None:
     """Check every field of a config: that it is known, there, of its type and in its range.
+
+    Args:
+        config: to check.
+        extra_fields: that a tool's configs have besides a run's.
 
     Raises:
         UserError: naming the first field that is not, its value, and what it must be.
     """
     values = flatten(config)
-    fields = FIELDS
+    fields = FIELDS | dict(extra_fields)
     for choice, extra in (("optim.name", OPTIMIZER_FIELDS), ("schedule.name", SCHEDULE_FIELDS)):
         if choice in values:
             _check(choice, values[choice], FIELDS[choice])
@@ -157,7 +200,9 @@ def validate(config: ConfigDict) -> None:
     for name in fields:
         if name not in values:
             chooser = f"{name.split('.')[0]}.name"
-            because = "" if name in FIELDS else f", which config.{chooser} {values[chooser]!r} needs"
+            because = (
+                "" if name in FIELDS | dict(extra_fields) else f", which config.{chooser} {values[chooser]!r} needs"
+            )
             raise UserError(
                 f"config.{name} is missing{because}: add it, or start from the file in configs/ that has it"
             )

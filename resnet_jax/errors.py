@@ -11,6 +11,15 @@ class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says what to change."""
 
 
+class Diverged(UserError):
+    """A step of training whose loss or gradient is not to be gone on with."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or a device had no memory left."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def report(error: object) -> None:
     """Print an error as one line on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from resnet_jax import cluster, failure, input_pipeline, optim, preemption, profiling, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.datasets import Split
-from resnet_jax.errors import UserError, leave
+from resnet_jax.errors import Diverged, UserError, leave
 from resnet_jax.evaluate import evaluate
 from resnet_jax.feed import make_feed
 from resnet_jax.progress import Progress
@@ -29,6 +29,8 @@ def train(
     started: float | None = None,
     max_seconds: float | None = None,
     profile: profiling.Profile | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
@@ -38,11 +40,15 @@ def train(
         started: the `time.monotonic()` from which the run's seconds count; from this call if not given.
         max_seconds: stop, with the state saved, at the first step that ends later than this after `started`.
         profile: of some of the steps to come.
+        on_validation: called with the step and the accuracy of each validation, those of earlier sessions first; what it
+            raises ends the session, with all that came before saved.
+        test: evaluate on the test split; without it the result's test figures are None.
 
     Returns:
         What `result.json` holds.
 
     Raises:
+        Diverged: where a step cannot be taken.
         UserError: where the config, the data or the folder does not allow the run.
         preemption.Interrupted: after a signal or `max_seconds`, with the state saved.
     """
@@ -75,12 +81,23 @@ def train(
             with (
                 closing(Checkpoints(directory / "checkpoints", accuracies)) as checkpoints,
                 closing(
-                    Run(config, directory, start, started, stop_request, check_held, checkpoints, accuracies, profile)
+                    Run(
+                        config,
+                        directory,
+                        start,
+                        started,
+                        stop_request,
+                        check_held,
+                        checkpoints,
+                        accuracies,
+                        profile,
+                        on_validation,
+                    )
                 ) as run,
                 cluster.all_end_with_this(),  # before anything is closed, for closing waits for the others
             ):
                 run.loop()
-                return run.finish()
+                return run.finish(test)
 
 
 _GRACE_SECONDS = 2.0  # that an evaluation has to end after a signal, all being saved: a compilation can take minutes
@@ -105,6 +122,7 @@ class Run:
         checkpoints: of the run; the newest is restored.
         accuracies: step -> validation accuracy, shared with `checkpoints`; validations to come are added.
         profile: of some of the steps to come.
+        on_validation: as `train` takes it.
     """
 
     def __init__(
@@ -118,10 +136,12 @@ class Run:
         checkpoints: Checkpoints,
         accuracies: dict[int, float],
         profile: profiling.Profile | None = None,
+        on_validation: Callable[[int, float], None] | None = None,
     ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
         self.stop_request, self.check_held = stop_request, check_held
         self.checkpoints, self.accuracies, self.profile = checkpoints, accuracies, profile
+        self.on_validation = on_validation
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
@@ -133,6 +153,8 @@ class Run:
             profile.check(self.first_step, start.total_steps)
         for step in [step for step in accuracies if step > self.first_step]:
             del accuracies[step]  # it comes again
+        for step, accuracy in sorted(accuracies.items()):
+            self.tell(step, accuracy)
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
         self.log = workdir.MetricsLog(directory, self.first_step)
@@ -270,7 +292,7 @@ class Run:
             self.check_held()
             workdir.write_json(path, report)
         limit = self.config.abort_grad_norm
-        raise UserError(
+        raise Diverged(
             f"step {step} has loss {report['loss']} and gradient norm {report['grad_norm']}"
             + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
             + f", see {path}; "
@@ -288,6 +310,12 @@ class Run:
         self.progress.note(
             f"step {step}  validation loss {result['loss']:.4f}  validation accuracy {result['accuracy']:.2%}"
         )
+        self.tell(step, result["accuracy"])
+
+    def tell(self, step: int, accuracy: float) -> None:
+        """Tell the caller of a validation."""
+        if self.on_validation:
+            self.on_validation(step, accuracy)
 
     def evaluate(self, state: train_state.TrainState, split: Split, step: int) -> dict[str, Any]:
         """Evaluate a state on a split, or stop if asked to; all steps up to `step` are saved."""
@@ -312,17 +340,19 @@ class Run:
         self.check_held()
         self.checkpoints.save(self.state, workdir.make_meta(self.config, self.start.dataset, self.seconds()))
 
-    def finish(self) -> dict[str, Any]:
-        """Evaluate the best checkpoint on the test split and write `result.json`."""
+    def finish(self, test: bool = True) -> dict[str, Any]:
+        """Evaluate the best checkpoint on the test split, if asked to, and write `result.json`."""
         self.checkpoints.wait()
         last_digest = train_state.digest(train_state.trained(self.state))
         best = self.checkpoints.choose("best")
         state, _ = self.checkpoints.restore(best, self.state, self.is_of_this_run)
-        test = self.evaluate(state, self.start.dataset.test, self.start.total_steps)
-        self.write(self.row(best, "test", {"loss": test["loss"], "accuracy": test["accuracy"]}))
+        tested: dict[str, Any] = {"loss": None, "accuracy": None}
+        if test:
+            tested = self.evaluate(state, self.start.dataset.test, self.start.total_steps)
+            self.write(self.row(best, "test", {"loss": tested["loss"], "accuracy": tested["accuracy"]}))
         result = {
-            "test_accuracy": test["accuracy"],
-            "test_loss": test["loss"],
+            "test_accuracy": tested["accuracy"],
+            "test_loss": tested["loss"],
             "validation_accuracy": self.accuracies.get(best),
             "num_params": train_state.num_params(state.params),
             "checkpoint_step": best,
@@ -352,9 +382,9 @@ _SUMMARISED = ("test_accuracy", "validation_accuracy", "checkpoint_step", "steps
 
 
 def _summary(result: dict[str, Any]) -> str:
-    validation = result["validation_accuracy"]
+    test, validation = result["test_accuracy"], result["validation_accuracy"]
     return (
-        f"test accuracy {result['test_accuracy']:.2%}, "
+        ("" if test is None else f"test accuracy {test:.2%}, ")
         + ("" if validation is None else f"validation accuracy {validation:.2%}, ")
         + f"checkpoint of step {result['checkpoint_step']} of {result['steps']}, {result['seconds']:.0f} s"
     )

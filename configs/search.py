@@ -1,0 +1,61 @@
+"""A search in the report's neighbourhood on CIFAR-10: networks of fewer than 5 M parameters, each trained for ten epochs.
+
+python -m resnet_jax.search --config configs/search.py --study NAME --storage NAME.journal
+python -m resnet_jax.search --config configs/search.py:cpu ...      # a quarter of the widths, 16x16 pixels, three epochs
+python -m resnet_jax.search --config configs/search.py:smoke ...    # the same code path in a minute, on digits
+"""
+
+from ml_collections import ConfigDict
+
+from configs import final, narrow, quickstart
+
+_CHANNELS = ((64, 128, 256, 512), (48, 96, 192, 384), (96, 128, 160, 192))
+_BLOCKS = (
+    (2, 2, 2, 2),
+    (3, 4, 6, 3),
+    (3, 5, 3, 0),
+    (2, 2, 2, 0),
+)  # ResNet-18, ResNet-34, the report, late blocks left out
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; what is not here is as in `final.py`, `narrow.py` or `quickstart.py`."""
+    if variant not in ("", "cpu", "smoke"):
+        raise ValueError(f"search.py takes :cpu or :smoke, not :{variant}")
+    config = {"": final.get_config, "cpu": narrow.get_config, "smoke": quickstart.get_config}[variant]()
+    if variant == "":
+        config.num_epochs, config.schedule.warmup_epochs = 10.0, 1.0  # the budget of a trial, with its schedule
+
+    config.search = ConfigDict()
+    config.search.objective = "accuracy"  # on validation; "accuracy_params", "accuracy_seconds" for a Pareto front
+    config.search.max_gflops = 0.0  # of a forward pass of one image; 0 for no limit; model.max_params limits the size
+    config.search.channel_lists = _CHANNELS  # of the grid: each of these
+    config.search.block_lists = _BLOCKS  # with each of these
+    config.search.reduction_factor = 3  # one trial in so many goes on past the first validation, and the third, ...
+    config.search.refine_trials = 30  # that are within the budget
+    config.search.width_range = 1.5  # a stage has the best one's channels, divided by this to multiplied by this
+    config.search.width_step = 8  # channels are multiples of it
+    config.search.block_range = 1  # blocks more or fewer than the best one's
+    config.search.learning_rate = (0.001, 0.03)  # log-uniform
+    config.search.weight_decay = (1e-4, 0.1)  # log-uniform
+    config.search.warmup_share = (0.02, 0.3)  # of the epochs
+    config.search.confirm_top = 3  # of the two stages before; the config's own network runs too
+    config.search.confirm_seeds = 3  # from config.seed on
+
+    if variant == "cpu":
+        config.num_epochs, config.schedule.warmup_epochs = 3.0, 0.3
+        config.eval_every_epochs = 1
+        config.model.max_params = 5_000_000 // 16  # as narrow.py's channels are a quarter of the report's
+        config.search.channel_lists = tuple(tuple(c // 4 for c in channels) for channels in _CHANNELS)
+        config.search.refine_trials = 16
+        config.search.width_step = 4
+    elif variant == "smoke":
+        config.num_epochs, config.schedule.warmup_epochs = 3.0, 0.5
+        config.eval_every_epochs = 1
+        config.model.max_params = 20_000
+        config.search.channel_lists = ((8, 16, 16), (16, 32, 64))
+        config.search.block_lists = ((1, 1, 0), (1, 1, 1))
+        config.search.refine_trials = 3
+        config.search.confirm_top = 2
+        config.search.confirm_seeds = 2
+    return config

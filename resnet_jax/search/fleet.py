@@ -1,0 +1,77 @@
+"""Several workers on one machine: a process for each GPU, or for each share of the cores."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from resnet_jax import preemption
+from resnet_jax.errors import UserError
+
+
+def local_gpus() -> list[str]:
+    """The GPUs that JAX finds here, as CUDA_VISIBLE_DEVICES names them; asked in a process that then lets go of them."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
+    ask = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
+    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    count = int(asked.stdout) if asked.returncode == 0 else 0  # what is wrong, the worker will tell
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")[:count]
+    return [str(i) for i in range(count)]
+
+
+@contextlib.contextmanager
+def _share(i: int, count: int, gpus: list[str]) -> Iterator[dict[str, str]]:
+    """What the environment of a worker has besides this one's; processes that are started here have its share of cores."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    cores = all_cores[i::count]
+    os.sched_setaffinity(0, cores)
+    try:
+        yield {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
+    finally:
+        os.sched_setaffinity(0, all_cores)
+
+
+def run(command: list[str], count: int, gpus: list[str]) -> int:
+    """Run several workers until all have ended; signals are handed on to them.
+
+    Args:
+        command: that starts one.
+        count: how many.
+        gpus: one for each; none to share the cores alone.
+
+    Returns:
+        The exit code: 0 where all ended well, otherwise the greatest.
+
+    Raises:
+        UserError: where there are fewer GPUs, or cores, than workers.
+    """
+    there, what = (len(gpus), "GPU") if gpus else (len(os.sched_getaffinity(0)), "core")
+    if count > there:
+        raise UserError(f"--workers={count} needs a {what} for each, and there are {there}: give at most {there}")
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(signum: int, _: object) -> None:
+        for worker in workers:
+            worker.send_signal(signum)
+
+    with contextlib.ExitStack() as stack:
+        for signum in preemption.SIGNALS:
+            stack.callback(signal.signal, signum, signal.signal(signum, hand_on))
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        for i in range(count):
+            with _share(i, count, gpus) as more:
+                # In a group of its own, a worker gets a Ctrl-C once, from here: a second would end it at once.
+                workers.append(subprocess.Popen(command, env=os.environ | more, stderr=errors[i], process_group=0))
+        codes = [worker.wait() for worker in workers]
+        said: dict[str, None] = {}  # what several workers say is told once
+        for file in errors:
+            file.seek(0)
+            said |= dict.fromkeys(file.read().splitlines())
+    for line in said:
+        print(line, file=sys.stderr)
+    return max(code if code >= 0 else 128 - code for code in codes)

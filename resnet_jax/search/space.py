@@ -1,0 +1,161 @@
+"""What is searched: the candidates of each stage, each as the fields in which it differs from the config."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from ml_collections import ConfigDict
+from optuna.distributions import FloatDistribution, IntDistribution
+
+from resnet_jax import config as config_lib
+from resnet_jax import cost
+
+Fields = dict[str, Any]  # {"model.block_list": (3, 5, 3, 0)}
+
+
+def as_text(values: Sequence[int]) -> str:
+    """(64, 128) -> "64,128": the name of a list, for a database takes no tuple as a choice."""
+    return ",".join(map(str, values))
+
+
+def _from_text(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def grid(config: ConfigDict) -> dict[str, list[Any]]:
+    """The choices of the grid: each list of channels with each list of blocks."""
+    return {
+        "channels": [as_text(values) for values in config.search.channel_lists],
+        "blocks": [as_text(values) for values in config.search.block_lists],
+    }
+
+
+def grid_points(config: ConfigDict) -> list[dict[str, str]]:
+    """All points of the grid."""
+    choices = grid(config)
+    return [dict(zip(choices, point, strict=True)) for point in itertools.product(*choices.values())]
+
+
+def from_grid(params: Mapping[str, str]) -> Fields:
+    """The candidate at a point of the grid."""
+    return {
+        "model.channel_list": _from_text(params["channels"]),
+        "model.block_list": _from_text(params["blocks"]),
+    }
+
+
+def _log_uniform(limits: tuple[float, float]) -> FloatDistribution:
+    return FloatDistribution(limits[0], limits[1], log=True)
+
+
+def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | FloatDistribution]:
+    """The ranges of refinement: early against late capacity, stage by stage, and the recipe.
+
+    A stage without blocks stays without, and one with blocks keeps one.
+    """
+    search, step = config.search, config.search.width_step
+    ranges: dict[str, IntDistribution | FloatDistribution] = {}
+    for i, (width, depth) in enumerate(
+        zip(around["model.channel_list"], around["model.block_list"], strict=True), start=1
+    ):
+        if i == 1 or depth:  # the stem has the first stage's width
+            fewer = min(width - width / search.width_range, width - 1) // step
+            more = (width * search.width_range - width) // step
+            low, high = int(width - fewer * step), int(width + more * step)
+            ranges[f"channels_{i}"] = IntDistribution(low, high, step=step)
+        if depth:
+            ranges[f"blocks_{i}"] = IntDistribution(max(1, depth - search.block_range), depth + search.block_range)
+    ranges["learning_rate"] = _log_uniform(search.learning_rate)
+    ranges["weight_decay"] = _log_uniform(search.weight_decay)
+    if config.schedule.name == "warmup_cosine":
+        ranges["warmup_share"] = FloatDistribution(*search.warmup_share)
+    return ranges
+
+
+def centre(config: ConfigDict, around: Fields) -> dict[str, Any]:
+    """The point of refinement at which it starts: the best network so far, with its recipe as far as the ranges have it."""
+    fields = config_lib.flatten(config) | around
+    known: dict[str, Any] = {f"channels_{i}": c for i, c in enumerate(fields["model.channel_list"], start=1)}
+    known |= {f"blocks_{i}": b for i, b in enumerate(fields["model.block_list"], start=1)}
+    known |= {name: fields[f"optim.{name}"] for name in ("learning_rate", "weight_decay")}
+    known["warmup_share"] = fields.get("schedule.warmup_epochs", 0.0) / config.num_epochs
+    ranges = _around(config, around)
+    return {name: min(max(known[name], ranges[name].low), ranges[name].high) for name in ranges}
+
+
+def refined(trial: optuna.Trial, config: ConfigDict, around: Fields) -> Fields:
+    """A candidate around another."""
+    found: dict[str, Any] = {}
+    for name, among in _around(config, around).items():
+        if isinstance(among, IntDistribution):
+            found[name] = trial.suggest_int(name, among.low, among.high, step=among.step)
+        else:
+            found[name] = trial.suggest_float(name, among.low, among.high, log=among.log)
+    fields = {
+        field: tuple(found.get(f"{name}_{i}", value) for i, value in enumerate(around[field], start=1))
+        for name, field in (("channels", "model.channel_list"), ("blocks", "model.block_list"))
+    }
+    fields |= {f"optim.{name}": found[name] for name in ("learning_rate", "weight_decay")}
+    if "warmup_share" in found:
+        fields["schedule.warmup_epochs"] = found["warmup_share"] * config.num_epochs
+    return fields
+
+
+def own(config: ConfigDict) -> Fields:
+    """The config's own network, as a candidate."""
+    return {name: config_lib.flatten(config)[name] for name in ("model.channel_list", "model.block_list")}
+
+
+def from_json(fields: Mapping[str, Any]) -> Fields:
+    """A candidate as JSON holds it: lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def name(fields: Mapping[str, Any]) -> str:
+    """What a person calls a candidate: "[3, 5, 3, 0] x [64, 128, 256, 512], lr 0.0051"."""
+    text = f"{list(fields['model.block_list'])} x {list(fields['model.channel_list'])}"
+    short = {
+        "optim.learning_rate": "lr",
+        "optim.weight_decay": "wd",
+        "schedule.warmup_epochs": "warm-up",
+        "seed": "seed",
+    }
+    return text + "".join(f", {label} {fields[field]:.2g}" for field, label in short.items() if field in fields)
+
+
+def training_config(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """The config of a candidate's run, which knows nothing of the search.
+
+    Raises:
+        UserError: where a field is not one or is out of its range.
+    """
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        del plain.search
+        plain.model.max_params = 0  # the budget is the search's
+    candidate = config_lib.replaced(plain, fields)
+    config_lib.validate(candidate)
+    return candidate
+
+
+def why_infeasible(config: ConfigDict, of: cost.Cost) -> str:
+    """Why a candidate is over the budget; "" where it is not."""
+    max_params, max_gflops = config.model.max_params, config.search.max_gflops
+    if max_params and of.num_params > max_params:
+        return f"{of.num_params:,} parameters of {max_params:,} allowed"
+    if max_gflops and of.gflops > max_gflops:
+        return f"{of.gflops:.3f} GFLOP an image of {max_gflops:g} allowed"
+    return ""
+
+
+def distinct(config: ConfigDict, candidates: Sequence[Fields]) -> list[Fields]:
+    """The candidates without those whose run would be that of one before."""
+    found: dict[str, Fields] = {}
+    for fields in candidates:
+        run = config_lib.deciding(config_lib.to_json(training_config(config, fields)))
+        used = [i == 0 or blocks > 0 for i, blocks in enumerate(run["model.block_list"])]
+        run["model.channel_list"] = [c * u for c, u in zip(run["model.channel_list"], used, strict=True)]
+        found.setdefault(json.dumps(run, sort_keys=True), fields)
+    return [*found.values()]

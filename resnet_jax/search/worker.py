@@ -1,0 +1,339 @@
+"""One worker of a search: it claims trials, trains them and tells how they ended, until its stages are done.
+
+Workers agree by files that they lock in the folder of the search, which they share: `.claim` while one takes a trial, and
+`.worker` in a trial's folder while one is at it. A lock goes with the process that holds it, so a trial that is running and
+not locked was left by a worker that ended, and the next one takes it up where it was left.
+"""
+
+import contextlib
+import math
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+import optuna
+from ml_collections import ConfigDict
+from optuna.trial import FrozenTrial, TrialState
+
+from resnet_jax import cost, datasets, train, workdir
+from resnet_jax.errors import Diverged, UserError, is_out_of_memory
+from resnet_jax.search import STAGES, space, studies
+from resnet_jax.search.locks import lock
+
+_POLL_SECONDS = 1.0
+_MOST_INFEASIBLE = 50  # for each trial of refinement: where nearly nothing is within the budget, it ends
+
+
+class _Pruned(Exception):
+    """The trial has fallen behind."""
+
+
+class Early(NamedTuple):
+    """The end of a trial that has no result.
+
+    Attributes:
+        how: "infeasible", "pruned", "diverged" or "out_of_memory".
+        why: in words.
+    """
+
+    how: str
+    why: str
+
+
+class Claim(NamedTuple):
+    """A trial that this worker has taken.
+
+    Attributes:
+        trial: running.
+        fields: of its candidate.
+        folder: of its run.
+        lock: held until it has ended.
+    """
+
+    trial: optuna.Trial
+    fields: space.Fields
+    folder: Path
+    lock: IO[str]
+
+
+class Worker:
+    """One worker of a search.
+
+    Args:
+        config: of the search, validated.
+        name: of the search.
+        storage: that keeps it.
+        root: folder of its trials' runs, shared by all workers.
+    """
+
+    def __init__(self, config: ConfigDict, name: str, storage: studies.Storage, root: Path) -> None:
+        self.config, self.name, self.storage, self.root = config, name, storage, root
+        self.terminal = sys.stdout  # while a run's own lines go into a file
+        dataset = datasets.load(config.data)
+        train_split, _ = datasets.validation_split(dataset, config.data)
+        self.num_classes, self.image_shape = len(dataset.class_names), train_split.images.shape[1:]
+        self.num_examples = len(train_split.labels)
+        self.num_steps = math.ceil(config.num_epochs * self.num_examples / config.batch_size)
+        if config.log_every_steps >= self.num_steps:
+            raise UserError(
+                f"config.log_every_steps is {config.log_every_steps}: a trial takes {self.num_steps} steps and its speed is "
+                f"read from a row before its last, so set it below that"
+            )
+        self.fingerprint = dataset.fingerprint
+
+    def cost(self, fields: Mapping[str, Any]) -> cost.Cost:
+        """What a candidate's network costs."""
+        return cost.of_model(space.training_config(self.config, fields).model, self.num_classes, self.image_shape)
+
+    def run(self, stages: tuple[str, ...]) -> None:
+        """Take part in stages, one after the other, until each is done."""
+        self.free_since = time.monotonic()
+        for stage in stages:
+            while True:
+                with self.claiming() as token:
+                    study = self.study(stage, token)
+                    claim = self.adopt(study, stage) or self.ask(study, stage)
+                    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+                if claim:
+                    with claim.lock:
+                        self.attempt(study, stage, claim)
+                    jax.clear_caches()  # the next candidate is another program
+                elif running:
+                    time.sleep(_POLL_SECONDS)  # by other workers, whose trials are ours if they die
+                    self.free_since = time.monotonic()
+                else:
+                    break
+            best = studies.best_first(study.get_trials(deepcopy=False))
+            if not best:
+                raise UserError(
+                    f"{stage} is done and no trial of it is complete: raise config.model.max_params or "
+                    "config.search.max_gflops if they were infeasible, lower config.optim.learning_rate if they diverged"
+                )
+            found = space.name(best[0].user_attrs["fields"])
+            self.say(f"{stage} is done: {len(best)} complete, the best {best[0].values[0]:.2%}, {found}")
+
+    @contextlib.contextmanager
+    def claiming(self) -> Iterator[str]:
+        """Be the only worker that takes a trial; yields what tells this folder from another."""
+        held = lock(self.root / ".claim", wait=True)
+        assert held
+        with held:
+            held.seek(0)
+            if not (token := held.read()):
+                held.write(token := secrets.token_hex(8))
+                held.flush()
+            yield token
+
+    def study(self, stage: str, token: str) -> optuna.Study:
+        """The study of a stage, made with what it starts from where it is not there."""
+        study = studies.create(self.storage, self.name, stage, self.config)
+        known = study.user_attrs
+        if known.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UserError(f"--study {self.name} is of other data: give its own, or another --study")
+        if known.get("folder", token) != token:
+            raise UserError(f"--workdir {self.root} is not that of the other workers of {self.name}: give theirs")
+        if "candidates" not in known:
+            candidates = self.candidates(stage)
+            if stage == "refine":
+                study.enqueue_trial(space.centre(self.config, candidates[0]), skip_if_exists=True)
+            for key, value in {
+                "fingerprint": self.fingerprint,
+                "folder": token,
+                "environment": workdir.environment(),
+                "candidates": candidates,
+            }.items():
+                study.set_user_attr(key, value)
+        return study
+
+    def candidates(self, stage: str) -> list[space.Fields]:
+        """What a stage starts from: nothing, the best, or the best few and the config's own network."""
+        if stage == "grid":
+            return []
+        earlier: list[FrozenTrial] = []
+        for before in STAGES[: STAGES.index(stage)]:
+            with contextlib.suppress(KeyError):
+                earlier += optuna.load_study(study_name=f"{self.name}-{before}", storage=self.storage).trials
+        fields = [space.from_json(trial.user_attrs["fields"]) for trial in studies.best_first(earlier)]
+        ranked, own = space.distinct(self.config, fields), space.own(self.config)
+        if stage == "refine":
+            return ranked[:1] or [own]
+        return space.distinct(self.config, [*ranked[: self.config.search.confirm_top], own])
+
+    def choices(self, study: optuna.Study, stage: str) -> dict[str, list[Any]]:
+        """The choices of a stage all of whose combinations are tried; none of refinement."""
+        if stage == "refine":
+            return {}
+        if stage == "grid":
+            return space.grid(self.config)
+        first = self.config.seed + 1  # not the seed by which they were chosen, which flatters them
+        seeds = range(first, first + self.config.search.confirm_seeds)
+        return {"candidate": list(range(len(study.user_attrs["candidates"]))), "seed": list(seeds)}
+
+    def wanted(self, study: optuna.Study, stage: str) -> int:
+        """How many trials a stage has in the end; of refinement, those within the budget."""
+        if stage == "refine":
+            return int(self.config.search.refine_trials)
+        return math.prod(len(values) for values in self.choices(study, stage).values())
+
+    def begun(self, study: optuna.Study, stage: str) -> list[FrozenTrial]:
+        """The trials that count towards `wanted`, under way or ended."""
+        states = (TrialState.RUNNING, *studies.ENDED)
+        trials = study.get_trials(deepcopy=False, states=states)
+        return [trial for trial in trials if stage != "refine" or "infeasible" not in trial.user_attrs]
+
+    def adopt(self, study: optuna.Study, stage: str) -> Claim | None:
+        """A running trial whose worker has ended."""
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if held := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
+                self.say(f"{stage} {frozen.number}: taken up where a worker left it")
+                study.sampler = self.sampler(study, stage)
+                study.sampler.before_trial(study, frozen)  # for it may have been left before that
+                if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), held):
+                    return claim
+        return None
+
+    def ask(self, study: optuna.Study, stage: str) -> Claim | None:
+        """A new trial; None where the stage has all. Those over the budget are told so at once."""
+        while len(self.begun(study, stage)) < (wanted := self.wanted(study, stage)):
+            if len(study.get_trials(deepcopy=False)) >= wanted * _MOST_INFEASIBLE:
+                break
+            study.sampler = self.sampler(study, stage)
+            trial = study.ask()
+            folder = self.folder(stage, trial.number)
+            if folder.exists():  # of a study that was deleted
+                shutil.rmtree(folder)
+            held = lock(folder / ".worker", wait=False)
+            assert held  # for the folder is new, and only this worker is claiming
+            if claim := self.prepared(study, stage, trial, held):
+                return claim
+        return None
+
+    def sampler(self, study: optuna.Study, stage: str) -> optuna.samplers.BaseSampler:
+        """What proposes the next trial."""
+        seed = self.config.seed + len(study.get_trials(deepcopy=False))
+        return studies.sampler(self.choices(study, stage), seed)
+
+    def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
+        """Give a trial its candidate, and the cost of it; None where that is over the budget."""
+        fields = self.propose(study, stage, trial)
+        costs = self.cost(fields)
+        for key, value in {"fields": fields, **costs._asdict()}.items():
+            trial.set_user_attr(key, value)
+        folder = self.folder(stage, trial.number)
+        why = space.why_infeasible(self.config, costs) if stage != "confirm" else ""
+        if not why:
+            return Claim(trial, fields, folder, held)
+        self.end_early(study, stage, trial, "infeasible", why)
+        held.close()
+        shutil.rmtree(folder)
+        return None
+
+    def propose(self, study: optuna.Study, stage: str, trial: optuna.Trial) -> space.Fields:
+        """The candidate of a trial."""
+        known = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
+        if stage == "refine":
+            return space.refined(trial, self.config, known[0])
+        chosen = {key: trial.suggest_categorical(key, values) for key, values in self.choices(study, stage).items()}
+        if stage == "grid":
+            return space.from_grid(chosen)
+        return known[chosen["candidate"]] | {"seed": chosen["seed"]}
+
+    def attempt(self, study: optuna.Study, stage: str, claim: Claim) -> None:
+        """Train a trial to its end, from wherever it was left, and tell how it ended."""
+        trial, what = claim.trial, f"{stage} {claim.trial.number}: {space.name(claim.fields)}"
+        self.say(f"{what}: in {claim.folder}")
+        started = time.monotonic()
+        with (claim.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+            ended = self.trained(study, stage, claim, what)
+        trial.set_user_attr("train_seconds", time.monotonic() - started)
+        trial.set_user_attr("worker_seconds", time.monotonic() - self.free_since)
+        self.free_since = time.monotonic()
+        if isinstance(ended, Early):
+            return self.end_early(study, stage, trial, *ended)
+        figures = {
+            "accuracy": ended["validation_accuracy"],
+            "num_params": ended["num_params"],
+            "seconds_per_epoch": self.seconds_per_epoch(claim.folder),
+        }
+        for key in ("steps", "seconds", "checkpoint_step", "state_digest"):
+            trial.set_user_attr(key, ended[key])
+        trial.set_user_attr("seconds_per_epoch", figures["seconds_per_epoch"])
+        study.tell(trial, [figures[key] for key in studies.OBJECTIVES[self.config.search.objective]])
+        self.say(f"{what}: complete, {figures['accuracy']:.2%} ({self.progress(study, stage)})")
+
+    def trained(self, study: optuna.Study, stage: str, claim: Claim, what: str) -> dict[str, Any] | Early:
+        """The result of a trial's run, or why it has none."""
+        trial, rung = claim.trial, 0
+        prunes = stage != "confirm" and len(study.directions) == 1
+        reported = study.trials[trial.number].intermediate_values
+        study.pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=1, reduction_factor=self.config.search.reduction_factor
+        )
+
+        def on_validation(step: int, accuracy: float) -> None:
+            nonlocal rung
+            rung += 1
+            self.say(f"{what}: {accuracy:.2%} at step {step}")
+            if prunes:
+                if rung not in reported:
+                    trial.report(accuracy, rung)
+                if trial.should_prune():
+                    raise _Pruned
+
+        config = space.training_config(self.config, claim.fields)
+        try:
+            return train.train(config, claim.folder, on_validation=on_validation, test=False)
+        except _Pruned:
+            return Early("pruned", f"behind after {rung} of its validations")
+        except Diverged as error:
+            return Early("diverged", str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return Early("out_of_memory", str(error)[:200])
+
+    def seconds_per_epoch(self, folder: Path) -> float:
+        """How long an epoch of a trial takes, by the median speed of its logged steps."""
+        rows = workdir.metrics_rows(folder)
+        speeds = [row["images_per_second"] for row in rows if row["split"] == "train" and row["images_per_second"]]
+        return self.num_examples / float(np.median(speeds))
+
+    def end_early(self, study: optuna.Study, stage: str, trial: optuna.Trial, how: str, why: str) -> None:
+        """Tell that a trial has no result, and why."""
+        trial.set_user_attr(how, why)
+        study.tell(trial, state=TrialState.PRUNED)
+        self.say(f"{stage} {trial.number}: {how.replace('_', ' ')}, {why} ({self.progress(study, stage)})")
+
+    def progress(self, study: optuna.Study, stage: str) -> str:
+        """How far a stage is: "7 of 12, best 63.10%"."""
+        begun = self.begun(study, stage)
+        ended = sum(trial.state.is_finished() for trial in begun)
+        best = studies.best_first(begun)
+        return f"{ended} of {self.wanted(study, stage)}" + (f", best {best[0].values[0]:.2%}" if best else "")
+
+    def folder(self, stage: str, number: int) -> Path:
+        """The workdir of a trial's run."""
+        return self.root / f"{stage}-{number:04d}"
+
+    def say(self, text: str) -> None:
+        """Print a line for a person, wherever the run's own lines go."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=self.terminal, flush=True)
+
+
+def dry_run(worker: Worker) -> Iterator[str]:
+    """The grid, a line a point: its parameters, GFLOP an image and whether it is within the budget."""
+    yield f"{'blocks':<16} {'channels':<22} {'parameters':>12} {'GFLOP':>8}  feasible"
+    within = 0
+    for point in space.grid_points(worker.config):
+        of = worker.cost(space.from_grid(point))
+        why = space.why_infeasible(worker.config, of)
+        within += not why
+        verdict = f"no: {why}" if why else "yes"
+        yield f"{point['blocks']:<16} {point['channels']:<22} {of.num_params:>12,} {of.gflops:>8.3f}  {verdict}"
+    yield f"{within} within the budget, each trained for {worker.num_steps:,} steps; GFLOP of a forward pass of one image"
