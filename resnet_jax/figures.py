@@ -36,7 +36,7 @@ class Group(NamedTuple):
         return [run[figure] for run in self.runs]
 
 
-_COLOURS = ("#3b7dd8", "#e0702a", "#2f9e62", "#b25bc2", "#c9a227", "#d6455d", "#4bb3c4", "#8a8f98")
+COLOURS = ("#3b7dd8", "#e0702a", "#2f9e62", "#b25bc2", "#c9a227", "#d6455d", "#4bb3c4", "#8a8f98")
 _LINES = {"train": ":", "validation": "-"}
 _INK = {"light": "#1c2128", "dark": "#d7dde5"}
 _SIZE = (5.2, 3.7)  # inches: letters of 10 points stay legible at the width of a phone
@@ -74,14 +74,15 @@ def _band(axes: Axes, group: Group, split: str, figure: str, colour: str, line: 
     axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
 
 
-def _new(title: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+def new_axes(title: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+    """A figure with axes under a title; its size in inches."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def add_legend(figure: Figure, axes: Axes) -> None:
     """The labels in rows below the axes, where they cover nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
@@ -89,7 +90,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _curves(groups: Sequence[Group], quantity: str) -> Figure:
     """A quantity over epochs, in training and validation, and on test at the end."""
-    figure, axes = _new(f"{quantity.capitalize()}: dotted train, line validation, star test")
+    figure, axes = new_axes(f"{quantity.capitalize()}: dotted train, line validation, star test")
     for group, colour in zip(groups, _colours(groups), strict=True):
         for split, line in _LINES.items():
             _band(axes, group, split, quantity, colour, line)
@@ -98,12 +99,12 @@ def _curves(groups: Sequence[Group], quantity: str) -> Figure:
             axes.plot(*rows(run, "test", quantity), "*", color=colour, ms=8)
     axes.set(xlabel="epoch", ylabel=quantity)
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def _colours(groups: Sequence[Group]) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(len(groups))]
+    return [COLOURS[i % len(COLOURS)] for i in range(len(groups))]
 
 
 def draw_loss(groups: Sequence[Group]) -> Figure:
@@ -118,7 +119,7 @@ def draw_accuracy(groups: Sequence[Group]) -> Figure:
 
 def draw_learning_rate(groups: Sequence[Group]) -> Figure:
     """The report's figure 3: what the runs logged, on the formula."""
-    figure, axes = _new("Learning rate: line the formula, points the runs")
+    figure, axes = new_axes("Learning rate: line the formula, points the runs")
     for group, colour in zip(groups, _colours(groups), strict=True):
         epochs = np.linspace(0, group.config["num_epochs"], 1000)[:-1]
         axes.plot(epochs, [learning_rate(group.config, epoch) for epoch in epochs], color=colour, lw=1)
@@ -126,43 +127,43 @@ def draw_learning_rate(groups: Sequence[Group]) -> Figure:
         axes.plot(logged, rates, ".", color=colour, ms=5, label=group.name)
     axes.set(xlabel="epoch", ylabel="learning rate")
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def draw_optimizers(pairs: Sequence[tuple[Group, Group]]) -> Figure:
     """The report's figures 1 and 2: test accuracy by SGD and by AdamW, all else alike, each seed a point."""
-    figure, axes = _new("Test accuracy by optimizer, a point a seed")
+    figure, axes = new_axes("Test accuracy by optimizer, a point a seed")
     for i, pair in enumerate(pairs):
-        for group, shift, colour in zip(pair, (-0.15, 0.15), _COLOURS, strict=False):
+        for group, shift, colour in zip(pair, (-0.15, 0.15), COLOURS, strict=False):
             values = group.values("test_accuracy")
             axes.plot([i + shift] * len(values), values, "o", color=colour, alpha=0.7)
             axes.hlines(np.mean(values), i + shift - 0.1, i + shift + 0.1, color=colour, lw=2.5)
-    axes.plot([], [], "o", color=_COLOURS[0], label="SGD")
-    axes.plot([], [], "o", color=_COLOURS[1], label="AdamW")
+    axes.plot([], [], "o", color=COLOURS[0], label="SGD")
+    axes.plot([], [], "o", color=COLOURS[1], label="AdamW")
     axes.set_xticks(range(len(pairs)), [f"{sgd.name}\n{adamw.name}" for sgd, adamw in pairs])
     axes.set(xlim=(-0.5, len(pairs) - 0.5), ylabel="test accuracy")
     axes.grid(alpha=0.25, axis="y")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def draw_grad_norm(groups: Sequence[Group]) -> Figure:
     """The gradient's global norm over time."""
-    figure, axes = _new("Gradient's global norm")
+    figure, axes = new_axes("Gradient's global norm")
     for group, colour in zip(groups, _colours(groups), strict=True):
         _band(axes, group, "train", "grad_norm", colour, "-", group.name)
     axes.set(xlabel="epoch", ylabel="norm", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def _by_stage(groups: Sequence[Group], title: str, figures: dict[str, str], **axes_settings: Any) -> Figure:
     """Figures of each stage's activations, means over seeds; each figure has a line of its own style."""
-    figure, axes = _new(title)
+    figure, axes = new_axes(title)
     for group, colour in zip(groups, _colours(groups), strict=True):
         for (name, line), first in zip(figures.items(), (True, False), strict=False):
             stages = [s for s in group.runs[0]["analysis"]["stages"] if name in s]
@@ -176,7 +177,7 @@ def _by_stage(groups: Sequence[Group], title: str, figures: dict[str, str], **ax
             axes.plot([s["name"] for s in stages], values, line, color=colour, label=label, lw=1.5, ms=6)
     axes.set(**axes_settings)
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -194,14 +195,14 @@ def draw_relus(groups: Sequence[Group]) -> Figure:
 def draw_per_class(groups: Sequence[Group]) -> Figure:
     """Test accuracy of each class."""
     names = groups[0].runs[0]["analysis"]["class_names"]
-    figure, axes = _new("Test accuracy by class", (5.2, max(3.7, 0.34 * len(names) + 1.2)))
+    figure, axes = new_axes("Test accuracy by class", (5.2, max(3.7, 0.34 * len(names) + 1.2)))
     for group, colour in zip(groups, _colours(groups), strict=True):
         confusion = _confusion(group)
         axes.plot(np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1), names, "o", color=colour, label=group.name)
     axes.invert_yaxis()
     axes.set(xlabel="accuracy")
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -215,7 +216,7 @@ def draw_confusion(group: Group) -> Figure:
     names = group.runs[0]["analysis"]["class_names"]
     confusion = _confusion(group)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    figure, axes = _new(f"Confusion, %: {group.name}", (5.2, 5.0))
+    figure, axes = new_axes(f"Confusion, %: {group.name}", (5.2, 5.0))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= _MOST_CELLS:
         axes.set_xticks(range(len(names)), names, rotation=90)
@@ -229,14 +230,16 @@ def draw_confusion(group: Group) -> Figure:
 
 def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
     """The report's figure 6: the stages of a network, each with its output's shape and its parameters."""
-    figure, axes = _new(f"{sum(stage['num_params'] for stage in stages):,} parameters", (5.2, 0.62 * len(stages) + 0.5))
+    figure, axes = new_axes(
+        f"{sum(stage['num_params'] for stage in stages):,} parameters", (5.2, 0.62 * len(stages) + 0.5)
+    )
     most = max(stage["num_params"] for stage in stages)
     for i, stage in enumerate(stages):
         share = stage["num_params"] / most
-        box = FancyBboxPatch((0, -i - 0.36), 10, 0.72, boxstyle="round,pad=0.02", fc="none", ec=_COLOURS[7])
+        box = FancyBboxPatch((0, -i - 0.36), 10, 0.72, boxstyle="round,pad=0.02", fc="none", ec=COLOURS[7])
         axes.add_patch(box)
         axes.add_patch(
-            FancyBboxPatch((0, -i - 0.36), 10 * share, 0.72, boxstyle="round,pad=0.02", fc=_COLOURS[0], alpha=0.3)
+            FancyBboxPatch((0, -i - 0.36), 10 * share, 0.72, boxstyle="round,pad=0.02", fc=COLOURS[0], alpha=0.3)
         )
         blocks = {None: "", 0: ", no block: identity", 1: ", 1 block"}.get(
             stage["blocks"], f", {stage['blocks']} blocks"

@@ -12,45 +12,28 @@ import base64
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import numpy as np
 from absl import logging
-from matplotlib.figure import Figure
 
-from resnet_jax import claims, figures, workdir
+from resnet_jax import claims, figures, pages, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.analysis import SUMMARY_KEYS, summarise
 from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.figures import Group, Summary
+from resnet_jax.pages import Picture
 
-_PAGE = Path(__file__).with_name("report.html")
-_GENERATOR = '<meta name="generator" content="resnet_jax">'  # in its head
 _ROWS = {  # what each row of a run's metrics has
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
     "validation": ("loss", "accuracy"),
     "test": ("loss", "accuracy"),
 }
-
-
-class Picture(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        name: of its files.
-        caption: what it shows, and which figure of the report it repeats.
-        draw: draws it.
-    """
-
-    name: str
-    caption: str
-    draw: Callable[[], Figure]
 
 
 def read_run(path: Path) -> tuple[str, Summary]:
@@ -86,7 +69,12 @@ def _check(summary: Summary) -> None:
     for mistake in analysis["mistakes"]:
         _ = analysis["class_names"][mistake["label"]], analysis["class_names"][mistake["prediction"]]
         _ = mistake["index"], float(mistake["probability"]), base64.b64decode(mistake["png"], validate=True)
-    _ = float(summary["test_accuracy"]), float(summary["test_loss"]), float(summary["seconds"]), _machine(summary)
+    _ = (
+        float(summary["test_accuracy"]),
+        float(summary["test_loss"]),
+        float(summary["seconds"]),
+        pages.machine(summary["environment"]),
+    )
 
 
 def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
@@ -171,11 +159,6 @@ def _schedule_caption(groups: Sequence[Group]) -> str:
     return f"Learning rate (figure 3); logged and formula differ by at most {farthest:.1e} of the highest rate."
 
 
-def _data_uri(path: Path) -> str:
-    kind = {".svg": "image/svg+xml", ".png": "image/png"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def build(runs: Sequence[tuple[str, Summary]], comparison: dict[str, Any] | None, directory: Path) -> None:
     """Write the page and its figures into a new or empty folder, or over an earlier report, all or nothing.
 
@@ -185,54 +168,23 @@ def build(runs: Sequence[tuple[str, Summary]], comparison: dict[str, Any] | None
         directory: to write to.
     """
     groups = grouped(runs)
-    with workdir.new_folder(directory, replace=True) as new:
-        (new / "figures").mkdir(parents=True)
-        (new / "index.html").write_text(_page(groups, comparison, new / "figures"))
+    with pages.writing(directory) as folder:
+        (folder / "index.html").write_text(_page(groups, comparison, folder / "figures"))
 
 
 def _page(groups: Sequence[Group], comparison: dict[str, Any] | None, folder: Path) -> str:
-    """The page; its figures are drawn into a folder, for light paper, and the page's dark ones go into the page alone."""
-    shown = []
-    for picture in pictures(groups):
-        path = folder / picture.name
-        dark = _data_uri(figures.save(picture.draw, path.with_suffix(".svg"), "dark"))
-        light = _data_uri(figures.save(picture.draw, path.with_suffix(".svg"), "light"))
-        figures.save(picture.draw, path.with_suffix(".png"), "light", "white")
-        shown.append({"name": picture.name, "caption": picture.caption, "light": light, "dark": dark})
+    """The page, whose figures are drawn into a folder."""
     reports_data = any("cifar10" in group.config["data"]["name"] for group in groups)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE.read_text())
-    return template.render(
+    return pages.render(
+        "report.html",
+        pictures(groups),
+        [run["environment"] for group in groups for run in group.runs],
+        folder,
         groups=groups,
         spread=claims.mean_and_spread,
         mean=np.mean,
-        pictures=shown,
         claims=claims.table(groups, comparison) if reports_data else [],
-        environments=sorted({_machine(run) for group in groups for run in group.runs}),
     )
-
-
-def _machine(run: Summary) -> str:
-    """Where and by which code a run was made."""
-    environment = run["environment"]
-    git = environment.get("git")
-    commit = f", commit {git['commit'][:12]}{' with changes' * git['dirty']}" if git else ""
-    devices = environment["devices"]
-    cores = f", {environment['cpu_count']} cores" if environment["backend"] == "cpu" else ""
-    jax = environment["versions"].get("jax", "?")
-    return f"{len(devices)} x {devices[0]}{cores}, Python {environment['python']}, jax {jax}{commit}"
-
-
-def _check_output(directory: Path) -> None:
-    """Refuse a folder that holds anything else than a report, which would be lost, before anything is analysed."""
-    try:
-        held = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()
-        page = (directory / "index.html").read_text() if "index.html" in held else ""
-    except OSError as error:
-        raise UserError(f"--output {directory} cannot be read ({error.strerror}): give a new folder") from error
-    others = sorted(name for name in held if not re.fullmatch(r"index\.html|figures(/\w+\.(png|svg))?", name))
-    if others or (held and _GENERATOR not in page) or (directory.exists() and not directory.is_dir()):
-        what = f", {others[0]}" if others else ""
-        raise UserError(f"--output {directory} holds something else than a report{what}: give a new folder")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
             workdir.write_json(arguments.summary, read_run(arguments.runs[0])[1])
             print(arguments.summary)
             return
-        _check_output(arguments.output)
+        pages.check_output(arguments.output)
         comparison = None
         if arguments.resnet18:
             hint = "give what python -m benchmarks.reproduce resnet18 wrote"

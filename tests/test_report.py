@@ -3,20 +3,20 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from functools import partial
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 from conftest import ROOT, make_tiny_config
 from PIL import Image
 
 from configs import final, narrow, sgd
-from resnet_jax import analysis, claims, datasets, evaluate, figures, optim, report, train
+from resnet_jax import analysis, claims, datasets, evaluate, figures, optim, pages, report, train
 from resnet_jax import config as config_lib
 from resnet_jax.figures import Group
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def trained(folder, cache_dir, seed, optimizer="adamw"):
@@ -176,37 +176,11 @@ def test_a_run_without_validation_or_mistakes_is_drawn(summaries, tmp_path):
     assert "mistakes" not in (tmp_path / "page" / "index.html").read_text().partition("</style>")[2]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed here: there is nothing to show the page")
+@browser.needed
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_chromium_shows_the_page(page, scheme, width):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    said = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[*quiet, "--disable-sync", "--no-first-run"]
-        )
-        shown = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
-        shown.goto((page / "index.html").as_uri())
-        images = shown.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
-        page_width = shown.evaluate("document.documentElement.scrollWidth")
-        columns = shown.evaluate(
-            "getComputedStyle(document.querySelector('.figures')).gridTemplateColumns.split(' ').length"
-        )
-        screenshot = shown.screenshot()
-        browser.close()
-    assert said == []
-    assert len(images) >= 11
-    assert all(images)
-    assert page_width == width
-    assert columns == (1 if width == 390 else 2)
-    with Image.open(io.BytesIO(screenshot)) as image:
-        corner = image.convert("L").getpixel((2, 2))
-    assert corner > 200 if scheme == "light" else corner < 50
+    assert browser.images_shown(page / "index.html", scheme, width) >= 11
 
 
 # Its figures and claims
@@ -344,7 +318,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
     (tmp_path / "unfinished" / "metrics.jsonl").touch()
     for folder in ("kept", "site"):
         (tmp_path / folder / "figures").mkdir(parents=True)
-    (tmp_path / "kept" / "index.html").write_text(report._GENERATOR)
+    (tmp_path / "kept" / "index.html").write_text(pages._GENERATOR)
     (tmp_path / "kept" / "mine.txt").touch()
     (tmp_path / "site" / "index.html").write_text("<html>")
     picture = good["analysis"] | {"mistakes": [good["analysis"]["mistakes"][0] | {"png": "!"}]}
@@ -374,4 +348,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
 
 
 def test_the_page_comes_with_the_package():
-    assert 'package-data = { resnet_jax = ["report.html"] }' in (ROOT / "pyproject.toml").read_text()
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for path in (ROOT / "resnet_jax").rglob("*.html"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert package in packaged["packages"]
+        assert path.name in packaged["package-data"][package]
