@@ -1,7 +1,7 @@
 """A search in the report's neighbourhood on CIFAR-10: networks of fewer than 5 M parameters, each trained for ten epochs.
 
 python -m resnet_jax.search --config configs/search.py --study NAME --storage NAME.journal
-python -m resnet_jax.search --config configs/search.py:cpu ...      # a quarter of the widths, 16x16 pixels, three epochs
+python -m resnet_jax.search --config configs/search.py:cpu ...      # a quarter of the widths, 16x16 pixels, six epochs
 python -m resnet_jax.search --config configs/search.py:smoke ...    # the same code path in a minute, on digits
 """
 
@@ -43,12 +43,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.search.confirm_seeds = 3  # from config.seed + 1 on, for the seed that chose the best flatters them
 
     if variant == "cpu":
-        config.num_epochs, config.schedule.warmup_epochs = 3.0, 0.3
+        config.num_epochs, config.schedule.warmup_epochs = 6.0, 0.6
         config.eval_every_epochs = 1
         config.model.max_params = 5_000_000 // 16  # as narrow.py's channels are a quarter of the report's
         config.search.channel_lists = tuple(tuple(c // 4 for c in channels) for channels in _CHANNELS)
         config.search.reduction_factor = 2
-        config.search.refine_trials = 16
+        config.search.refine_trials = 20
         config.search.width_step = 4
     elif variant == "smoke":
         config.num_epochs, config.schedule.warmup_epochs = 3.0, 0.5

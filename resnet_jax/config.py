@@ -192,7 +192,7 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
         UserError: naming the first field that is not, its value, and what it must be.
     """
     values = flatten(config)
-    fields = FIELDS | dict(extra_fields)
+    fields = always = FIELDS | dict(extra_fields)
     for choice, extra in (("optim.name", OPTIMIZER_FIELDS), ("schedule.name", SCHEDULE_FIELDS)):
         if choice in values:
             _check(choice, values[choice], FIELDS[choice])
@@ -200,9 +200,7 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
     for name in fields:
         if name not in values:
             chooser = f"{name.split('.')[0]}.name"
-            because = (
-                "" if name in FIELDS | dict(extra_fields) else f", which config.{chooser} {values[chooser]!r} needs"
-            )
+            because = "" if name in always else f", which config.{chooser} {values[chooser]!r} needs"
             raise UserError(
                 f"config.{name} is missing{because}: add it, or start from the file in configs/ that has it"
             )
@@ -263,21 +261,30 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return as_json
 
 
-def from_json(values: Mapping[str, Any]) -> ConfigDict:
+def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = MappingProxyType({})) -> ConfigDict:
     """The config that `to_json` gave these values of.
+
+    Args:
+        values: of the config.
+        extra_fields: as `validate` takes them.
 
     Raises:
         UserError: where it is not one that this version runs.
     """
+    fields = ALL_FIELDS | dict(extra_fields)
     nested: dict[str, Any] = {}
     for name, value in (LATER_FIELDS | flatten(dict(values))).items():
         section, _, leaf = name.rpartition(".")
-        is_tuple = name in ALL_FIELDS and ALL_FIELDS[name].type is tuple
         holder = nested.setdefault(section, {}) if section else nested
-        holder[leaf] = tuple(value) if is_tuple and isinstance(value, list) else value
+        holder[leaf] = _tuples(value) if name in fields and fields[name].type is tuple else value
     config = ConfigDict(nested)
-    validate(config)
+    validate(config, extra_fields)
     return config
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, and lists in them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:

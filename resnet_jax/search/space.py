@@ -13,6 +13,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import cost
 
 Fields = dict[str, Any]  # {"model.block_list": (3, 5, 3, 0)}
+RECIPE = {"optim.learning_rate": "lr", "optim.weight_decay": "wd", "schedule.warmup_epochs": "warm-up"}
 
 
 def as_text(values: Sequence[int]) -> str:
@@ -116,13 +117,8 @@ def from_json(fields: Mapping[str, Any]) -> Fields:
 def name(fields: Mapping[str, Any]) -> str:
     """What a person calls a candidate: "[3, 5, 3, 0] x [64, 128, 256, 512], lr 0.0051"."""
     text = f"{list(fields['model.block_list'])} x {list(fields['model.channel_list'])}"
-    short = {
-        "optim.learning_rate": "lr",
-        "optim.weight_decay": "wd",
-        "schedule.warmup_epochs": "warm-up",
-        "seed": "seed",
-    }
-    return text + "".join(f", {label} {fields[field]:.2g}" for field, label in short.items() if field in fields)
+    labels = RECIPE | {"seed": "seed"}
+    return text + "".join(f", {label} {fields[field]:.2g}" for field, label in labels.items() if field in fields)
 
 
 def training_config(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:

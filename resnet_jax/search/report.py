@@ -1,0 +1,149 @@
+"""A page about a search, and the config that it found.
+
+    python -m resnet_jax.search report --study NAME
+
+DIR/index.html holds all that it shows, DIR/figures each figure as PNG and SVG, and --found is a config that launch.py runs.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from resnet_jax import claims, pages, workdir
+from resnet_jax import config as config_lib
+from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.pages import Picture
+from resnet_jax.search import default_storage, default_workdir, figures, space, studies
+from resnet_jax.search.summary import Summary, costs_against, summarise
+
+_MARK = '"""Found by `python -m resnet_jax.search`'  # begins the file of a config that was found
+
+
+def pictures(found: Summary) -> list[Picture]:
+    """The figures that can be drawn of a search."""
+    drawn = [
+        Picture("history", "Validation accuracy of all trials that had any.", partial(figures.draw_history, found))
+    ]
+    complete = sum(row["accuracy"] is not None for rows in found["trials"].values() for row in rows)
+    if complete:
+        drawn.append(Picture("pareto", f"{complete} complete trials.", partial(figures.draw_pareto, found)))
+    if "accuracy" in (columns := figures.columns(found)):
+        caption = "Parallel coordinates: what differs among the complete trials of grid and refinement."
+        drawn.append(Picture("parallel", caption, partial(figures.draw_parallel, columns), wide=True))
+    for stage, shares in found["importances"].items():
+        if shares:
+            count = sum(row["accuracy"] is not None for row in found["trials"][stage])
+            caption = f"fANOVA over {count} complete trials: of few, a hint at most."
+            drawn.append(Picture(f"importances_{stage}", caption, partial(figures.draw_importances, found, stage)))
+    return drawn
+
+
+def page(found: Summary, config_path: Path, folder: Path) -> str:
+    """The page, whose figures are drawn into a folder."""
+    counts = {
+        stage: {state: sum(row["state"] == state for row in rows) for state in dict.fromkeys(r["state"] for r in rows)}
+        for stage, rows in found["trials"].items()
+    }
+    ranked = [
+        {"stage": stage, **row} for stage in ("grid", "refine") for row in found["trials"].get(stage, [])
+        if row["accuracy"] is not None
+    ]  # fmt: skip
+    return pages.render(
+        "search/report.html",
+        pictures(found),
+        found["environments"],
+        folder,
+        found=found,
+        counts=counts,
+        ranked=sorted(ranked, key=lambda row: -row["accuracy"])[:10],
+        name=space.name,
+        spread=claims.mean_and_spread,
+        config_path=config_path,
+        against=costs_against(found),
+    )
+
+
+def found_config(found: Summary, path: Path) -> str:
+    """The text of the file of the config that was found: the search's, with the best candidate's fields."""
+    config = space.training_config(config_lib.from_json(found["config"], config_lib.SEARCH_FIELDS), found["best"])
+    what = "one trial"
+    for entry in found["confirmed"]:
+        if entry["best"]:
+            accuracies = [*entry["accuracies"].values()]
+            what = f"{claims.mean_and_spread(accuracies)} on validation, {len(accuracies)} seeds"
+    lines = [
+        f"{_MARK}, study {found['study']}: {what}.",
+        "",
+        f"python launch.py --config {path}    # as in the search; --config.num_epochs=50.0 trains for longer",
+        '"""',
+        "",
+        "from ml_collections import ConfigDict",
+        "",
+        "",
+        "def get_config() -> ConfigDict:",
+        '    """The config, whole."""',
+        *("    " + line for line in _as_python("config", config)),
+        "    return config",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _as_python(name: str, config: ConfigDict) -> list[str]:
+    """The lines that build a config."""
+    lines = [f"{name} = ConfigDict()"]
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            lines += _as_python(f"{name}.{key}", value)
+        else:
+            lines.append(f"{name}.{key} = {json.dumps(value) if isinstance(value, str) else repr(value)}")
+    return lines
+
+
+def _check_found(path: Path) -> None:
+    """Refuse to write over a file that no search wrote."""
+    try:
+        if path.exists() and not path.read_text().startswith(_MARK):
+            raise UserError(f"--found {path} is a file that no search wrote: give another")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--found {path} cannot be read ({error}): give another") from error
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_jax.search report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
+    parser.add_argument("--storage", metavar="WHERE", help="of the search (default: runs/search/NAME/study.journal)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page (default: report-NAME)")
+    parser.add_argument("--found", type=Path, metavar="FILE", default=Path("configs/found.py"), help="config to write")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the search's summary, as JSON, instead")
+    arguments = parser.parse_args(argv)
+    output = arguments.output or Path(f"report-{arguments.study}")
+    where = arguments.storage or str(default_storage(default_workdir(arguments.study)))
+    with exit_on_user_error():
+        if not arguments.summary:
+            pages.check_output(output)
+            _check_found(arguments.found)
+        with studies.opened(where, create=False) as storage:
+            found = summarise(arguments.study, studies.existing(storage, arguments.study))
+        if arguments.summary:
+            workdir.write_json(arguments.summary, found)
+            print(arguments.summary)
+            return
+        write(found, output, arguments.found)
+
+
+def write(found: Summary, output: Path, config_path: Path) -> None:
+    """Write the page of a search, and the config that it found where it found one."""
+    with pages.writing(output) as folder:
+        (folder / "index.html").write_text(page(found, config_path, folder / "figures"))
+    print(output / "index.html")
+    if found["best"]:
+        workdir.write_text(config_path, found_config(found, config_path))
+        print(config_path)
