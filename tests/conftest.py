@@ -60,10 +60,19 @@ def final_config() -> ConfigDict:
     return final.get_config()
 
 
-def launch(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `launch.py` as a user does."""
+SEARCH = ("-m", "resnet_jax.search")
+
+
+def launch(
+    *arguments: object,
+    program: Sequence[str] = (str(ROOT / "launch.py"),),
+    prefix: Sequence[str] = (),
+    timeout: float = 300,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run `launch.py`, or another program, as a user does; `prefix` is a command that starts it."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+        [*prefix, sys.executable, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -72,13 +81,16 @@ def launch(*arguments: str, timeout: float = 300, **environment: str) -> subproc
 
 
 def start(
-    *arguments: object, program: str = "launch.py", prefix: Sequence[str] = (), **environment: str
+    *arguments: object,
+    program: Sequence[str] = (str(ROOT / "launch.py"),),
+    prefix: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.Popen[str]:
-    """Start `launch.py` without waiting for its end; `prefix` is a command that starts it."""
+    """Start `launch.py`, or another program, without waiting for its end."""
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it: nohup would have it ignored
     try:
         return subprocess.Popen(
-            [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)],
+            [*prefix, sys.executable, *program, *map(str, arguments)],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

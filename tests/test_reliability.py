@@ -14,8 +14,11 @@ from pathlib import Path
 
 import die
 import numpy as np
+import postgresql
 import pytest
-from conftest import ROOT, assert_user_error, launch, read_until, rows, saved_by_signal, start
+from conftest import ROOT, SEARCH, assert_user_error, launch, read_until, rows, saved_by_signal, start
+
+from resnet_jax.search import studies
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +65,9 @@ def test_a_run_killed_at_chosen_moments_ends_as_one_that_was_not(tmp_path, run):
     for kill in range(kills):
         moment = die.MOMENTS[(kill + offset) % len(die.MOMENTS)]
         n = int(rng.integers(1, {"saving": 40, "stepping": 20, "evaluating": 2, "any time": 40}.get(moment, 3)))
-        process = start(moment, n, *command, "--workdir", tmp_path / "killed", program="tests/die.py")
+        process = start(
+            moment, n, *command, "--workdir", tmp_path / "killed", program=(str(ROOT / "tests" / "die.py"),)
+        )
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, (seed, kill, moment, n, stderr)
     killed = launch(*command, "--workdir", tmp_path / "killed")
@@ -449,3 +454,59 @@ def resources(pid):
         "handles": len(list(Path(f"/proc/{pid}/fd").iterdir())),
         "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
     }
+
+
+# Searches
+
+GRID = ("--config=configs/search.py:smoke", "--study=s", "--stage=grid", "--config.num_epochs=20.0", "--workers=1")
+GRID = (*GRID, "--config.model.max_params=0", "--config.search.objective=accuracy_params")  # so that none is pruned
+
+
+def trials(storage):
+    """The state_digest of each candidate of a grid that has ended."""
+    with studies.opened(storage, create=False) as opened:
+        (study,) = studies.existing(opened, "s").values()
+        assert all(trial.state.is_finished() for trial in study.trials)
+        return {json.dumps(trial.user_attrs["fields"]): trial.user_attrs["state_digest"] for trial in study.trials}
+
+
+@pytest.mark.parametrize("storage", ["journal", "postgresql"])
+def test_a_worker_of_a_search_is_killed_and_the_other_ends_its_trial_exactly(tmp_path, storage):
+    undisturbed = launch(*GRID, "--workdir", tmp_path / "undisturbed", program=SEARCH)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    with contextlib.ExitStack() as stack:
+        where = stack.enter_context(postgresql.server()) if storage == "postgresql" else str(tmp_path / "a.journal")
+        flags = (*GRID, "--workdir", tmp_path / "killed", "--storage", where)
+        killed, other = (stack.enter_context(start(*flags, program=SEARCH)) for _ in range(2))
+        stack.callback(other.kill)  # if an assertion fails
+        line = ""
+        while " at step" not in line:  # it has saved
+            line = killed.stdout.readline()
+            assert line, killed.stderr.read()
+        number = re.search(r"grid (\d+): ", line)[1]
+        killed.kill()
+        printed, stderr = other.communicate(timeout=240)
+        assert other.returncode == 0, stderr
+        assert f"grid {number}: taken up where a worker left it" in printed
+        assert "resuming" in (tmp_path / "killed" / f"grid-{int(number):04d}" / "log.txt").read_text()
+        found = trials(where)
+    assert len(found) == 4
+    assert found == trials(str(tmp_path / "undisturbed" / "study.journal"))
+
+
+def test_a_signal_ends_all_workers_of_a_search_saved_and_the_same_command_goes_on(tmp_path):
+    flags = (*GRID, "--workdir", tmp_path, "--workers=2")
+    process = start(*flags, program=SEARCH)
+    while " at step" not in process.stdout.readline():
+        pass
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 15
+    assert process.returncode == 128 + signal.SIGINT
+    assert stderr
+    assert all(line.startswith("stopped by SIGINT") for line in stderr.splitlines()), stderr
+    again = launch(*flags, program=SEARCH)
+    assert again.returncode == 0, again.stderr
+    assert "taken up where a worker left it" in again.stdout
+    assert len(trials(str(tmp_path / "study.journal"))) == 4

@@ -48,14 +48,24 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
         if "://" not in where:
             yield _journal(Path(where), create)
         elif re.match(r"postgres(ql)?://", where):
-            yield RDBStorage(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
+            yield _database(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
         else:
             raise UserError(f"--storage {where}: give the path of a journal file, or postgresql://USER@HOST/DATABASE")
-    except ImportError as error:
-        raise UserError(f"--storage {where}: {error}: pip install 'resnet_jax[postgresql]'") from error
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise UserError(f"--storage {where} cannot be used ({reason}): mend that, or give another") from error
+        shown = re.sub(r"//([^:@/]*):[^@]*@", r"//\1:***@", where)
+        raise UserError(f"--storage {shown} cannot be used ({reason}): mend that, or give another") from error
+
+
+def _database(url: str) -> RDBStorage:
+    settings = {"pool_pre_ping": True}  # for the server may close a connection that is idle while a trial trains
+    try:
+        try:
+            return RDBStorage(url, engine_kwargs=settings)
+        except SQLAlchemyError:  # another worker makes the tables at this moment, perhaps
+            return RDBStorage(url, engine_kwargs=settings)
+    except ImportError as error:
+        raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
 
 
 def _journal(path: Path, create: bool) -> JournalStorage:

@@ -193,7 +193,6 @@ class Worker:
             if held := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
                 self.say(f"{stage} {frozen.number}: taken up where a worker left it")
                 study.sampler = self.sampler(study, stage)
-                study.sampler.before_trial(study, frozen)  # for it may have been left before that
                 if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), held):
                     return claim
         return None
@@ -221,16 +220,19 @@ class Worker:
 
     def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
         """Give a trial its candidate, and the cost of it; None where that is over the budget."""
-        fields = self.propose(study, stage, trial)
-        costs = self.cost(fields)
-        for key, value in {"fields": fields, **costs._asdict()}.items():
-            trial.set_user_attr(key, value)
         folder = self.folder(stage, trial.number)
-        why = space.why_infeasible(self.config, costs) if stage != "confirm" else ""
-        if not why:
-            return Claim(trial, fields, folder, held)
-        self.end_early(study, stage, trial, "infeasible", why)
-        held.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(held.close)
+            study.sampler.before_trial(study, study.trials[trial.number])  # a trial may have been left before that
+            fields = self.propose(study, stage, trial)
+            costs = self.cost(fields)
+            for key, value in {"fields": fields, **costs._asdict()}.items():
+                trial.set_user_attr(key, value)
+            why = space.why_infeasible(self.config, costs) if stage != "confirm" else ""
+            if not why:
+                stack.pop_all()
+                return Claim(trial, fields, folder, held)
+            self.end_early(study, stage, trial, "infeasible", why)
         shutil.rmtree(folder)
         return None
 
