@@ -2,9 +2,11 @@
 
 import json
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
@@ -48,7 +50,12 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
         if "://" not in where:
             yield _journal(Path(where), create)
         elif re.match(r"postgres(ql)?://", where):
-            yield _database(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
+            database = _database(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
+            try:
+                yield database
+            finally:
+                database.remove_session()
+                database.engine.dispose()
         else:
             raise UserError(f"--storage {where}: give the path of a journal file, or postgresql://USER@HOST/DATABASE")
     except SQLAlchemyError as error:
@@ -58,12 +65,15 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
 
 
 def _database(url: str) -> RDBStorage:
-    settings = {"pool_pre_ping": True}  # for the server may close a connection that is idle while a trial trains
+    # A server may close a connection that is idle while a trial trains, so each is tried before it is used.
+    connect = partial(RDBStorage, url, engine_kwargs={"pool_pre_ping": True})
     try:
-        try:
-            return RDBStorage(url, engine_kwargs=settings)
-        except SQLAlchemyError:  # another worker makes the tables at this moment, perhaps
-            return RDBStorage(url, engine_kwargs=settings)
+        for seconds in (0.2, 0.5, 1.0, 2.0):
+            try:
+                return connect()
+            except (IntegrityError, ProgrammingError):  # another worker makes the tables at this moment
+                time.sleep(seconds)
+        return connect()
     except ImportError as error:
         raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
 
