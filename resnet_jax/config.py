@@ -164,7 +164,7 @@ ALL_FIELDS = FIELDS | {
 NEUTRAL_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads"),
+        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
     }
 )
 

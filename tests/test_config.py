@@ -8,9 +8,17 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from configs import final, narrow, quickstart, sgd
+from configs import final, narrow, quickstart, search, sgd
 from resnet_jax import config as config_lib
-from resnet_jax.config import ALL_FIELDS, FIELDS, LATER_FIELDS, NEUTRAL_FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
+from resnet_jax.config import (
+    ALL_FIELDS,
+    FIELDS,
+    LATER_FIELDS,
+    NEUTRAL_FIELDS,
+    OPTIMIZER_FIELDS,
+    SCHEDULE_FIELDS,
+    SEARCH_FIELDS,
+)
 from resnet_jax.errors import UserError
 
 NARROW = ("adamw", "adamw_plain", "sgd", "sgd_plain")
@@ -20,6 +28,9 @@ SHIPPED = {
     "final:smoke": lambda: final.get_config("smoke"),
     "sgd": sgd.get_config,
     "quickstart": quickstart.get_config,
+    "search": search.get_config,
+    "search:cpu": lambda: search.get_config("cpu"),
+    "search:smoke": lambda: search.get_config("smoke"),
     **{f"narrow:{variant}": partial(narrow.get_config, variant) for variant in NARROW},
 }
 
@@ -76,7 +87,22 @@ RANGES = {
     "schedule.min_ratio": ([0, 0.99], [-0.01, 1.0]),
     "schedule.decay_every_epochs": ([0.5], [0.0, -1.0]),
     "schedule.decay_factor": ([0.01, 1], [0.0, 1.01]),
+    "search.objective": ([], ["loss"]),
+    "search.max_gflops": ([0], [-0.1]),
+    "search.channel_lists": ([((1, 2),)], [((0, 2),), (1, 2), ((),)]),
+    "search.block_lists": ([((0, 2),)], [((-1, 2),), (1, 2)]),
+    "search.reduction_factor": ([2], [1]),
+    "search.refine_trials": ([1], [0]),
+    "search.width_range": ([1.0], [0.9]),
+    "search.width_step": ([1], [0]),
+    "search.block_range": ([0], [-1]),
+    "search.learning_rate": ([(0.1, 0.1)], [(0.2, 0.1), (0.0, 0.1), (0.1,)]),
+    "search.weight_decay": ([(0.1, 0.2)], [(0.2, 0.1), (0.0, 0.1), (0.1, 0.2, 0.3)]),
+    "search.warmup_share": ([(0, 0.99)], [(0.2, 0.1), (-0.1, 0.1), (0.5, 1.0)]),
+    "search.confirm_top": ([1], [0]),
+    "search.confirm_seeds": ([2], [1]),
 }
+EVERY_FIELD = ALL_FIELDS | SEARCH_FIELDS
 WRONG_TYPE = {
     int: [None, True, "1", 1.5, 2.0, (1,)],
     float: [None, True, "0.5", (0.5,), math.nan, math.inf, -math.inf],
@@ -87,7 +113,8 @@ WRONG_TYPE = {
 
 def with_value(name, value):
     """A shipped config that has this field, with another value in it."""
-    config = next(c for c in (final.get_config(), sgd.get_config()) if name in config_lib.flatten(c))
+    shipped = final.get_config(), sgd.get_config(), search.get_config()
+    config = next(c for c in shipped if name in config_lib.flatten(c))
     put(config, name, value)
     return config
 
@@ -101,9 +128,17 @@ def put(config, name, value):
         holder[leaf] = value
 
 
+def extra_fields(config):
+    return SEARCH_FIELDS if "search" in config else {}
+
+
+def validate(config):
+    config_lib.validate(config, extra_fields(config))
+
+
 def refusal(config):
     with pytest.raises(UserError) as refused:
-        config_lib.validate(config)
+        validate(config)
     message = str(refused.value)
     assert "\n" not in message
     return message
@@ -112,8 +147,9 @@ def refusal(config):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_is_valid_and_has_the_fields_of_the_reference_and_no_other(name):
     config = SHIPPED[name]()
-    config_lib.validate(config)
+    validate(config)
     extra = OPTIMIZER_FIELDS[config.optim.name] | SCHEDULE_FIELDS[config.schedule.name]
+    extra |= extra_fields(config)
     assert set(config_lib.flatten(config)) == set(FIELDS | extra)
 
 
@@ -132,28 +168,28 @@ def test_the_narrow_config_takes_no_other_variant_and_plain_ones_do_not_augment(
 
 
 def test_the_table_of_ranges_knows_every_field():
-    assert set(RANGES) == set(ALL_FIELDS)
+    assert set(RANGES) == set(EVERY_FIELD)
 
 
-@pytest.mark.parametrize("name", ALL_FIELDS)
+@pytest.mark.parametrize("name", EVERY_FIELD)
 def test_a_value_of_the_wrong_type_is_refused_naming_field_value_and_remedy(name):
-    field = ALL_FIELDS[name]
+    field = EVERY_FIELD[name]
     for value in WRONG_TYPE[field.type]:
         assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {field.words}"
 
 
-@pytest.mark.parametrize("name", ALL_FIELDS)
+@pytest.mark.parametrize("name", EVERY_FIELD)
 def test_a_range_ends_where_it_says(name):
     inside, outside = RANGES[name]
     for value in inside:
-        config_lib.validate(with_value(name, value))
+        validate(with_value(name, value))
     for value in outside:
-        assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {ALL_FIELDS[name].words}"
+        assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {EVERY_FIELD[name].words}"
 
 
-@pytest.mark.parametrize("name", ALL_FIELDS)
+@pytest.mark.parametrize("name", EVERY_FIELD)
 def test_every_field_is_read_by_the_code(name):
-    sources = [path.read_text() for path in (ROOT / "resnet_jax").glob("*.py") if path.name != "config.py"]
+    sources = [path.read_text() for path in (ROOT / "resnet_jax").rglob("*.py") if path.name != "config.py"]
     *sections, leaf = name.split(".")
     attribute = re.compile(rf"\b(config|{'|'.join(sections) or 'config'})\.{leaf}\b")
     assert any(attribute.search(source) for source in sources)
@@ -224,7 +260,7 @@ def test_a_config_stored_as_json_differs_in_nothing_when_read_back(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_config_read_from_json_is_the_one_that_was_written(name):
     config = SHIPPED[name]()
-    read = config_lib.from_json(json.loads(json.dumps(config_lib.to_json(config))))
+    read = config_lib.from_json(json.loads(json.dumps(config_lib.to_json(config))), extra_fields(config))
     assert repr(read.to_dict()) == repr(config.to_dict())  # tuples are tuples again
 
 
@@ -270,7 +306,7 @@ def test_differences_name_old_and_new_and_fields_that_only_one_has():
 
 
 def test_fields_that_leave_the_result_are_known_fields():
-    assert set(FIELDS) >= NEUTRAL_FIELDS
+    assert set(FIELDS | SEARCH_FIELDS) >= NEUTRAL_FIELDS
 
 
 def test_checking_a_config_imports_neither_jax_nor_tensorflow():

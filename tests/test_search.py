@@ -18,7 +18,6 @@ from configs import final, narrow
 from configs import search as search_config
 from resnet_jax import config as config_lib
 from resnet_jax import cost, errors
-from resnet_jax.config import SEARCH_FIELDS
 from resnet_jax.errors import UserError
 from resnet_jax.search import report, space, studies, summary, worker
 from resnet_jax.search.locks import JournalLock, lock
@@ -68,9 +67,9 @@ def test_a_candidate_over_the_budget_costs_less_than_half_a_second():
     config = final.get_config().model
     config.block_list = (3, 4, 23, 3)
     cost.of_model(config, 10, (32, 32, 3))
-    started = time.monotonic()
+    started = time.process_time()
     cost.of_model(config, 10, (32, 32, 3))
-    assert time.monotonic() - started < 0.5  # 0.12 s on a quiet core
+    assert time.process_time() - started < 0.5  # 0.1 s
 
 
 # Candidates
@@ -155,13 +154,6 @@ def test_the_budget(config, max_params, max_gflops, why):
     assert bool(found) == bool(why)
 
 
-@pytest.mark.parametrize("variant", ["", "cpu", "smoke"])
-def test_the_configs_are_valid_and_survive_json(variant):
-    config = search_config.get_config(variant)
-    config_lib.validate(config, SEARCH_FIELDS)
-    assert config_lib.from_json(config_lib.to_json(config), SEARCH_FIELDS) == config
-
-
 # A worker, whose runs are pretended
 
 
@@ -223,10 +215,7 @@ def test_the_three_stages(run, config):
     assert {fields["seed"] for fields in confirmed} == {config.seed + 1, config.seed + 2}
     assert all(trial.state == TrialState.COMPLETE for trial in found["confirm"].trials)
     assert all("search" not in config for config in run.pretended.configs)
-    own = space.own(config)
-    assert (
-        sum(space.from_json(fields | {"seed": 0}) == own | {"seed": 0} for fields in confirmed) == 2
-    )  # one of the best
+    assert sum(entry["own"] for entry in summary.summarise("s", found)["confirmed"]) == 1
 
 
 def test_a_search_that_is_done_does_nothing_more(run):
@@ -262,7 +251,7 @@ def test_refinement_ends_where_nearly_nothing_is_within_the_budget(run, config, 
 
 
 def test_trials_that_fall_behind_are_pruned_at_their_validations(run, config):
-    config.search.reduction_factor = 2
+    config.search.reduction_factor, config.model.max_params = 2, 20_000
     study = run(lambda c: [0.9, 0.9, 0.9] if len(run.pretended.configs) == 1 else [0.1, 0.9, 0.9], "grid")["grid"]
     pruned = states(study, "pruned")
     assert len(pruned) == 2  # and one is over the budget
@@ -282,7 +271,7 @@ def test_a_trial_that_diverges_or_has_no_memory_is_told_so_and_the_search_goes_o
     study = run(lambda c: next(failures, [0.5, 0.6, 0.7]), "grid")["grid"]
     assert [study.trials[i].user_attrs["diverged"] for i in states(study, "diverged")] == ["step 3 has loss nan"]
     assert [study.trials[i].user_attrs["out_of_memory"] for i in states(study, "out_of_memory")]
-    assert len(study.get_trials(states=[TrialState.COMPLETE])) == 1
+    assert len(study.get_trials(states=[TrialState.COMPLETE])) == 2
 
 
 def test_any_other_failure_leaves_its_trial_to_the_next_worker(run):
@@ -356,6 +345,21 @@ def test_workers_must_share_one_folder_config_and_data(run, config, tmp_path, mo
     monkeypatch.setattr(worker.datasets, "load", lambda c, load=worker.datasets.load: load(c)._replace(fingerprint="x"))
     with pytest.raises(UserError, match="is of other data"):
         run(by_width, "grid")
+
+
+def test_a_folder_takes_one_search_and_keeps_its_runs(run, config, tmp_path):
+    run(by_width, "grid")
+    before = sorted((tmp_path / "runs").rglob("*"))
+    with pytest.raises(UserError, match=r"--workdir .*/runs holds grid-0000 of another search: give another folder"):
+        run(by_width, "grid", storage=tmp_path / "other.journal")
+    assert sorted((tmp_path / "runs").rglob("*")) == before
+
+
+def test_refinement_can_go_on_with_more_trials(run, config):
+    run(by_width, "refine")
+    config.search.refine_trials += 2
+    assert len(run(by_width, "refine")["refine"].trials) == config.search.refine_trials
+    assert len(run.pretended.configs) == 2
 
 
 # Locks

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from resnet_jax import preemption
+from resnet_jax import preemption, timing
 from resnet_jax.errors import UserError
 
 
@@ -27,9 +27,11 @@ def local_gpus() -> list[str]:
 @contextlib.contextmanager
 def _share(i: int, count: int, gpus: list[str]) -> Iterator[dict[str, str]]:
     """What the environment of a worker has besides this one's; processes that are started here have its share of cores."""
-    all_cores = sorted(os.sched_getaffinity(0))
-    cores = all_cores[i::count]
-    os.sched_setaffinity(0, cores)
+    if not hasattr(os, "sched_setaffinity"):  # not on macOS, where the workers share as they can
+        yield {}
+        return
+    all_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(all_cores)[i::count])
     try:
         yield {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
     finally:
@@ -50,7 +52,7 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
     Raises:
         UserError: where there are fewer GPUs, or cores, than workers.
     """
-    there, what = (len(gpus), "GPU") if gpus else (len(os.sched_getaffinity(0)), "core")
+    there, what = (len(gpus), "GPU") if gpus else (timing.usable_cores(), "core")
     if count > there:
         raise UserError(f"--workers={count} needs a {what} for each, and there are {there}: give at most {there}")
     workers: list[subprocess.Popen[bytes]] = []

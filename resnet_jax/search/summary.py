@@ -65,10 +65,9 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     """
     known = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
-    early = [how for how in _EARLY if how in known]
     return {
         "number": trial.number,
-        "state": early[0] if early else "complete" if complete else "running",
+        "state": "complete" if complete else next((how for how in _EARLY if how in known), "running"),
         "fields": known["fields"],
         "num_params": known["num_params"],
         "gflops": known["gflops"],
@@ -115,7 +114,7 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         cost = {key: row[key] for key in ("num_params", "gflops")}
         start = {
             "fields": fields,
-            "own": fields == space.own(config),
+            "own": len(space.distinct(config, [fields, space.own(config)])) == 1,
             "over_budget": space.why_infeasible(config, Cost(**cost)),
             **cost,
             "seconds_per_epoch": row["seconds_per_epoch"],

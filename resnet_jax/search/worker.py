@@ -139,6 +139,9 @@ class Worker:
         if known.get("folder", token) != token:
             raise UserError(f"--workdir {self.root} is not that of the other workers of {self.name}: give theirs")
         if "candidates" not in known:
+            of_other_stages = {s.user_attrs.get("folder") for s in self.other_stages(stage).values()}
+            if token not in of_other_stages and (left := sorted(self.root.glob("*-[0-9]*/"))):
+                raise UserError(f"--workdir {self.root} holds {left[0].name} of another search: give another folder")
             candidates = self.candidates(stage)
             if stage == "refine":
                 study.enqueue_trial(space.centre(self.config, candidates[0]), skip_if_exists=True)
@@ -151,14 +154,20 @@ class Worker:
                 study.set_user_attr(key, value)
         return study
 
+    def other_stages(self, stage: str) -> dict[str, optuna.Study]:
+        """The studies of the stages that have begun, but for one."""
+        return {s: study for s, study in studies.existing(self.storage, self.name).items() if s != stage}
+
     def candidates(self, stage: str) -> list[space.Fields]:
         """What a stage starts from: nothing, the best, or the best few and the config's own network."""
         if stage == "grid":
             return []
-        earlier: list[FrozenTrial] = []
-        for before in STAGES[: STAGES.index(stage)]:
-            with contextlib.suppress(KeyError):
-                earlier += optuna.load_study(study_name=f"{self.name}-{before}", storage=self.storage).trials
+        earlier = [
+            trial
+            for other, study in self.other_stages(stage).items()
+            if STAGES.index(other) < STAGES.index(stage)
+            for trial in study.trials
+        ]
         fields = [space.from_json(trial.user_attrs["fields"]) for trial in studies.best_first(earlier)]
         ranked, own = space.distinct(self.config, fields), space.own(self.config)
         if stage == "refine":
@@ -204,11 +213,8 @@ class Worker:
                 break
             study.sampler = self.sampler(study, stage)
             trial = study.ask()
-            folder = self.folder(stage, trial.number)
-            if folder.exists():  # of a study that was deleted
-                shutil.rmtree(folder)
-            held = lock(folder / ".worker", wait=False)
-            assert held  # for the folder is new, and only this worker is claiming
+            held = lock(self.folder(stage, trial.number) / ".worker", wait=False)
+            assert held  # for the trial is new, and only this worker is claiming
             if claim := self.prepared(study, stage, trial, held):
                 return claim
         return None
