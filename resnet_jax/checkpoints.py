@@ -153,8 +153,21 @@ class Checkpoints:
             )
         return int(which)
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """The `meta` that a checkpoint was saved with.
+
+        Raises:
+            Damaged: where it cannot be read.
+        """
+        with self._readable(step):
+            meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+                "meta"
+            ]
+            _ = meta["digest"], meta["config"]
+        return meta
+
     def restore(
-        self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None]
+        self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> tuple[TrainState, dict[str, Any]]:
         """Read a checkpoint onto the devices of `like`, whatever devices wrote it.
 
@@ -169,15 +182,14 @@ class Checkpoints:
         Raises:
             Damaged: where it cannot be read, or its state has not the digest it was saved with.
         """
+        meta = self.meta(step)
         with self._readable(step):
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            saved_digest = meta["digest"]
             check(meta)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         with self._readable(step):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = self._manager.restore(step, args=arguments)["state"]
-            if train_state.digest(state) != saved_digest or int(state.step) != step:
+            if train_state.digest(state) != meta["digest"] or int(state.step) != step:
                 raise ValueError("its state is not the one that was saved")
         return state, meta
 

@@ -121,13 +121,17 @@ def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
     if image.mode[0] in "IF":
         raise ValueError(f"its pixels are not of 8 bits (mode {image.mode})")
     image = image.convert("RGB")
-    if image_size:
-        scale = image_size / min(image.size)
-        width, height = (max(image_size, round(side * scale)) for side in image.size)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
+    return np.asarray(fit(image, (image_size, image_size)) if image_size else image)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image scaled, bilinearly, until it just covers (height, width), of which the centre is cut out."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    new_height, new_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + width, top + height))
 
 
 def _stack(images: list[np.ndarray]) -> np.ndarray:

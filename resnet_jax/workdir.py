@@ -209,8 +209,14 @@ def _from_the_first(token: str) -> str:
 
 
 def make_meta(config: ConfigDict, dataset: Dataset, seconds: float) -> dict[str, Any]:
-    """What a checkpoint holds beside the state: what it belongs to, and the seconds spent on it."""
-    return {"config": config_lib.to_json(config), "fingerprint": dataset.fingerprint, "seconds": seconds}
+    """What a checkpoint holds beside the state: what it belongs to, what it takes to use it, and the seconds spent on it."""
+    return {
+        "config": config_lib.to_json(config),
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.train.images.shape[1:]),
+        "seconds": seconds,
+    }
 
 
 def check_meta(directory: Path, config: ConfigDict, dataset: Dataset, meta: dict[str, Any]) -> None:

@@ -1,0 +1,239 @@
+"""Class probabilities of image files by a trained network.
+
+    python -m resnet_jax.predict runs/final cat.png photos/ 'more/*.jpg' images.npz
+
+A FILE is a PNG or JPEG image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
+Grey, palette and 16-bit images become RGB, transparent ones are laid on white, and a camera's rotation is undone.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from resnet_jax import workdir
+from resnet_jax.errors import UserError, exit_on_user_error, report
+
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_MAKERS_OF_ARRAYS = {  # all that a pickle of NumPy arrays, scalars and byte strings needs
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    ("_codecs", "encode"),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads plain values and NumPy arrays, and refuses whatever else a pickle would have built or called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What builds a NumPy array."""
+        if (module, name) not in _MAKERS_OF_ARRAYS:
+            raise pickle.UnpicklingError(f"it would call {module}.{name}, and only NumPy arrays are read")
+        return super().find_class(module, name)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as people see it: uint8 [H, W, 3].
+
+    Raises:
+        OSError, ValueError: where it cannot be read.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # 16 bits of grey
+            grey = np.asarray(image, np.float64)
+            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                raise ValueError(f"its pixels are not of 8 or 16 bits (mode {image.mode})")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
+def read_npz(path: Path) -> np.ndarray:
+    """The images of an `.npz`.
+
+    Raises:
+        OSError, ValueError: where it cannot be read, or does not say which array they are.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        names = arrays.files
+        if "images" not in names and len(names) != 1:
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name the images' array images")
+        return np.asarray(arrays["images" if "images" in names else names[0]])
+
+
+def listed(arguments: Sequence[str]) -> list[Path]:
+    """The files that arguments name.
+
+    Raises:
+        UserError: where one names none.
+    """
+    files: list[Path] = []
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        else:
+            found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(
+                f"{argument} names no image: give PNG or JPEG files, a folder of them, a pattern, or an .npz"
+            )
+        files += found
+    return files
+
+
+def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[list[str], list[np.ndarray], int]:
+    """The images of files, each as `as_batch` gives it; a file that cannot be read is named on stderr.
+
+    Returns:
+        Their names ("cat.png", "images.npz[0]"), the batches of one, and how many files could not be read.
+    """
+    names: list[str] = []
+    batches: list[np.ndarray] = []
+    unreadable = 0
+    for path in files:
+        try:
+            if path.suffix.lower() == ".npz":
+                found = as_batch(read_npz(path))
+                names += [f"{path}[{i}]" for i in range(len(found))]
+            else:
+                found = as_batch(read_image(path))
+                names.append(str(path))
+            batches.append(found)
+        except Exception as error:  # what a decoder raises on hostile bytes is of every kind
+            unreadable += 1
+            report(f"{path} cannot be read ({error or type(error).__name__}): skipped")
+    return names, batches, unreadable
+
+
+def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images [N, H, W, 3] and ids [N] of the authors' pickled dict (`b"data"`, `b"ids"`), or of an `.npz` with both.
+
+    Raises:
+        UserError: where it is no such file; nothing that it asks for is called.
+    """
+    hint = "give a pickled dict with b'data' and b'ids', or an .npz with data and ids"
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                held: Any = dict(arrays)
+        else:
+            with path.open("rb") as file:
+                held = _ArraysOnly(file, encoding="bytes").load()
+        if not isinstance(held, dict):
+            raise ValueError(f"it holds a {type(held).__name__}")
+        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in held.items()}
+        if missing := {"data", "ids"} - named.keys():
+            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+        data, ids = np.asarray(named["data"]), np.asarray(named["ids"])
+        if data.dtype != np.uint8 or data.ndim != 4 or data.shape[3] != 3:
+            raise ValueError(f"its data are {data.dtype} {data.shape}, not uint8 [N, H, W, 3]")
+        if ids.shape != data.shape[:1] or ids.dtype.kind not in "iuUS":
+            raise ValueError(f"its ids are {ids.dtype} {ids.shape} for {len(data)} images")
+    except Exception as error:  # what a hostile pickle makes NumPy raise is of every kind
+        raise UserError(f"--unlabelled {path} cannot be used ({error or type(error).__name__}): {hint}") from error
+    return data, ids
+
+
+def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A line a file: its likeliest classes, with their probabilities."""
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, top in rows:
+        out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
+
+
+def write_csv(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A line a file and class."""
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["file", "rank", "class", "probability"])
+    table.writerows((name, i, *entry) for name, top in rows for i, entry in enumerate(top, start=1))
+
+
+def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A list of {"file", "predictions": [{"class", "probability"}]}."""
+    listed_rows = [
+        {"file": name, "predictions": [{"class": label, "probability": p} for label, p in top]} for name, top in rows
+    ]
+    out.write(json.dumps(listed_rows, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="workdir of a run")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="images")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes to show of each (default: 3)")
+    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror")
+    parser.set_defaults(write=write_table)
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_const", const=write_json, dest="write", help="print JSON")
+    style.add_argument("--csv", action="store_const", const=write_csv, dest="write", help="print CSV")
+    parser.add_argument(
+        "--unlabelled", type=Path, metavar="FILE", help="pickled dict of data and ids, or an .npz, instead"
+    )
+    parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write of --unlabelled")
+    arguments = parser.parse_args(argv)
+    with exit_on_user_error():
+        if bool(arguments.unlabelled) != bool(arguments.output):
+            raise UserError("--unlabelled FILE and --output CSV go together: give both")
+        if bool(arguments.files) == bool(arguments.unlabelled):
+            raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
+        if arguments.top < 1:
+            raise UserError(f"--top {arguments.top}: give 1 or more")
+        if arguments.unlabelled:
+            submit(arguments)
+        else:
+            show(arguments)
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    """Write the labels of unlabelled images."""
+    from resnet_jax import inference  # only now that the arguments are checked, for importing JAX takes seconds
+
+    data, ids = read_unlabelled(arguments.unlabelled)
+    labels = inference.load(arguments.run, arguments.checkpoint).predict(data, arguments.flip).labels
+    names = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
+    lines = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
+    workdir.write_text(arguments.output, "\n".join(["ID,Labels", *lines]) + "\n")
+    print(f"{arguments.output}: {len(lines)} images")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the likeliest classes of image files.
+
+    Raises:
+        UserError: after that, where some could not be read.
+    """
+    from resnet_jax import inference
+
+    files = listed(arguments.files)
+    model = inference.load(arguments.run, arguments.checkpoint)
+    names, images, unreadable = read(files, partial(inference.as_batch, image_shape=model.image_shape))
+    rows = []
+    for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
+        likeliest = np.argsort(-row, kind="stable")[: arguments.top]
+        rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
+    arguments.write(sys.stdout, rows)
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(files)} files could not be read: mend them, or leave them out")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
