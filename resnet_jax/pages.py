@@ -93,6 +93,7 @@ def machine(environment: dict[str, Any]) -> str:
     git = environment.get("git")
     commit = f", commit {git['commit'][:12]}{' with changes' * git['dirty']}" if git else ""
     devices = environment["devices"]
-    cores = f", {environment['cpu_count']} cores" if environment["backend"] == "cpu" else ""
+    count = environment["cpu_count"]
+    cores = f", {count} core{'s' * (count > 1)}" if environment["backend"] == "cpu" else ""
     jax = environment["versions"].get("jax", "?")
     return f"{len(devices)} x {devices[0]}{cores}, Python {environment['python']}, jax {jax}{commit}"

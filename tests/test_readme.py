@@ -8,6 +8,8 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import tables
+from resnet_jax import claims
+from resnet_jax.search import space
 
 README = (ROOT / "README.md").read_text()
 
@@ -22,7 +24,20 @@ def against_torch(result):
     )
 
 
+def confirmed(result):
+    best = next(entry for entry in result["confirmed"] if entry["best"])
+    own = next(entry for entry in result["confirmed"] if entry["own"])
+    spread = [claims.mean_and_spread([*entry["accuracies"].values()]) for entry in (best, own)]
+    ahead = {name: 100 * value for name, value in own["behind"].items() if name in ("mean", "low", "high")}
+    return (
+        f"{space.name(best['fields'])}: {spread[0]} validation accuracy; the report's {space.name(own['fields'])}: {spread[1]}, "
+        f"{ahead['mean']:.2f} points behind ({ahead['low']:.2f} to {ahead['high']:.2f}, 95 %), {own['behind']['verdict']}; "
+        f"{result['share_outside_training']:.1%} of the workers' time outside the trials' runs, {result['seconds'] / 60:.0f} minutes in all"
+    )
+
+
 CELLS = {
+    "search-cpu.json": confirmed,
     "quickstart-cpu.json": lambda r: f"{r['test_accuracy']:.2%} test accuracy in {r['seconds']:.0f} s",
     "final-321-steps-cpu.json": lambda r: (
         f"{r['test_accuracy']:.2%} test accuracy after {r['steps']} steps in {r['seconds']:.0f} s"

@@ -29,7 +29,7 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
         {"study", "config": of the search, "fingerprint": of the data, "environments": one a stage,
         "trials": stage -> `_row` of each trial, "importances": stage -> parameter -> share, "confirmed": as `confirmed`
         gives it, "best": fields of the candidate with the highest accuracy, confirmed where that stage has begun,
-        "share_outside_training": of the workers' time}.
+        "share_outside_training": of the workers' time, "seconds": from the first trial's start to the last one's end}.
     """
     attributes = [study.user_attrs for study in found.values()]
     config = config_lib.from_json(attributes[0]["config"], config_lib.SEARCH_FIELDS)
@@ -54,7 +54,15 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
         - sum(row["train_seconds"] for row in timed) / sum(row["worker_seconds"] for row in timed)
         if timed
         else None,
+        "seconds": _wall_seconds([trial for study in found.values() for trial in study.trials]),
     }
+
+
+def _wall_seconds(trials: Sequence[FrozenTrial]) -> float | None:
+    """From the start of the first trial to the end of the last one that has ended."""
+    began = [trial.datetime_start for trial in trials if trial.datetime_start]
+    ended = [trial.datetime_complete for trial in trials if trial.datetime_complete]
+    return (max(ended) - min(began)).total_seconds() if ended else None
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -122,6 +130,7 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         }
         found.setdefault(repr(sorted(fields.items())), start)["accuracies"][seed] = row["accuracy"]
     for entry in found.values():
+        entry["accuracies"] = dict(sorted(entry["accuracies"].items()))
         values = [*entry["accuracies"].values()]
         entry["mean"] = float(np.mean(values))
         entry["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
