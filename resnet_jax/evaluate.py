@@ -81,19 +81,20 @@ def restored(config: ConfigDict, directory: Path, which: str) -> tuple[setup.Set
     return run_setup, state, step
 
 
-def run(config: ConfigDict, directory: Path, which: str) -> dict[str, Any]:
+def run(config: ConfigDict, directory: Path, which: str, flip: bool = False) -> dict[str, Any]:
     """Restore a checkpoint, evaluate it on validation and test, print the report and write `eval.json`.
 
-    Args and errors are those of `restored`.
+    Args and errors are those of `restored`; `flip` averages the logits of each image and its mirror.
 
     Returns:
         What `eval.json` holds.
     """
     run_setup, state, step = restored(config, directory, which)
-    eval_step = steps.jit_eval_step(config, run_setup.mesh)
+    eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report = {
         "checkpoint": which,
         "checkpoint_step": step,
+        "flip": flip,
         "dataset": workdir.describe(run_setup.dataset, run_setup.train, run_setup.validation),
         "environment": workdir.environment(),
     }
@@ -122,7 +123,8 @@ def _reading(directory: Path) -> "closing[Checkpoints]":
 
 def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
     """The report for a person: a line a split, then the test split class by class."""
-    lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}"]
+    mirrored = ", each image and its mirror averaged" * report["flip"]
+    lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}{mirrored}"]
     for split in ("validation", "test"):
         if split in report:
             lines.append(f"{split:<10}  loss {report[split]['loss']:.4f}  accuracy {report[split]['accuracy']:.2%}")

@@ -4,15 +4,14 @@ It takes a run's folder alone: no data set and no TensorFlow.
 """
 
 import os
-from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
@@ -48,7 +47,6 @@ class Model:
         image_shape: (H, W, 3) of the images it was trained on.
         state: its `params` and `batch_stats` are used.
         step: of its checkpoint.
-        temperature: by which logits are divided (Guo et al., arXiv:1706.04599, section 4.2); 1.0 leaves them as they are.
 
     Attributes are those of the same names.
     """
@@ -60,14 +58,11 @@ class Model:
         image_shape: tuple[int, int, int],
         state: train_state.TrainState,
         step: int,
-        temperature: float = 1.0,
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
-        self.step, self.temperature = step, temperature
+        self.step = step
         self._variables = {"params": state.params, "batch_stats": state.batch_stats}
-        self._logits: Callable[..., jax.Array] = jax.jit(
-            partial(_logits, state.apply_fn, data=config.data), static_argnames="flip"
-        )
+        self._logits = jax.jit(partial(steps.eval_logits, state.apply_fn, data=config.data), static_argnames="flip")
 
     def predict(self, images: Any, flip: bool = False) -> Predictions:
         """Class probabilities of images.
@@ -82,13 +77,13 @@ class Model:
             ValueError: where they are no such images.
         """
         batch = as_batch(images, self.image_shape)
-        logits = self.logits(batch, flip) / self.temperature
-        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1), np.float32)
+        probabilities = scipy.special.softmax(self.logits(batch, flip), axis=1)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
     def logits(self, images: np.ndarray, flip: bool = False) -> np.ndarray:
         """float32 [N, num_classes] of images [N, H, W, 3] of `image_shape`, uint8 in 0..255 or float32 in 0..1."""
+        images = images if images.dtype == np.uint8 else images * np.float32(255)
         found = [np.zeros((0, len(self.class_names)), np.float32)]
         for start in range(0, len(images), _LARGEST_BATCH):
             part = images[start : start + _LARGEST_BATCH]
@@ -96,14 +91,6 @@ class Model:
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
             found.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
         return np.concatenate(found)
-
-
-def _logits(apply: Callable[..., Any], variables: Any, images: jax.Array, *, flip: bool, data: ConfigDict) -> jax.Array:
-    """Logits [B, num_classes] of images [B, H, W, 3], averaged with those of their mirrors where `flip` is set."""
-    scale = 1.0 if images.dtype == jnp.uint8 else 255.0
-    x = steps.normalize(images * scale, data)
-    logits: jax.Array = apply(variables, x, train=False)
-    return (logits + apply(variables, x[:, :, ::-1], train=False)) / 2 if flip else logits
 
 
 def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -157,7 +157,27 @@ class EvalMetrics(metrics.Collection):
     confusion: ConfusionMatrix
 
 
-def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> EvalMetrics:
+def eval_logits(
+    apply: Callable[..., Any], variables: Any, images: jax.Array, data: ConfigDict, flip: bool = False
+) -> jax.Array:
+    """Logits with the running statistics of batch norm.
+
+    Args:
+        apply: a model's.
+        variables: {"params", "batch_stats"}.
+        images: uint8 [B, H, W, 3] in 0..255, or floats in that range.
+        data: `config.data`, by whose mean and std they are normalised.
+        flip: average the logits of each image and its mirror.
+
+    Returns:
+        float32 [B, num_classes].
+    """
+    x = normalize(images, data)
+    logits: jax.Array = apply(variables, x, train=False)
+    return (logits + apply(variables, x[:, :, ::-1], train=False)) / 2 if flip else logits
+
+
+def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False) -> EvalMetrics:
     """The metrics of one batch, with the running statistics of batch norm.
 
     Args:
@@ -165,10 +185,10 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> EvalMet
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; examples that `mask` leaves out do
             not count.
         config: a whole config; static.
+        flip: as in `eval_logits`; static.
     """
-    logits = state.apply_fn(
-        {"params": state.params, "batch_stats": state.batch_stats}, normalize(batch["images"], config.data), train=False
-    )
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = eval_logits(state.apply_fn, variables, batch["images"], config.data, flip)
     return EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, batch["labels"]), logits=logits, labels=batch["labels"], mask=batch["mask"]
     )
@@ -211,11 +231,11 @@ def jit_train_steps(
     )
 
 
-def jit_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch], EvalMetrics]:
+def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> Callable[[TrainState, Batch], EvalMetrics]:
     """`eval_step` compiled for a mesh: state replicated, batch sharded."""
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     return jax.jit(
-        partial(eval_step, config=config),
+        partial(eval_step, config=config, flip=flip),
         in_shardings=(replicated, sharded),
         out_shardings=replicated,
         compiler_options=_compiler_options(mesh),

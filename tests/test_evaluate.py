@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
+import scipy
 
-from resnet_jax import evaluate, train
+from resnet_jax import evaluate, steps, train
 from resnet_jax.errors import UserError
 
 
@@ -69,3 +70,18 @@ def test_a_run_of_another_config_and_a_folder_without_a_run_are_refused(finished
     with pytest.raises(UserError, match="holds no run"):
         evaluate.run(config, tmp_path, "best")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
+    directory, _, config = finished
+    report = evaluate.run(config, directory, "best", flip=True)
+    assert "each image and its mirror averaged" in capsys.readouterr().out
+    assert json.loads((directory / "eval.json").read_text())["flip"]
+    setup, state, _ = evaluate.restored(config, directory, "best")
+    test = setup.dataset.test
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    views = [steps.normalize(images, config.data) for images in (test.images, test.images[:, :, ::-1])]
+    logits = np.mean([state.apply_fn(variables, view, train=False) for view in views], axis=0)
+    assert report["test"]["accuracy"] == (logits.argmax(axis=1) == test.labels).mean()
+    losses = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(logits)), test.labels]
+    assert report["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)

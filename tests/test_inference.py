@@ -61,7 +61,9 @@ def test_any_number_of_images_gives_each_the_same(model, images, count):
     assert together.probabilities.shape == (count, 10)
     for i in range(0, count, 50):
         one = model.predict(images[i])
-        np.testing.assert_allclose(one.probabilities[0], together.probabilities[i], atol=1e-5)  # other batch, other sums
+        np.testing.assert_allclose(
+            one.probabilities[0], together.probabilities[i], atol=1e-5
+        )  # other batch, other sums
 
 
 def test_few_sizes_are_compiled(run, images):
@@ -74,7 +76,14 @@ def test_few_sizes_are_compiled(run, images):
 def test_floats_and_grey_and_lists_say_the_same(model, images):
     few = images[:5]
     expected = model.predict(few).probabilities
-    for same in (few / 255, (few / 255).astype(np.float32), [*few], [few[0], few[1:] / 255], few[..., :1], [few[:2], few[2:]]):
+    for same in (
+        few / 255,
+        (few / 255).astype(np.float32),
+        [*few],
+        [few[0], few[1:] / 255],
+        few[..., :1],
+        [few[:2], few[2:]],
+    ):
         np.testing.assert_allclose(model.predict(same).probabilities, expected, atol=1e-5)
 
 
@@ -91,12 +100,16 @@ def test_other_sizes_are_scaled_to_cover_and_cut_at_the_centre(model, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     height, width = shape
     scale = 8 / min(shape)
-    scaled = Image.fromarray(image).resize((max(8, round(width * scale)), max(8, round(height * scale))), Image.BILINEAR)
+    scaled = Image.fromarray(image).resize(
+        (max(8, round(width * scale)), max(8, round(height * scale))), Image.BILINEAR
+    )
     left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
     expected = np.asarray(scaled)[top : top + 8, left : left + 8]
     assert (inference.as_batch(image, SHAPE) == expected[None]).all()
     floats = inference.as_batch(image / 255, SHAPE)
-    assert np.abs(floats * 255 - expected).max() < 1  # which Pillow rounds, pass by pass
+    assert (
+        np.abs(floats * 255 - expected).max() < 1.001
+    )  # Pillow rounds bytes after each of its two passes, by 0.5 at most
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,9 @@ def test_any_checkpoint_can_be_loaded(run):
 def test_the_parameters_are_those_of_the_checkpoint(run, model, cache_dir):
     _, state, step = evaluate.restored(make_tiny_config(cache_dir), run, "best")
     assert step == model.step
-    jax.tree.map(np.testing.assert_array_equal, model._variables, {"params": state.params, "batch_stats": state.batch_stats})
+    jax.tree.map(
+        np.testing.assert_array_equal, model._variables, {"params": state.params, "batch_stats": state.batch_stats}
+    )
 
 
 @pytest.mark.parametrize(
