@@ -20,6 +20,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config 
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or go on training), or evaluate a checkpoint.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Checkpoint to evaluate: best, latest or a step.")
 FLIP = flags.DEFINE_bool("flip", False, "Evaluate the average of each image's and its mirror's logits.")
+FIT_TEMPERATURE = flags.DEFINE_bool(
+    "fit-temperature", False, "Evaluate with, and keep, the temperature that calibrates the validation split."
+)
 MAX_SECONDS = flags.DEFINE_float(
     "max-seconds", None, "Stop training after this many seconds, saved and with exit code 124.", lower_bound=0.0
 )
@@ -44,8 +47,8 @@ def main(config: ConfigDict) -> None:
     profile = None if PROFILE.value is None else Profile(PROFILE.value)
     if profile and MODE.value == "eval":
         raise UserError("--profile traces steps of training: leave it out, or --mode eval")
-    if FLIP.value and MODE.value == "train":
-        raise UserError("--flip is of evaluation: leave it out, or give --mode eval")
+    if (FLIP.value or FIT_TEMPERATURE.value) and MODE.value == "train":
+        raise UserError("--flip and --fit-temperature are of evaluation: leave them out, or give --mode eval")
     try:  # only now that the config is checked, for importing JAX takes seconds
         from resnet_jax import cluster, evaluate, preemption, train
     except (ImportError, ValueError) as error:
@@ -56,7 +59,7 @@ def main(config: ConfigDict) -> None:
     try:
         with cluster.all_end_with_this():
             if MODE.value == "eval":
-                evaluate.run(config, directory, CHECKPOINT.value, FLIP.value)
+                evaluate.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
             else:
                 train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
     except preemption.Interrupted as stop:

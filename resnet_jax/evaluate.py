@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_jax import datasets, input_pipeline, setup, steps, train_state, workdir
+from resnet_jax import calibration, datasets, input_pipeline, setup, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 
@@ -35,25 +35,27 @@ def evaluate(
         before_batch: called before each batch, when the one before is done; what it raises ends the evaluation.
 
     Returns:
-        {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label}.
+        {"loss": float, "accuracy": float in 0..1, "confusion": int64 [num_classes, num_classes], row the label, "logits":
+        float32 [N, num_classes]}.
     """
     batch_size = -(-min(batch_size, len(split.labels)) // mesh.size) * mesh.size
     batches = input_pipeline.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
-    results: list[steps.EvalMetrics] = []
+    results: list[tuple[steps.EvalMetrics, jax.Array]] = []
     for batch in batches:
         on_devices = steps.shard_batch(batch, mesh)
         jax.block_until_ready(results[-1:])
         before_batch()
         results.append(eval_step(state, on_devices))
-    results = jax.device_get(results)
-    confusion = np.sum([r.confusion.counts for r in results], axis=0, dtype=np.int64)
+    metrics, logits = zip(*jax.device_get(results), strict=True)
+    confusion = np.sum([m.confusion.counts for m in metrics], axis=0, dtype=np.int64)
     seen = int(confusion.sum())
     if seen != len(split.labels):
         raise RuntimeError(f"evaluated {seen} images of {len(split.labels)}")
     return {
-        "loss": float(np.sum([r.loss.total for r in results], dtype=np.float64)) / seen,
+        "loss": float(np.sum([m.loss.total for m in metrics], dtype=np.float64)) / seen,
         "accuracy": int(np.trace(confusion)) / seen,
         "confusion": confusion,
+        "logits": np.concatenate(logits)[:seen],
     }
 
 
@@ -81,17 +83,25 @@ def restored(config: ConfigDict, directory: Path, which: str) -> tuple[setup.Set
     return run_setup, state, step
 
 
-def run(config: ConfigDict, directory: Path, which: str, flip: bool = False) -> dict[str, Any]:
-    """Restore a checkpoint, evaluate it on validation and test, print the report and write `eval.json`.
+def run(
+    config: ConfigDict, directory: Path, which: str, flip: bool = False, fit_temperature: bool = False
+) -> dict[str, Any]:
+    """Restore a checkpoint, evaluate it on validation and test, print the report, write `eval.json` and `reliability.png`.
 
-    Args and errors are those of `restored`; `flip` averages the logits of each image and its mirror.
+    Args and errors are those of `restored`, and:
+        flip: average the logits of each image and its mirror.
+        fit_temperature: on the validation split, and keep it in `temperature.json` for `inference.load`.
 
     Returns:
         What `eval.json` holds.
     """
+    if fit_temperature and not config.data.validation_ratio:
+        raise UserError(
+            "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
+        )
     run_setup, state, step = restored(config, directory, which)
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
-    report = {
+    report: dict[str, Any] = {
         "checkpoint": which,
         "checkpoint_step": step,
         "flip": flip,
@@ -99,21 +109,49 @@ def run(config: ConfigDict, directory: Path, which: str, flip: bool = False) -> 
         "environment": workdir.environment(),
     }
     names = run_setup.dataset.class_names
+    temperature = None
     for name, split in (("validation", run_setup.validation), ("test", run_setup.dataset.test)):
         if len(split.labels):
             result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
-            per_class = np.diag(result["confusion"]) / np.maximum(result["confusion"].sum(axis=1), 1)
-            report[name] = {
-                "loss": result["loss"],
-                "accuracy": result["accuracy"],
-                "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
-                "confusion": result["confusion"].tolist(),
-            }
+            if name == "validation" and fit_temperature:
+                temperature = calibration.fit_temperature(result["logits"], split.labels)
+            report[name] = _describe(result, split.labels, names, temperature)
     if jax.process_index() == 0:
         print(_as_text(report, names))
         workdir.write_json(directory / "eval.json", report)
+        test = report["test"]
+        curves = {"as it is": test["calibration"]}
+        if temperature is not None:
+            curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
+            kept = {"temperature": temperature, "checkpoint_step": step}
+            workdir.write_json(directory / workdir.TEMPERATURE, kept)
+        from resnet_jax import figures  # only here, for Matplotlib takes a second that training would wait for
+
+        figures.save(partial(figures.draw_reliability, curves), directory / "reliability.png", "light", "white")
         print(f"written to {directory / 'eval.json'}")
     return report
+
+
+def _describe(
+    result: dict[str, Any], labels: np.ndarray, names: tuple[str, ...], temperature: float | None
+) -> dict[str, Any]:
+    """What the report says of a split: what `evaluate` found, by class, and how well its probabilities are meant."""
+    per_class = np.diag(result["confusion"]) / np.maximum(result["confusion"].sum(axis=1), 1)
+    described = {
+        "loss": result["loss"],
+        "accuracy": result["accuracy"],
+        "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
+        "confusion": result["confusion"].tolist(),
+        "calibration": calibration.describe(result["logits"], labels),
+    }
+    if temperature is not None:
+        logits = result["logits"] / temperature
+        described["calibrated"] = {
+            "temperature": temperature,
+            "loss": calibration.negative_log_likelihood(logits, labels),
+            "calibration": calibration.describe(logits, labels),
+        }
+    return described
 
 
 def _reading(directory: Path) -> "closing[Checkpoints]":
@@ -127,7 +165,16 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
     lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}{mirrored}"]
     for split in ("validation", "test"):
         if split in report:
-            lines.append(f"{split:<10}  loss {report[split]['loss']:.4f}  accuracy {report[split]['accuracy']:.2%}")
+            of_split = report[split]
+            error = of_split["calibration"]["expected_calibration_error"]
+            lines.append(
+                f"{split:<10}  loss {of_split['loss']:.4f}  accuracy {of_split['accuracy']:.2%}  calibration error {error:.2%}"
+            )
+            if at := of_split.get("calibrated"):
+                error = at["calibration"]["expected_calibration_error"]
+                lines.append(
+                    f"{'':<10}  at temperature {at['temperature']:.3f}: loss {at['loss']:.4f}  calibration error {error:.2%}"
+                )
     width = max(map(len, names))
     cell = max(len(str(n)) for row in report["test"]["confusion"] for n in row) + 1
     matrix = len(names) <= 20

@@ -1,7 +1,7 @@
 """The report's figures, drawn from summaries of runs; runs that differ in their seed alone are drawn as one group."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,6 +250,25 @@ def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
         axes.text(9.75, -i, f"{stage['num_params']:,}", va="center", ha="right")
     axes.set(xlim=(-0.1, 10.1), ylim=(-len(stages) + 0.5, 0.5))
     axes.axis("off")
+    return figure
+
+
+def draw_reliability(curves: Mapping[str, dict[str, Any]]) -> Figure:
+    """Accuracy by confidence, a curve for each of what `calibration.describe` gives, by name; a calibrated network's is the diagonal."""
+    figure, axes = new_axes("Reliability on the test split")
+    axes.plot([0, 1], [0, 1], ":", color=COLOURS[7])
+    for (name, found), colour in zip(curves.items(), COLOURS, strict=False):
+        label = f"{name}, error {100 * found['expected_calibration_error']:.2f} %"
+        axes.plot(
+            [b["confidence"] for b in found["bins"]],
+            [b["accuracy"] for b in found["bins"]],
+            "o-",
+            color=colour,
+            label=label,
+        )
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.25)
+    add_legend(figure, axes)
     return figure
 
 

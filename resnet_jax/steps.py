@@ -177,8 +177,10 @@ def eval_logits(
     return (logits + apply(variables, x[:, :, ::-1], train=False)) / 2 if flip else logits
 
 
-def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False) -> EvalMetrics:
-    """The metrics of one batch, with the running statistics of batch norm.
+def eval_step(
+    state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False
+) -> tuple[EvalMetrics, jax.Array]:
+    """The metrics and the logits [B, num_classes] of one batch, with the running statistics of batch norm.
 
     Args:
         state: reads `params` and `batch_stats`.
@@ -189,9 +191,10 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = eval_logits(state.apply_fn, variables, batch["images"], config.data, flip)
-    return EvalMetrics.single_from_model_output(
+    metrics = EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, batch["labels"]), logits=logits, labels=batch["labels"], mask=batch["mask"]
     )
+    return metrics, logits
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
@@ -231,7 +234,9 @@ def jit_train_steps(
     )
 
 
-def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> Callable[[TrainState, Batch], EvalMetrics]:
+def jit_eval_step(
+    config: ConfigDict, mesh: Mesh, flip: bool = False
+) -> Callable[[TrainState, Batch], tuple[EvalMetrics, jax.Array]]:
     """`eval_step` compiled for a mesh: state replicated, batch sharded."""
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     return jax.jit(

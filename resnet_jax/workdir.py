@@ -44,6 +44,7 @@ _PACKAGES = [
     "tensorflow-datasets",
 ]
 
+TEMPERATURE = "temperature.json"  # of one of a run's checkpoints, as `--mode eval --fit-temperature` leaves it
 INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from a file's weights
 
 

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 import scipy
+from PIL import Image
 
-from resnet_jax import evaluate, steps, train
+from resnet_jax import evaluate, inference, steps, train
 from resnet_jax.errors import UserError
 
 
@@ -85,3 +86,30 @@ def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     assert report["test"]["accuracy"] == (logits.argmax(axis=1) == test.labels).mean()
     losses = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(logits)), test.labels]
     assert report["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
+    directory, _, config = finished
+    report = evaluate.run(config, directory, "best", fit_temperature=True)
+    assert f"at temperature {report['test']['calibrated']['temperature']:.3f}" in capsys.readouterr().out
+    validation = report["validation"]
+    assert validation["calibrated"]["loss"] < validation["loss"]
+    model = inference.load(directory)
+    assert model.temperature == report["test"]["calibrated"]["temperature"] != 1
+    setup, _, _ = evaluate.restored(config, directory, "best")
+    test = setup.dataset.test
+    probabilities = model.predict(test.images).probabilities
+    losses = -np.log(probabilities[np.arange(len(test.labels)), test.labels])
+    assert losses.mean() == pytest.approx(report["test"]["calibrated"]["loss"], rel=1e-4)
+    with Image.open(directory / "reliability.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 50  # something is drawn
+    others = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
+    others.remove(model.step)
+    assert [inference.load(directory, step).temperature for step in others] == [1.0] * len(others)  # it is of one alone
+
+
+def test_without_a_validation_split_no_temperature_is_fitted(finished):
+    directory, _, config = finished
+    config.data.validation_ratio = 0.0
+    with pytest.raises(UserError, match="--fit-temperature needs a validation split"):
+        evaluate.run(config, directory, "best", fit_temperature=True)

@@ -54,6 +54,7 @@ MISTAKES = {
     "a profile from no step": ([FINAL, "--profile=0:3"], ["--profile '0:3' must be START:COUNT"]),
     "a profile of one number": ([FINAL, "--profile=3"], ["--profile '3' must be START:COUNT"]),
     "flipping while training": ([FINAL, "--flip"], ["--flip", "--mode eval"]),
+    "a temperature while training": ([FINAL, "--fit-temperature"], ["--fit-temperature", "--mode eval"]),
     "a profile of an evaluation": ([FINAL, "--mode=eval", "--profile=3:2"], ["--profile", "--mode eval"]),
     "workdir without a value": ([FINAL, "--workdir"], ["Missing value", "--workdir"]),
 }

@@ -122,7 +122,7 @@ def test_evaluation_counts_what_the_mask_keeps_and_nothing_else(tiny_config):
     state = make_state(tiny_config, mesh)
     mask = np.arange(16) < 11
     evaluate = steps.jit_eval_step(tiny_config, mesh)
-    masked = evaluate(state, steps.shard_batch(random_batch(16, mask=mask), mesh))
+    masked, _ = evaluate(state, steps.shard_batch(random_batch(16, mask=mask), mesh))
     batch = random_batch(16)
     logits = state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats},
@@ -150,7 +150,7 @@ def test_label_smoothing_reaches_the_training_loss_and_not_evaluation(tiny_confi
         _, metrics = jax.jit(functools.partial(steps.train_step, config=tiny_config.copy_and_resolve_references()))(
             state, batch
         )
-        evaluated = jax.jit(functools.partial(steps.eval_step, config=tiny_config))(state, batch)
+        evaluated, _ = jax.jit(functools.partial(steps.eval_step, config=tiny_config))(state, batch)
         results.append((float(metrics.compute()["loss"]), float(evaluated.compute()["loss"])))
     (plain, plain_eval), (smooth, smooth_eval) = results
     assert plain != smooth

@@ -1,0 +1,54 @@
+"""How well probabilities are meant: the expected calibration error of a network, and the temperature that lowers it.
+
+Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599.
+"""
+
+from typing import Any
+
+import numpy as np
+from scipy import optimize, special
+
+_BINS = 15  # as in the paper
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over examples: logits [N, num_classes], labels int [N]."""
+    log_probabilities = special.log_softmax(logits.astype(np.float64), axis=1)
+    return -float(log_probabilities[np.arange(len(labels)), labels].mean())
+
+
+def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The calibration of a network on a split, by the probability of its prediction, in 15 bins of equal width.
+
+    Args:
+        logits: float32 [N, num_classes].
+        labels: int [N].
+
+    Returns:
+        {"expected_calibration_error": mean distance of accuracy and confidence (the paper's equation 3), "bins": [{"low",
+        "high", "count", "confidence": mean, "accuracy"}], without the empty ones}.
+    """
+    probabilities = special.softmax(logits.astype(np.float64), axis=1)
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bin_of = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # a bin has its upper end
+    bins = [
+        {
+            "low": i / _BINS,
+            "high": (i + 1) / _BINS,
+            "count": int((bin_of == i).sum()),
+            "confidence": float(confidence[bin_of == i].mean()),
+            "accuracy": float(correct[bin_of == i].mean()),
+        }
+        for i in np.unique(bin_of).tolist()
+    ]
+    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(labels)
+    return {"expected_calibration_error": error, "bins": bins}
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The number by which logits are best divided: that of least negative log-likelihood (section 4.2), in 0.05..20."""
+    limits = np.log((0.05, 20.0))
+    found = optimize.minimize_scalar(
+        lambda log: negative_log_likelihood(logits / np.exp(log), labels), bounds=limits, method="bounded"
+    )
+    return float(np.exp(found.x))
