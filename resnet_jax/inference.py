@@ -4,9 +4,11 @@ It takes a run's folder alone: no data set and no TensorFlow.
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +49,7 @@ class Model:
         image_shape: (H, W, 3) of the images it was trained on.
         state: its `params` and `batch_stats` are used.
         step: of its checkpoint.
-        temperature: by which logits are divided before they become probabilities; 1.0 leaves them as they are.
+        temperatures: by which logits are divided before they become probabilities, for `flip` False and True; 1.0 if not given.
 
     Attributes are those of the same names.
     """
@@ -59,10 +61,10 @@ class Model:
         image_shape: tuple[int, int, int],
         state: train_state.TrainState,
         step: int,
-        temperature: float = 1.0,
+        temperatures: Mapping[bool, float] = MappingProxyType({}),
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
-        self.step, self.temperature = step, temperature
+        self.step, self.temperatures = step, temperatures
         self._variables = {"params": state.params, "batch_stats": state.batch_stats}
         self._logits = jax.jit(partial(steps.eval_logits, state.apply_fn, data=config.data), static_argnames="flip")
 
@@ -79,7 +81,9 @@ class Model:
             ValueError: where they are no such images.
         """
         batch = as_batch(images, self.image_shape)
-        probabilities = scipy.special.softmax(self.logits(batch, flip) / np.float32(self.temperature), axis=1)
+        probabilities = scipy.special.softmax(
+            self.logits(batch, flip) / np.float32(self.temperatures.get(flip, 1.0)), axis=1
+        )
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
@@ -157,13 +161,5 @@ def load(run: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
         # The schedule is part of the optimizer, and of no use here: any number of steps an epoch will do.
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
-    return Model(config, tuple(meta["class_names"]), image_shape, state, step, _temperature(directory, step))
-
-
-def _temperature(directory: Path, step: int) -> float:
-    """What `--mode eval --fit-temperature` kept for a checkpoint; 1.0 where it kept none."""
-    path = directory / workdir.TEMPERATURE
-    if not path.exists():
-        return 1.0
-    kept = workdir.read_json(path, ("temperature", "checkpoint_step"), "fit it again, or remove it")
-    return float(kept["temperature"]) if kept["checkpoint_step"] == step else 1.0
+    kept = workdir.temperatures(directory, step)
+    return Model(config, tuple(meta["class_names"]), image_shape, state, step, kept)

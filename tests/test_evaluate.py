@@ -5,7 +5,7 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import evaluate, inference, steps, train
+from resnet_jax import evaluate, inference, steps, train, workdir
 from resnet_jax.errors import UserError
 
 
@@ -94,18 +94,24 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     assert f"at temperature {report['test']['calibrated']['temperature']:.3f}" in capsys.readouterr().out
     validation = report["validation"]
     assert validation["calibrated"]["loss"] < validation["loss"]
+    flipped = evaluate.run(config, directory, "best", flip=True, fit_temperature=True)
     model = inference.load(directory)
-    assert model.temperature == report["test"]["calibrated"]["temperature"] != 1
+    temperatures = [r["test"]["calibrated"]["temperature"] for r in (report, flipped)]
+    assert model.temperatures == dict(zip((False, True), temperatures, strict=True))
+    assert 1.0 not in temperatures
     setup, _, _ = evaluate.restored(config, directory, "best")
     test = setup.dataset.test
-    probabilities = model.predict(test.images).probabilities
-    losses = -np.log(probabilities[np.arange(len(test.labels)), test.labels])
-    assert losses.mean() == pytest.approx(report["test"]["calibrated"]["loss"], rel=1e-4)
+    for flip, of in ((False, report), (True, flipped)):
+        probabilities = model.predict(test.images, flip=flip).probabilities
+        losses = -np.log(probabilities[np.arange(len(test.labels)), test.labels])
+        assert losses.mean() == pytest.approx(of["test"]["calibrated"]["loss"], rel=1e-4)
     with Image.open(directory / "reliability.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 50  # something is drawn
     others = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
     others.remove(model.step)
-    assert [inference.load(directory, step).temperature for step in others] == [1.0] * len(others)  # it is of one alone
+    assert [inference.load(directory, step).temperatures for step in others] == [{}] * len(
+        others
+    )  # they are of one alone
 
 
 def test_without_a_validation_split_no_temperature_is_fitted(finished):
@@ -113,3 +119,10 @@ def test_without_a_validation_split_no_temperature_is_fitted(finished):
     config.data.validation_ratio = 0.0
     with pytest.raises(UserError, match="--fit-temperature needs a validation split"):
         evaluate.run(config, directory, "best", fit_temperature=True)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])
+def test_a_damaged_temperature_is_refused(tmp_path, content):
+    (tmp_path / "temperature.json").write_text(content)
+    with pytest.raises(UserError, match="fit it again, or remove it"):
+        workdir.temperatures(tmp_path, 41)

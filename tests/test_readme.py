@@ -36,7 +36,27 @@ def confirmed(result):
     )
 
 
+def flipped(_):
+    """Means over the three seeds."""
+
+    def mean(suffix, *keys):
+        found = []
+        for seed in (1, 2, 3):
+            value = result(f"eval-found-{seed}{suffix}.json")["test"]
+            for key in keys:
+                value = value[key]
+            found.append(value)
+        return np.mean(found)
+
+    error = ("calibration", "expected_calibration_error")
+    return (
+        f"test accuracy {mean('', 'accuracy'):.2%}, with `--flip` {mean('-flip', 'accuracy'):.2%}; expected calibration error "
+        f"{mean('', *error):.2%}, at the fitted temperature {mean('', 'calibrated', *error):.2%}"
+    )
+
+
 CELLS = {
+    "eval-found-1.json": flipped,
     "search-cpu.json": confirmed,
     "quickstart-cpu.json": lambda r: f"{r['test_accuracy']:.2%} test accuracy in {r['seconds']:.0f} s",
     "final-321-steps-cpu.json": lambda r: (
