@@ -3,12 +3,17 @@
 Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import optimize, special
 
+from resnet_jax import workdir
+from resnet_jax.errors import UserError
+
 _BINS = 15  # as in the paper
+_FLIP = {False: "plain", True: "flip"}
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -52,3 +57,29 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         lambda log: negative_log_likelihood(logits / np.exp(log), labels), bounds=limits, method="bounded"
     )
     return float(np.exp(found.x))
+
+
+def temperatures(directory: Path, step: int) -> dict[bool, float]:
+    """The temperatures that `--mode eval --fit-temperature` kept for a checkpoint, without and with `--flip`.
+
+    Raises:
+        UserError: where the file that keeps them is damaged.
+    """
+    path = directory / "temperature.json"
+    if not path.exists():
+        return {}
+    hint = "fit it again, or remove it"
+    kept = workdir.read_json(path, ("checkpoint_step", "temperature"), hint)
+    if kept["checkpoint_step"] != step:
+        return {}
+    try:
+        return {flip: float(kept["temperature"][name]) for flip, name in _FLIP.items() if name in kept["temperature"]}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): {hint}") from error
+
+
+def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
+    """Keep a temperature, in place of those of any other checkpoint."""
+    kept = temperatures(directory, step) | {flip: temperature}
+    named = {_FLIP[f]: value for f, value in kept.items()}
+    workdir.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": named})

@@ -123,7 +123,7 @@ def run(
         curves = {"as it is": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
-            workdir.keep_temperature(directory, step, flip, temperature)
+            calibration.keep_temperature(directory, step, flip, temperature)
         from resnet_jax import figures  # only here, for Matplotlib takes a second that training would wait for
 
         figures.save(partial(figures.draw_reliability, curves), directory / "reliability.png", "light", "white")

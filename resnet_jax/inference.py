@@ -18,8 +18,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
+from resnet_jax import calibration, sources, steps, train_state, workdir
 from resnet_jax import config as config_lib
-from resnet_jax import sources, steps, train_state, workdir
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 
@@ -161,5 +161,5 @@ def load(run: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
         # The schedule is part of the optimizer, and of no use here: any number of steps an epoch will do.
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
-    kept = workdir.temperatures(directory, step)
+    kept = calibration.temperatures(directory, step)
     return Model(config, tuple(meta["class_names"]), image_shape, state, step, kept)

@@ -44,7 +44,6 @@ _PACKAGES = [
     "tensorflow-datasets",
 ]
 
-_FLIP = {False: "plain", True: "flip"}
 INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from a file's weights
 
 
@@ -238,32 +237,6 @@ def initial_weights(directory: Path) -> dict[str, Any] | None:
     """The file that a run's weights came from, with its SHA-256; None where they were drawn from the seed."""
     path = directory / INITIAL_WEIGHTS
     return read_json(path) if path.exists() else None
-
-
-def temperatures(directory: Path, step: int) -> dict[bool, float]:
-    """The temperatures that `--mode eval --fit-temperature` kept for a checkpoint, without and with `--flip`.
-
-    Raises:
-        UserError: where the file that keeps them is damaged.
-    """
-    path = directory / "temperature.json"
-    if not path.exists():
-        return {}
-    hint = "fit it again, or remove it"
-    kept = read_json(path, ("checkpoint_step", "temperature"), hint)
-    if kept["checkpoint_step"] != step:
-        return {}
-    try:
-        return {flip: float(kept["temperature"][name]) for flip, name in _FLIP.items() if name in kept["temperature"]}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({error}): {hint}") from error
-
-
-def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
-    """Keep a temperature, in place of those of any other checkpoint."""
-    kept = temperatures(directory, step) | {flip: temperature}
-    named = {_FLIP[f]: value for f, value in kept.items()}
-    write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": named})
 
 
 def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any]:

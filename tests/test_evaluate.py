@@ -5,7 +5,7 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import evaluate, inference, steps, train, workdir
+from resnet_jax import calibration, evaluate, inference, steps, train
 from resnet_jax.errors import UserError
 
 
@@ -125,4 +125,4 @@ def test_without_a_validation_split_no_temperature_is_fitted(finished):
 def test_a_damaged_temperature_is_refused(tmp_path, content):
     (tmp_path / "temperature.json").write_text(content)
     with pytest.raises(UserError, match="fit it again, or remove it"):
-        workdir.temperatures(tmp_path, 41)
+        calibration.temperatures(tmp_path, 41)
