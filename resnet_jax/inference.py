@@ -3,6 +3,7 @@
 It takes a run's folder alone: no data set and no TensorFlow.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import closing
@@ -15,10 +16,12 @@ import jax
 import numpy as np
 import scipy.special
 from absl import logging
+from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
-from resnet_jax import calibration, sources, steps, train_state, workdir
+from resnet_jax import calibration, models, sources, steps, train_state, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
@@ -41,13 +44,13 @@ class Predictions(NamedTuple):
 
 
 class Model:
-    """A trained network, its parameters on the first device.
+    """A trained network.
 
     Args:
         config: of its run.
         class_names: of its output, in order.
         image_shape: (H, W, 3) of the images it was trained on.
-        state: its `params` and `batch_stats` are used.
+        variables: {"params", "batch_stats"}, on the first device.
         step: of its checkpoint.
         temperatures: by which logits are divided before they become probabilities, for `flip` False and True; 1.0 if not given.
 
@@ -59,14 +62,14 @@ class Model:
         config: ConfigDict,
         class_names: tuple[str, ...],
         image_shape: tuple[int, int, int],
-        state: train_state.TrainState,
+        variables: Any,
         step: int,
         temperatures: Mapping[bool, float] = MappingProxyType({}),
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
-        self.step, self.temperatures = step, temperatures
-        self._variables = {"params": state.params, "batch_stats": state.batch_stats}
-        self._logits = jax.jit(partial(steps.eval_logits, state.apply_fn, data=config.data), static_argnames="flip")
+        self.variables, self.step, self.temperatures = variables, step, temperatures
+        apply = models.from_config(config.model, len(class_names), train_state.make_mesh(1)).apply
+        self._logits = jax.jit(partial(steps.eval_logits, apply, data=config.data), static_argnames="flip")
 
     def predict(self, images: Any, flip: bool = False) -> Predictions:
         """Class probabilities of images.
@@ -95,7 +98,7 @@ class Model:
             part = images[start : start + _LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
-            found.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
+            found.append(np.asarray(self._logits(self.variables, padded, flip=flip))[: len(part)])
         return np.concatenate(found)
 
 
@@ -135,17 +138,21 @@ def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     )
 
 
-def load(run: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
+def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
     """The network of a run.
 
     Args:
-        run: its workdir.
-        checkpoint: "best" by validation accuracy, "latest", or a step.
+        source: the run's workdir, or a `.safetensors` that `resnet_jax.export` wrote.
+        checkpoint: of a workdir: "best" by validation accuracy, "latest", or a step.
 
     Raises:
-        UserError: where there is no such run or checkpoint, or it cannot be read.
+        UserError: where there is no such run, checkpoint or file, or it cannot be read.
     """
-    directory = Path(run).expanduser()
+    path = Path(source).expanduser()
+    return _load_file(path) if path.suffix == ".safetensors" else _load_run(path, checkpoint)
+
+
+def _load_run(directory: Path, checkpoint: str | int) -> Model:
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} holds no run with checkpoints: give the workdir of one")
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
@@ -161,5 +168,28 @@ def load(run: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
         # The schedule is part of the optimizer, and of no use here: any number of steps an epoch will do.
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     kept = calibration.temperatures(directory, step)
-    return Model(config, tuple(meta["class_names"]), image_shape, state, step, kept)
+    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, kept)
+
+
+def _load_file(path: Path) -> Model:
+    try:
+        with safe_open(path, "numpy") as file:
+            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        config, names, shape = (
+            config_lib.from_json(meta["config"]),
+            tuple(meta["class_names"]),
+            tuple(meta["image_shape"]),
+        )
+        model = models.from_config(config.model, len(names), train_state.make_mesh(1))
+        image = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
+        variables = traverse_util.unflatten_dict(flat, sep="/")
+        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
+            raise ValueError("its weights are not those of its config")
+        temperatures = {False: float(meta["temperature"])}
+        return Model(config, names, shape, jax.device_put(variables), int(meta["checkpoint_step"]), temperatures)
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): give what python -m resnet_jax.export wrote") from error

@@ -141,7 +141,7 @@ def test_the_parameters_are_those_of_the_checkpoint(run, model, cache_dir):
     _, state, step = evaluate.restored(make_tiny_config(cache_dir), run, "best")
     assert step == model.step
     jax.tree.map(
-        np.testing.assert_array_equal, model._variables, {"params": state.params, "batch_stats": state.batch_stats}
+        np.testing.assert_array_equal, model.variables, {"params": state.params, "batch_stats": state.batch_stats}
     )
 
 

@@ -1,0 +1,167 @@
+"""A trained network as one file: for JAX anywhere, for ONNX runtimes, or its weights alone.
+
+    python -m resnet_jax.export runs/final --format stablehlo|onnx|safetensors [--output FILE]
+
+stablehlo     the program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
+onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
+safetensors   the weights, with the config in the metadata (`resnet_jax.load` takes it)
+
+The first two take images uint8 [N, H, W, 3] in 0..255 and give logits float32 [N, classes]. Each is read back and compared
+with the network on images that it has not seen before the file gets its name.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resnet_jax.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from resnet_jax.inference import Model
+
+Run = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, 3] -> logits float32 [N, num_classes]
+
+_TOLERANCE = 1e-4  # of the largest logit: float32, whose sums each runtime orders as it likes
+_CHECKED_ON = (1, 2, 17)  # numbers of images
+
+
+def metadata(model: "Model") -> dict[str, str]:
+    """What a file says of its network, each value as JSON."""
+    from resnet_jax import config as config_lib
+
+    values = {
+        "config": config_lib.to_json(model.config),
+        "class_names": list(model.class_names),
+        "image_shape": list(model.image_shape),
+        "checkpoint_step": model.step,
+        "temperature": model.temperatures.get(False, 1.0),
+        "resnet_jax": importlib.metadata.version("resnet_jax"),
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def write_safetensors(model: "Model", path: Path) -> Run:
+    """Write the variables, named by their paths ("params/stem_conv/kernel"), and read them back."""
+    from flax import traverse_util
+    from safetensors.numpy import save_file
+
+    from resnet_jax import inference
+
+    flat = traverse_util.flatten_dict(model.variables, sep="/")
+    save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, path, metadata(model))
+    return inference.load(path).logits
+
+
+def write_stablehlo(model: "Model", path: Path) -> Run:
+    """Write the program that `jax.export` makes of the network, with any number of images, and read it back."""
+    import jax
+    from jax import export
+
+    from resnet_jax import models, steps, train_state
+
+    plain = models.from_config(model.config.model, len(model.class_names), train_state.make_mesh(1)).copy(
+        conv_general_dilated=jax.lax.conv_general_dilated  # what another device would compute otherwise
+    )
+    variables = jax.device_get(model.variables)
+
+    def logits(images: jax.Array) -> jax.Array:
+        return steps.eval_logits(plain.apply, variables, images, model.config.data)
+
+    (n,) = export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
+    path.write_bytes(export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize())
+    program = export.deserialize(bytearray(path.read_bytes()))
+    return lambda images: np.asarray(program.call(images))
+
+
+def write_onnx(model: "Model", path: Path, fold: bool = False) -> Run:
+    """Write the network as an ONNX graph, and read it back; `fold` puts batch norm into the convolutions."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("--format onnx needs onnx and onnxruntime: pip install -e '.[onnx]'") from error
+    from resnet_jax import onnx_graph
+
+    graph = onnx_graph.build(model, fold)
+    onnx.helper.set_model_props(graph, metadata(model))
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
+
+
+WRITERS: dict[str, Callable[..., Run]] = {
+    "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+    "safetensors": write_safetensors,
+}
+
+
+def largest_difference(model: "Model", run: Run) -> float:
+    """Between the logits of a network and of what was written, on images of noise, in shares of the largest logit."""
+    rng = np.random.default_rng()  # fresh ones each time
+    found = []
+    for count in _CHECKED_ON:
+        images = rng.integers(0, 256, (count, *model.image_shape), np.uint8)
+        expected = model.logits(images)
+        found.append(np.abs(run(images) - expected).max() / np.abs(expected).max())
+    return float(max(found))
+
+
+def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
+    """Write a file, all or nothing, and return the largest difference that it makes.
+
+    Raises:
+        UserError: where it cannot be written.
+        RuntimeError: where it does not compute what the network does; then there is no file.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
+            new = Path(scratch) / path.name
+            difference = largest_difference(model, WRITERS[kind](model, new, **settings))
+            if not difference <= _TOLERANCE:
+                raise RuntimeError(f"{kind} differs by {difference:.1e} of the largest logit: it was not written")
+            os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another place") from error
+    return difference
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="of the file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--fold-batch-norm", action="store_true", help="into the convolutions, of onnx")
+    arguments = parser.parse_args(argv)
+    path = arguments.output or arguments.run / f"model.{arguments.format}"
+    with exit_on_user_error():
+        if path.suffix != f".{arguments.format}":
+            raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
+        if arguments.fold_batch_norm and arguments.format != "onnx":
+            raise UserError("--fold-batch-norm is of --format onnx: leave it out")
+        from resnet_jax import inference  # only now that the arguments are checked, for importing JAX takes seconds
+
+        model = inference.load(arguments.run, arguments.checkpoint)
+        settings = {"fold": True} if arguments.fold_batch_norm else {}
+        difference = write(model, arguments.format, path, **settings)
+        print(
+            f"{path}: {path.stat().st_size / 1e6:.2f} MB, at most {difference:.1e} of the largest logit from the network"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
