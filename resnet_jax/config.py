@@ -146,7 +146,7 @@ SEARCH_FIELDS: dict[str, Field] = {
     "search.block_lists": _lists(0),
     "search.reduction_factor": _integer(2, 100),
     "search.refine_trials": _integer(1, 10_000),
-    "search.width_range": _number("a number >= 1", lambda v: v >= 1),
+    "search.width_range": _number("a number from 1 to 100", lambda v: 1 <= v <= 100),
     "search.width_step": _integer(1, 1024),
     "search.block_range": _integer(0, 100),
     "search.learning_rate": _range("> 0", lambda v: v > 0),
@@ -215,6 +215,8 @@ def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
     if name not in fields:
         section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
         near = difflib.get_close_matches(name, fields, 1)
+        if name in SEARCH_FIELDS:
+            raise UserError(f"config.{name} is of a search: run python -m resnet_jax.search with this config")
         hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"
         raise UserError(f"config.{name} is not a field that this config uses: {hint}")
 

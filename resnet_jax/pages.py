@@ -40,7 +40,7 @@ def check_output(directory: Path) -> None:
     """
     try:
         held = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()
-        page = (directory / "index.html").read_text() if "index.html" in held else ""
+        page = (directory / "index.html").read_text(errors="replace") if "index.html" in held else ""
     except OSError as error:
         raise UserError(f"--output {directory} cannot be read ({error.strerror}): give a new folder") from error
     others = sorted(name for name in held if not re.fullmatch(r"index\.html|figures(/\w+\.(png|svg))?", name))

@@ -31,6 +31,7 @@ def train(
     profile: profiling.Profile | None = None,
     on_validation: Callable[[int, float], None] | None = None,
     test: bool = True,
+    stop_request: preemption.StopRequest | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, the run of a folder, and evaluate its best checkpoint on the test split.
 
@@ -43,6 +44,7 @@ def train(
         on_validation: called with the step and the accuracy of each validation, those of earlier sessions first; what it
             raises ends the session, with all that came before saved.
         test: evaluate on the test split; without it the result's test figures are None.
+        stop_request: of a caller that goes on after this run, and looks at it then; with it, `max_seconds` is not heeded.
 
     Returns:
         What `result.json` holds.
@@ -67,7 +69,7 @@ def train(
         if jax.process_index() == 0:
             print(f"{directory} is complete: {summary}")
         return result
-    stop_request = preemption.StopRequest(None if max_seconds is None else started + max_seconds)
+    stop_request = stop_request or preemption.StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.noted():
         start = setup(config)
         if config.pipeline == "device":

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from configs import final, found, narrow, quickstart, search, sgd
+from configs import final, found_cpu, narrow, quickstart, search, sgd
 from resnet_jax import config as config_lib
 from resnet_jax.config import (
     ALL_FIELDS,
@@ -28,7 +28,7 @@ SHIPPED = {
     "final:smoke": lambda: final.get_config("smoke"),
     "sgd": sgd.get_config,
     "quickstart": quickstart.get_config,
-    "found": found.get_config,
+    "found_cpu": found_cpu.get_config,
     "search": search.get_config,
     "search:cpu": lambda: search.get_config("cpu"),
     "search:smoke": lambda: search.get_config("smoke"),

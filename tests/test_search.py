@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +18,9 @@ from optuna.trial import TrialState
 from configs import final, narrow
 from configs import search as search_config
 from resnet_jax import config as config_lib
-from resnet_jax import cost, errors
+from resnet_jax import cost, errors, preemption
 from resnet_jax.errors import UserError
-from resnet_jax.search import report, space, studies, summary, worker
+from resnet_jax.search import check_folder, report, space, studies, summary, worker
 from resnet_jax.search.locks import JournalLock, lock
 
 SMOKE = ("--config", "configs/search.py:smoke")
@@ -163,7 +164,7 @@ class Pretended:
     def __init__(self, accuracies):
         self.accuracies, self.configs, self.told = accuracies, [], []
 
-    def __call__(self, config, directory, on_validation, test):
+    def __call__(self, config, directory, on_validation, test, stop_request):
         assert not test
         self.configs.append(config)
         accuracies = self.accuracies(config)
@@ -238,16 +239,76 @@ def test_what_is_over_the_budget_is_recorded_and_leaves_no_folder(run, config, t
 
 def test_a_stage_in_which_nothing_is_within_the_budget_ends_in_one_line(run, config):
     config.model.max_params = 10
-    with pytest.raises(UserError, match="grid is done and no trial of it is complete: raise"):
+    with pytest.raises(
+        UserError, match="grid is done and no trial of it is complete: start another --study, with a larger"
+    ):
         run(by_width, "grid")
 
 
 def test_refinement_ends_where_nearly_nothing_is_within_the_budget(run, config, monkeypatch):
     monkeypatch.setattr(worker, "_MOST_INFEASIBLE", 3)
-    config.search.max_gflops = 1e-9
-    with pytest.raises(UserError, match="refine is done"):
+    own = cost.of_model(config.model, 10, (8, 8, 3))
+    monkeypatch.setattr(space, "why_infeasible", lambda config, of: "" if of == own else "another")
+    config.search.refine_trials = 8
+    study = run(by_width, "refine")["refine"]
+    assert len(study.trials) == 24
+    assert len(study.get_trials(states=[TrialState.COMPLETE])) < 8
+
+
+def test_refinement_does_not_start_from_what_is_over_the_budget(run, config):
+    config.model.max_params = 20_000
+    with pytest.raises(
+        UserError, match=r"refine would start from config\.model, which is over the budget \(78,042 parameters"
+    ):
         run(by_width, "refine")
-    assert run.pretended.configs == []
+    found = run(by_width, "grid", "refine")  # nothing stands in the way of
+    assert len(found["refine"].get_trials(states=[TrialState.COMPLETE])) == 3
+
+
+def test_refinement_waits_for_the_grid_that_has_begun(run):
+    failures = iter([ValueError("stop")])
+    with pytest.raises(ValueError, match="stop"):
+        run(lambda c: next(failures), "grid")
+    with pytest.raises(UserError, match="the grid has not ended: go on with --stage=grid first"):
+        run(by_width, "refine")
+    found = run(by_width, "grid", "refine")
+    assert found["refine"].user_attrs["candidates"][0]["model.channel_list"] == [16, 32, 64]
+
+
+def test_what_is_found_after_a_confirmation_is_confirmed_too(run, config):
+    config.model.channel_list = (4, 4, 4)
+    config.search.channel_lists = ((8, 16, 16), (16, 32, 64))
+    first = run(by_width, "confirm")["confirm"]
+    assert [trial.user_attrs["fields"]["model.channel_list"] for trial in first.trials] == [[4, 4, 4]] * 2
+    found = run(by_width, "grid", "refine", "confirm")
+    assert [trial.params for trial in found["confirm"].trials[:2]] == [trial.params for trial in first.trials]
+    assert found["confirm"].trials[0].state == TrialState.COMPLETE
+    page = summary.summarise("s", found)
+    assert page["best"]["model.channel_list"][0] >= 16
+    assert len(page["confirmed"]) == 3
+    assert all(len(entry["accuracies"]) == 2 for entry in page["confirmed"])
+    config.search.refine_trials += 3
+    longer = run(lambda c: [0.01, 0.1, 0.9 if len(run.pretended.configs) == 3 else 0.2], "grid", "refine", "confirm")
+    best = studies.best_first(longer["refine"].trials)[0].user_attrs["fields"]
+    assert space.from_json(best) in [entry["fields"] for entry in summary.summarise("s", longer)["confirmed"]]
+
+
+def test_a_signal_in_a_trial_that_ends_by_itself_ends_the_worker(run):
+    def accuracies(c):
+        signal.raise_signal(signal.SIGTERM)  # which `train` notes, and is done before it looks
+        return [0.1, 0.2, 0.3]
+
+    with pytest.raises(preemption.Interrupted, match="stopped by SIGTERM between trials") as stop:
+        run(accuracies, "grid")
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert len(run.pretended.configs) == 1
+    assert len(run(by_width, "grid")["grid"].trials) == 4
+
+
+def test_any_seed_of_a_config_will_do(run, config):
+    config.seed = 2**32 - 1
+    found = run(by_width, "grid", "refine", "confirm")
+    assert {trial.params["seed"] for trial in found["confirm"].trials} == {0, 1}
 
 
 def test_trials_that_fall_behind_are_pruned_at_their_validations(run, config):
@@ -350,8 +411,16 @@ def test_workers_must_share_one_folder_config_and_data(run, config, tmp_path, mo
 def test_a_folder_takes_one_search_and_keeps_its_runs(run, config, tmp_path):
     run(by_width, "grid")
     before = sorted((tmp_path / "runs").rglob("*"))
-    with pytest.raises(UserError, match=r"--workdir .*/runs holds grid-0000 of another search: give another folder"):
-        run(by_width, "grid", storage=tmp_path / "other.journal")
+    for stage in ("grid", "confirm"):
+        with pytest.raises(
+            UserError, match=r"--workdir .*/runs holds grid-0000 of another search: give another folder"
+        ):
+            run(by_width, stage, storage=tmp_path / "other.journal")
+    (tmp_path / "others" / "refine-0001").mkdir(parents=True)
+    (tmp_path / "others" / "2020-01").mkdir()
+    with pytest.raises(UserError, match="holds refine-0001 of another search"):
+        check_folder(tmp_path / "others")
+    check_folder(tmp_path / "runs")  # a search's own
     assert sorted((tmp_path / "runs").rglob("*")) == before
 
 
@@ -550,16 +619,30 @@ MISTAKES = {
     "a field that is none": ((*SMOKE, "--study=a", "--config.search.refine_trial=3"), "config.search.refine_trials?"),
     "no validation": ((*SMOKE, "--study=a", "--config.data.validation_ratio=0.0"), "set it to 0.1"),
     "another database": ((*SMOKE, "--study=a", "--storage=mysql://x/y"), "postgresql://USER@HOST/DATABASE"),
-    "no server": ((*SMOKE, "--study=a", "--storage=postgresql://u:secret@127.0.0.1:9/x"), "u:***@127.0.0.1:9"),
+    "no server": (
+        (*SMOKE, "--study=a", "--storage=postgresql://u:secret@127.0.0.1:9/x"),
+        "postgresql://127.0.0.1:9/x cannot",
+    ),
     "a file that is no journal": ((*SMOKE, "--study=a", "--storage=README.md"), "--storage README.md cannot be used"),
     "a journal nowhere": ((*SMOKE, "--study=a", "--storage=/proc/x/y"), "--storage /proc/x/y cannot be used"),
     "a folder nowhere": ((*SMOKE, "--study=a", "--workdir=/proc/x", "--storage={tmp}/j"), "/proc/x/.claim"),
     "too many workers": ((*SMOKE, "--study=a", "--storage={tmp}/j", "--workers=999"), "give at most"),
+    "a file for a folder": ((*SMOKE, "--study=a", "--workdir=README.md"), "README.md is not a folder"),
+    "a port that is none": (
+        (*SMOKE, "--study=a", "--storage=postgresql://u:secret@h:x/y"),
+        "postgresql://h:x/y is no URL",
+    ),
+    "a password elsewhere": (
+        (*SMOKE, "--study=a", "--storage=mysql://u:se:cr@secret@h/y?password=secret"),
+        "mysql://h/y:",
+    ),
+    "a device": ((*SMOKE, "--study=a", "--storage=/dev/null"), "--storage /dev/null cannot be used (it is no file)"),
+    "one step": ((*SMOKE, "--study=a", "--workdir={tmp}", "--config.batch_size=100000"), "raise config.num_epochs"),
     "too few rows": ((*SMOKE, "--study=a", "--workdir={tmp}", "--config.log_every_steps=61"), "config.log_every_steps"),
     "a range upside down": ((*SMOKE, "--study=a", "--config.search.learning_rate=(0.1,0.01)"), "lowest and a highest"),
     "lists of other lengths": (
         (*SMOKE, "--study=a", "--workdir={tmp}", "--config.search.channel_lists=((8,16),)"),
-        "config.model.channel_list has 2 entries",
+        "config.search.channel_lists has (8, 16), of 2 stages, and config.model.channel_list has 3",
     ),
 }
 
@@ -575,11 +658,32 @@ def test_a_mistake_is_one_line(tmp_path, mistake):
 
 REPORT_MISTAKES = {
     "no journal": (["--study=s", "--storage=nowhere"], "--storage nowhere is not there"),
-    "another study": (["--study=t", "--storage=study.journal"], "--study t is not in the storage: it has s"),
+    "another study": (["--study=t", "--storage=study.journal"], "--study t has not begun in this storage, which has s"),
+    "no name": (["--study=../s", "--storage=study.journal"], "--study is '../s'"),
+    "another workdir": (["--study=s", "--workdir=runs"], "--storage runs/study.journal is not there"),
+    "a folder that is not there": (
+        ["--study=s", "--storage=study.journal", "--found=no/x.py"],
+        "there is no folder no",
+    ),
+    "a config in the page": (
+        ["--study=s", "--storage=study.journal", "--output=p", "--found=p/x.py"],
+        "is in --output p",
+    ),
+    "a summary on the journal": (
+        ["--study=s", "--storage=study.journal", "--summary=study.journal"],
+        "an earlier summary",
+    ),
+    "a summary on a file": (["--study=s", "--storage=study.journal", "--summary=mine.py"], "an earlier summary"),
+    "an edited config": (["--study=s", "--storage=study.journal", "--found=edited.py"], "or was edited"),
+    "a config of another search": (
+        ["--study=s", "--storage=study.journal", "--found=other.py"],
+        "is of something else",
+    ),
+    "a page that is no text": (["--study=s", "--storage=study.journal", "--output=site"], "something else"),
     "a folder of something else": (["--study=s", "--storage=study.journal", "--output=runs"], "something else"),
     "a config of the user's": (
         ["--study=s", "--storage=study.journal", "--found=mine.py"],
-        "mine.py is a file that no",
+        "mine.py is there, and is of something else",
     ),
     "a summary nowhere": (["--study=s", "--storage=study.journal", "--summary=no/x.json"], "cannot be written"),
 }
@@ -590,6 +694,14 @@ def test_a_mistake_of_the_report_is_one_line_and_writes_nothing(run, tmp_path, m
     run(by_width, "grid")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("mine = 1\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_bytes(b"\xff\xfe")
+    with studies.opened("study.journal", create=False) as opened:
+        found = summary.summarise("s", studies.existing(opened, "s"))
+    written = report.found_config(found, tmp_path / "x.py")
+    (tmp_path / "edited.py").write_text(written.replace("    return config", "    config.seed = 7\n    return config"))
+    (tmp_path / "other.py").write_text(report.found_config(found | {"study": "t"}, tmp_path / "x.py"))
     before = sorted(tmp_path.rglob("*"))
     arguments, words = REPORT_MISTAKES[mistake]
     capsys.readouterr()

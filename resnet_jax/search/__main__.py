@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from resnet_jax import cli
 from resnet_jax.config import SEARCH_FIELDS
 from resnet_jax.errors import UserError
-from resnet_jax.search import STAGES, default_storage, default_workdir
+from resnet_jax.search import STAGES, check_folder, default_storage, default_workdir, is_name
 
 flags.declare_key_flag("config")
 STUDY = flags.DEFINE_string("study", None, "Name of the search; a worker that gives the same joins it.")
@@ -38,20 +37,30 @@ DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the grid with parameters, GF
 def main(config: ConfigDict) -> None:
     """Run what the flags say."""
     name = STUDY.value or ""
-    if not DRY_RUN.value and not re.fullmatch(r"[\w.-]*\w", name):
+    if not DRY_RUN.value and not is_name(name):
         raise UserError(f"--study is {name!r}: give the search a name, of letters, digits, '.', '_' and '-'")
     if not config.data.validation_ratio:
         raise UserError("config.data.validation_ratio is 0: validation accuracy decides a search, so set it to 0.1")
     root = Path(os.path.expanduser(WORKDIR.value or default_workdir(name))).absolute()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--workdir {root} is not a folder: give another")
     where = STORAGE.value or str(default_storage(root))
 
-    from resnet_jax.search import fleet, studies  # only now that the config is checked, for importing takes seconds
+    from resnet_jax.search import (  # only now that the config is checked, for importing takes seconds
+        fleet,
+        space,
+        studies,
+    )
 
+    space.check(config)
     if not DRY_RUN.value:
-        with studies.opened(where, create=True):
-            gpus = fleet.local_gpus() if WORKERS.value != 1 else []
+        gpus = fleet.local_gpus() if WORKERS.value != 1 else []
         count = WORKERS.value or max(1, len(gpus))
+        fleet.check(count, gpus)
+        check_folder(root)
         if count > 1:
+            with studies.opened(where, create=True):
+                pass  # so that what is wrong with it is told once
             command = [sys.executable, "-m", "resnet_jax.search", *sys.argv[1:], "--workers=1"]
             sys.exit(fleet.run(command, count, gpus))
 
@@ -66,7 +75,7 @@ def main(config: ConfigDict) -> None:
         try:
             worker.Worker(config, name, storage, root).run(STAGES if STAGE.value == "all" else (STAGE.value,))
         except preemption.Interrupted as stop:
-            print(f"{stop}; its trial goes on with the next worker", file=sys.stderr)
+            print(f"{stop}; the same command goes on with the search", file=sys.stderr)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             print("stopped by SIGINT between trials: the same command goes on", file=sys.stderr)

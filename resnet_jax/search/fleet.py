@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 from resnet_jax import preemption, timing
@@ -38,8 +39,19 @@ def _share(i: int, count: int, gpus: list[str]) -> Iterator[dict[str, str]]:
         os.sched_setaffinity(0, all_cores)
 
 
+def check(count: int, gpus: list[str]) -> None:
+    """Refuse more workers than there are GPUs, or cores where there is no GPU.
+
+    Raises:
+        UserError: saying how many there are.
+    """
+    there, what = (len(gpus), "GPU") if gpus else (timing.usable_cores(), "core")
+    if count > there:
+        raise UserError(f"--workers={count} needs a {what} for each, and there are {there}: give at most {there}")
+
+
 def run(command: list[str], count: int, gpus: list[str]) -> int:
-    """Run several workers until all have ended; signals are handed on to them.
+    """Run several workers until all have ended; signals are handed on to them, and what they all say is told once.
 
     Args:
         command: that starts one.
@@ -48,13 +60,7 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
 
     Returns:
         The exit code: 0 where all ended well, otherwise the greatest.
-
-    Raises:
-        UserError: where there are fewer GPUs, or cores, than workers.
     """
-    there, what = (len(gpus), "GPU") if gpus else (timing.usable_cores(), "core")
-    if count > there:
-        raise UserError(f"--workers={count} needs a {what} for each, and there are {there}: give at most {there}")
     workers: list[subprocess.Popen[bytes]] = []
 
     def hand_on(signum: int, _: object) -> None:
@@ -69,11 +75,19 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
             with _share(i, count, gpus) as more:
                 # In a group of its own, a worker gets a Ctrl-C once, from here: a second would end it at once.
                 workers.append(subprocess.Popen(command, env=os.environ | more, stderr=errors[i], process_group=0))
-        codes = [worker.wait() for worker in workers]
-        said: dict[str, None] = {}  # what several workers say is told once
-        for file in errors:
-            file.seek(0)
-            said |= dict.fromkeys(file.read().splitlines())
-    for line in said:
-        print(line, file=sys.stderr)
+        said: set[str] = set()
+        running = set(range(count))
+        while running:
+            for i in [i for i in running if workers[i].poll() is not None]:
+                running.discard(i)
+                errors[i].seek(0)
+                lines = errors[i].read().splitlines()
+                if (code := workers[i].returncode) < 0:
+                    lines.append(f"a worker was killed by {signal.Signals(-code).name}: any other takes its trial up")
+                for line in dict.fromkeys(lines):
+                    if line not in said:
+                        print(line, file=sys.stderr, flush=True)
+                said |= set(lines)
+            time.sleep(0.1)
+    codes = [worker.returncode for worker in workers]
     return max(code if code >= 0 else 128 - code for code in codes)

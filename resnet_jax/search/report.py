@@ -6,6 +6,7 @@ DIR/index.html holds all that it shows, DIR/figures each figure as PNG and SVG, 
 """
 
 import argparse
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from resnet_jax import claims, pages, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.pages import Picture
-from resnet_jax.search import default_storage, default_workdir, figures, space, studies
+from resnet_jax.search import default_storage, default_workdir, figures, is_name, space, studies
 from resnet_jax.search.summary import Summary, costs_against, summarise
 
 _MARK = '"""Found by `python -m resnet_jax.search`'  # begins the file of a config that was found
@@ -88,7 +89,7 @@ def found_config(found: Summary, path: Path) -> str:
         *("    " + line for line in _as_python("config", config)),
         "    return config",
     ]
-    return "\n".join(lines) + "\n"
+    return _signed("\n".join(lines) + "\n")
 
 
 def _as_python(name: str, config: ConfigDict) -> list[str]:
@@ -102,13 +103,40 @@ def _as_python(name: str, config: ConfigDict) -> list[str]:
     return lines
 
 
-def _check_found(path: Path) -> None:
-    """Refuse to write over a file that no search wrote."""
+def _signed(text: str) -> str:
+    """A text and its digest in a comment, by which it can be told whether it was edited."""
+    return f"{text}\n\n# {hashlib.sha256(text.encode()).hexdigest()}, of the lines above: an edited file is not written over\n"
+
+
+def _check_found(path: Path, study: str) -> None:
+    """Refuse to write over a file that is not, as it stands, what this was written to for the same search.
+
+    Raises:
+        UserError: where it is there and is something else, or its folder is not there.
+    """
+    hint = "give another with --found"
+    if not path.parent.is_dir():
+        raise UserError(f"--found {path}: there is no folder {path.parent}: make it, or {hint}")
+    if not path.exists():
+        return
     try:
-        if path.exists() and not path.read_text().startswith(_MARK):
-            raise UserError(f"--found {path} is a file that no search wrote: give another")
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--found {path} cannot be read ({error}): give another") from error
+        raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
+    if not text.startswith(f"{_MARK}, study {study}: ") or text != _signed(text.rpartition("\n\n# ")[0]):
+        raise UserError(f"--found {path} is there, and is of something else or was edited: {hint}")
+
+
+def _check_summary(path: Path) -> None:
+    """Refuse to write over a file that is no summary of a search.
+
+    Raises:
+        UserError: where it is there and is something else.
+    """
+    if path.exists():
+        workdir.read_json(
+            path, ("study", "trials", "confirmed"), "--summary writes over an earlier summary alone: give another"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -119,19 +147,28 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
-    parser.add_argument("--storage", metavar="WHERE", help="of the search (default: runs/search/NAME/study.journal)")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="of the search (default: runs/search/NAME)")
+    parser.add_argument("--storage", metavar="WHERE", help="of the search (default: WORKDIR/study.journal)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page (default: report-NAME)")
     parser.add_argument("--found", type=Path, metavar="FILE", default=Path("configs/found.py"), help="config to write")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the search's summary, as JSON, instead")
     arguments = parser.parse_args(argv)
-    output = arguments.output or Path(f"report-{arguments.study}")
-    where = arguments.storage or str(default_storage(default_workdir(arguments.study)))
+    output, name = arguments.output or Path(f"report-{arguments.study}"), arguments.study
+    where = arguments.storage or str(default_storage(arguments.workdir or default_workdir(name)))
     with exit_on_user_error():
-        if not arguments.summary:
+        if not is_name(name):
+            raise UserError(f"--study is {name!r}: give the name of a search")
+        if arguments.summary:
+            _check_summary(arguments.summary)
+        else:
+            if output.absolute() in arguments.found.absolute().parents:
+                raise UserError(
+                    f"--found {arguments.found} is in --output {output}, which the page alone fills: give another"
+                )
             pages.check_output(output)
-            _check_found(arguments.found)
+            _check_found(arguments.found, name)
         with studies.opened(where, create=False) as storage:
-            found = summarise(arguments.study, studies.existing(storage, arguments.study))
+            found = summarise(name, studies.existing(storage, name))
         if arguments.summary:
             workdir.write_json(arguments.summary, found)
             print(arguments.summary)

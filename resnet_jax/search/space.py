@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 
 from resnet_jax import config as config_lib
 from resnet_jax import cost
+from resnet_jax.errors import UserError
 
 Fields = dict[str, Any]  # {"model.block_list": (3, 5, 3, 0)}
 RECIPE = {"optim.learning_rate": "lr", "optim.weight_decay": "wd", "schedule.warmup_epochs": "warm-up"}
@@ -31,6 +32,22 @@ def grid(config: ConfigDict) -> dict[str, list[Any]]:
         "channels": [as_text(values) for values in config.search.channel_lists],
         "blocks": [as_text(values) for values in config.search.block_lists],
     }
+
+
+def check(config: ConfigDict) -> None:
+    """Check what the fields of a search must be together.
+
+    Raises:
+        UserError: where the lists of the grid are not all of one length, that of the config's own network.
+    """
+    stages = len(config.model.channel_list)
+    for field in ("channel_lists", "block_lists"):
+        for values in config.search[field]:
+            if len(values) != stages:
+                raise UserError(
+                    f"config.search.{field} has {values}, of {len(values)} stages, and config.model.channel_list has {stages}: "
+                    "give all the same number"
+                )
 
 
 def grid_points(config: ConfigDict) -> list[dict[str, str]]:

@@ -48,7 +48,7 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if "://" not in where:
-            yield _journal(Path(where), create)
+            yield _journal(Path(where).expanduser(), create)
         elif re.match(r"postgres(ql)?://", where):
             database = _database(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
             try:
@@ -57,11 +57,17 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
                 database.remove_session()
                 database.engine.dispose()
         else:
-            raise UserError(f"--storage {where}: give the path of a journal file, or postgresql://USER@HOST/DATABASE")
+            raise UserError(
+                f"--storage {_shown(where)}: give the path of a journal file, or postgresql://USER@HOST/DATABASE"
+            )
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        shown = re.sub(r"//([^:@/]*):[^@]*@", r"//\1:***@", where)
-        raise UserError(f"--storage {shown} cannot be used ({reason}): mend that, or give another") from error
+        raise UserError(f"--storage {_shown(where)} cannot be used ({reason}): mend that, or give another") from error
+
+
+def _shown(url: str) -> str:
+    """A URL without user, password and settings."""
+    return re.sub(r"^([^:]+://)(?:.*@)?([^?@]*).*$", r"\1\2", url)
 
 
 def _database(url: str) -> RDBStorage:
@@ -74,21 +80,25 @@ def _database(url: str) -> RDBStorage:
             except (IntegrityError, ProgrammingError):  # another worker makes the tables at this moment
                 time.sleep(seconds)
         return connect()
+    except ValueError as error:
+        raise UserError(f"--storage {_shown(url)} is no URL of a database ({error}): mend it") from error
     except ImportError as error:
         raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
 
 
 def _journal(path: Path, create: bool) -> JournalStorage:
     """A journal, which is checked before anything is written beside it."""
-    hint = "give the path of a search's journal, or of a new file"
+    hint = "give the path of a search's journal" + ", or of a new file" * create
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         if path.exists():
             with path.open() as file:
                 first = json.loads(file.readline() or '{"op_code": 0}')  # an empty file is a journal to be
             if not isinstance(first, dict) or "op_code" not in first:
                 raise ValueError("it is no journal")
         elif not create:
-            raise UserError(f"--storage {path} is not there: {hint}")
+            raise UserError(f"--storage {path} is not there: check --study, or {hint}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -115,27 +125,33 @@ def create(storage: Storage, name: str, stage: str, config: ConfigDict) -> optun
         load_if_exists=True,
         directions=[*OBJECTIVES[config.search.objective].values()],
     )
-    if "config" not in study.user_attrs:
-        study.set_user_attr("config", config_lib.to_json(config))
-    elif differences := config_lib.differences(config, study.user_attrs["config"]):
+    stored = study.user_attrs.get("config")
+    if stored and (differences := config_lib.differences(config, stored)):
         raise UserError(
             f"--study {name} is of another config ({'; '.join(differences)}): give another --study, or its own values"
         )
     return study
 
 
-def existing(storage: Storage, name: str) -> dict[str, optuna.Study]:
-    """Stage -> study, of the stages of a search that have begun.
-
-    Raises:
-        UserError: where there is none.
-    """
+def begun(storage: Storage, name: str) -> dict[str, optuna.Study]:
+    """Stage -> study, of the stages of a search that have begun."""
     names = optuna.get_all_study_names(storage)
     found = {s: optuna.load_study(study_name=f"{name}-{s}", storage=storage) for s in STAGES if f"{name}-{s}" in names}
-    found = {stage: study for stage, study in found.items() if "config" in study.user_attrs}
+    return {stage: study for stage, study in found.items() if "candidates" in study.user_attrs}
+
+
+def existing(storage: Storage, name: str) -> dict[str, optuna.Study]:
+    """As `begun`.
+
+    Raises:
+        UserError: where no stage has begun.
+    """
+    found = begun(storage, name)
     if not found:
-        there = sorted({known.rpartition("-")[0] for known in names})
-        raise UserError(f"--study {name} is not in the storage: it has {', '.join(there) or 'none'}")
+        there = sorted({known.rpartition("-")[0] for known in optuna.get_all_study_names(storage)})
+        raise UserError(
+            f"--study {name} has not begun in this storage, which has {', '.join(there) or 'none'}: give one of them"
+        )
     return found
 
 

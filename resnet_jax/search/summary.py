@@ -27,13 +27,13 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
 
     Returns:
         {"study", "config": of the search, "fingerprint": of the data, "environments": one a stage,
-        "trials": stage -> `_row` of each trial, "importances": stage -> parameter -> share, "confirmed": as `confirmed`
+        "trials": stage -> `row` of each trial, "importances": stage -> parameter -> share, "confirmed": as `confirmed`
         gives it, "best": fields of the candidate with the highest accuracy, confirmed where that stage has begun,
         "share_outside_training": of the workers' time, "seconds": from the first trial's start to the last one's end}.
     """
     attributes = [study.user_attrs for study in found.values()]
     config = config_lib.from_json(attributes[0]["config"], config_lib.SEARCH_FIELDS)
-    trials = {stage: [_row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in found.items()}
+    trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in found.items()}
     candidates = confirmed(trials.get("confirm", []), config)
     ranked = sorted(
         (row for stage in ("grid", "refine") for row in trials.get(stage, []) if row["accuracy"] is not None),
@@ -65,7 +65,7 @@ def _wall_seconds(trials: Sequence[FrozenTrial]) -> float | None:
     return (max(ended) - min(began)).total_seconds() if ended else None
 
 
-def _row(trial: FrozenTrial) -> dict[str, Any]:
+def row(trial: FrozenTrial) -> dict[str, Any]:
     """A trial: how it ended ("complete", "running", or why it has no result), its candidate, cost, accuracy and times.
 
     Seconds are of its run in all ("seconds"), of its last session ("train_seconds"), and of its last worker, from the end

@@ -6,6 +6,7 @@ not locked was left by a worker that ended, and the next one takes it up where i
 """
 
 import contextlib
+import itertools
 import math
 import secrets
 import shutil
@@ -21,12 +22,14 @@ import optuna
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
-from resnet_jax import cost, datasets, train, workdir
+from resnet_jax import config as config_lib
+from resnet_jax import cost, datasets, preemption, train, workdir
 from resnet_jax.errors import Diverged, UserError, is_out_of_memory
-from resnet_jax.search import STAGES, space, studies
+from resnet_jax.search import STAGES, check_folder, space, studies, summary
 from resnet_jax.search.locks import lock
 
 _POLL_SECONDS = 1.0
+_SEEDS = 2**32
 _MOST_INFEASIBLE = 50  # for each trial of refinement: where nearly nothing is within the budget, it ends
 
 
@@ -75,11 +78,14 @@ class Worker:
     def __init__(self, config: ConfigDict, name: str, storage: studies.Storage, root: Path) -> None:
         self.config, self.name, self.storage, self.root = config, name, storage, root
         self.terminal = sys.stdout  # while a run's own lines go into a file
+        self.stop_request = preemption.StopRequest()
         dataset = datasets.load(config.data)
         train_split, _ = datasets.validation_split(dataset, config.data)
         self.num_classes, self.image_shape = len(dataset.class_names), train_split.images.shape[1:]
         self.num_examples = len(train_split.labels)
         self.num_steps = math.ceil(config.num_epochs * self.num_examples / config.batch_size)
+        if self.num_steps < 2:
+            raise UserError("a trial takes one step: raise config.num_epochs, or lower config.batch_size")
         if config.log_every_steps >= self.num_steps:
             raise UserError(
                 f"config.log_every_steps is {config.log_every_steps}: a trial takes {self.num_steps} steps and its speed is "
@@ -92,31 +98,47 @@ class Worker:
         return cost.of_model(space.training_config(self.config, fields).model, self.num_classes, self.image_shape)
 
     def run(self, stages: tuple[str, ...]) -> None:
-        """Take part in stages, one after the other, until each is done."""
+        """Take part in stages, one after the other, until each is done.
+
+        Raises:
+            preemption.Interrupted: after a signal, with the trial under way saved.
+        """
+        with self.stop_request.noted():
+            for stage in stages:
+                self.take_part(stage)
+
+    def take_part(self, stage: str) -> None:
+        """Take part in a stage until it is done."""
         self.free_since = time.monotonic()
-        for stage in stages:
-            while True:
-                with self.claiming() as token:
-                    study = self.study(stage, token)
-                    claim = self.adopt(study, stage) or self.ask(study, stage)
-                    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-                if claim:
-                    with claim.lock:
-                        self.attempt(study, stage, claim)
-                    jax.clear_caches()  # the next candidate is another program
-                elif running:
-                    time.sleep(_POLL_SECONDS)  # by other workers, whose trials are ours if they die
-                    self.free_since = time.monotonic()
-                else:
-                    break
-            best = studies.best_first(study.get_trials(deepcopy=False))
-            if not best:
-                raise UserError(
-                    f"{stage} is done and no trial of it is complete: raise config.model.max_params or "
-                    "config.search.max_gflops if they were infeasible, lower config.optim.learning_rate if they diverged"
-                )
-            found = space.name(best[0].user_attrs["fields"])
-            self.say(f"{stage} is done: {len(best)} complete, the best {best[0].values[0]:.2%}, {found}")
+        with self.claiming() as token:
+            study = self.study(stage, token)
+        while True:
+            if code := self.stop_request.exit_code():
+                raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} between trials")
+            with self.claiming():
+                claim = self.adopt(study, stage) or self.ask(study, stage)
+                running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if claim:
+                with claim.lock:
+                    self.attempt(study, stage, claim)
+                jax.clear_caches()  # the next candidate is another program
+            elif running:
+                time.sleep(_POLL_SECONDS)  # by other workers, whose trials are ours if they die
+                self.free_since = time.monotonic()
+            else:
+                break
+        best = studies.best_first(study.get_trials(deepcopy=False))
+        if not best:
+            raise UserError(
+                f"{stage} is done and no trial of it is complete: start another --study, with a larger config.model.max_params "
+                "or config.search.max_gflops if they were infeasible, a lower config.optim.learning_rate if they diverged"
+            )
+        told = f"{best[0].values[0]:.2%}, {space.name(best[0].user_attrs['fields'])}"
+        if stage == "confirm":  # where a mean decides, and not the luckiest seed
+            for entry in summary.confirmed([summary.row(trial) for trial in study.trials], self.config):
+                if entry["best"]:
+                    told = f"{entry['mean']:.2%}, the mean of {len(entry['accuracies'])} seeds, {space.name(entry['fields'])}"
+        self.say(f"{stage} is done: {len(best)} complete, the best {told}")
 
     @contextlib.contextmanager
     def claiming(self) -> Iterator[str]:
@@ -139,24 +161,31 @@ class Worker:
         if known.get("folder", token) != token:
             raise UserError(f"--workdir {self.root} is not that of the other workers of {self.name}: give theirs")
         if "candidates" not in known:
-            of_other_stages = {s.user_attrs.get("folder") for s in self.other_stages(stage).values()}
-            if token not in of_other_stages and (left := sorted(self.root.glob("*-[0-9]*/"))):
-                raise UserError(f"--workdir {self.root} holds {left[0].name} of another search: give another folder")
+            of_other_stages = {s.user_attrs["folder"] for s in self.other_stages(stage).values()}
+            if token not in of_other_stages:
+                check_folder(self.root, but=".claim")
             candidates = self.candidates(stage)
             if stage == "refine":
                 study.enqueue_trial(space.centre(self.config, candidates[0]), skip_if_exists=True)
             for key, value in {
+                "config": config_lib.to_json(self.config),
                 "fingerprint": self.fingerprint,
                 "folder": token,
                 "environment": workdir.environment(),
                 "candidates": candidates,
             }.items():
                 study.set_user_attr(key, value)
+        elif stage == "confirm":  # the stages before it may have gone on
+            confirmed = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
+            study.set_user_attr("candidates", space.distinct(self.config, [*confirmed, *self.candidates(stage)]))
+        if stage == "confirm":
+            for point in itertools.product(*self.choices(study, stage).values()):
+                study.enqueue_trial(dict(zip(("candidate", "seed"), point, strict=True)), skip_if_exists=True)
         return study
 
     def other_stages(self, stage: str) -> dict[str, optuna.Study]:
         """The studies of the stages that have begun, but for one."""
-        return {s: study for s, study in studies.existing(self.storage, self.name).items() if s != stage}
+        return {s: study for s, study in studies.begun(self.storage, self.name).items() if s != stage}
 
     def candidates(self, stage: str) -> list[space.Fields]:
         """What a stage starts from: nothing, the best, or the best few and the config's own network."""
@@ -171,8 +200,26 @@ class Worker:
         fields = [space.from_json(trial.user_attrs["fields"]) for trial in studies.best_first(earlier)]
         ranked, own = space.distinct(self.config, fields), space.own(self.config)
         if stage == "refine":
+            self.check_refine()
             return ranked[:1] or [own]
         return space.distinct(self.config, [*ranked[: self.config.search.confirm_top], own])
+
+    def check_refine(self) -> None:
+        """Refuse to refine before there is what to refine around.
+
+        Raises:
+            UserError: where the grid has begun and not ended, or there is none and the config's own network is over the budget.
+        """
+        if grid := self.other_stages("refine").get("grid"):
+            begun = self.begun(grid, "grid")
+            if len(begun) < self.wanted(grid, "grid") or not all(trial.state.is_finished() for trial in begun):
+                raise UserError(
+                    "refine starts from the grid's best, and the grid has not ended: go on with --stage=grid first"
+                )
+        elif why := space.why_infeasible(self.config, self.cost(space.own(self.config))):
+            raise UserError(
+                f"refine would start from config.model, which is over the budget ({why}): run --stage=grid first"
+            )
 
     def choices(self, study: optuna.Study, stage: str) -> dict[str, list[Any]]:
         """The choices of a stage all of whose combinations are tried; none of refinement."""
@@ -180,9 +227,9 @@ class Worker:
             return {}
         if stage == "grid":
             return space.grid(self.config)
-        first = self.config.seed + 1  # not the seed by which they were chosen, which flatters them
-        seeds = range(first, first + self.config.search.confirm_seeds)
-        return {"candidate": list(range(len(study.user_attrs["candidates"]))), "seed": list(seeds)}
+        # Not the seed by which they were chosen, which flatters them.
+        seeds = [(self.config.seed + 1 + i) % _SEEDS for i in range(self.config.search.confirm_seeds)]
+        return {"candidate": list(range(len(study.user_attrs["candidates"]))), "seed": seeds}
 
     def wanted(self, study: optuna.Study, stage: str) -> int:
         """How many trials a stage has in the end; of refinement, those within the budget."""
@@ -220,9 +267,9 @@ class Worker:
         return None
 
     def sampler(self, study: optuna.Study, stage: str) -> optuna.samplers.BaseSampler:
-        """What proposes the next trial."""
-        seed = self.config.seed + len(study.get_trials(deepcopy=False))
-        return studies.sampler(self.choices(study, stage), seed)
+        """What proposes the next trial; those of the confirmation are all enqueued."""
+        seed = (self.config.seed + len(study.get_trials(deepcopy=False))) % _SEEDS
+        return studies.sampler(space.grid(self.config) if stage == "grid" else {}, seed)
 
     def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
         """Give a trial its candidate, and the cost of it; None where that is over the budget."""
@@ -247,10 +294,11 @@ class Worker:
         known = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
         if stage == "refine":
             return space.refined(trial, self.config, known[0])
-        chosen = {key: trial.suggest_categorical(key, values) for key, values in self.choices(study, stage).items()}
         if stage == "grid":
-            return space.from_grid(chosen)
-        return known[chosen["candidate"]] | {"seed": chosen["seed"]}
+            grid = space.grid(self.config)
+            return space.from_grid({key: trial.suggest_categorical(key, values) for key, values in grid.items()})
+        which = trial.suggest_int("candidate", 0, len(known) - 1)
+        return known[which] | {"seed": trial.suggest_int("seed", 0, _SEEDS - 1)}
 
     def attempt(self, study: optuna.Study, stage: str, claim: Claim) -> None:
         """Train a trial to its end, from wherever it was left, and tell how it ended."""
@@ -296,7 +344,9 @@ class Worker:
 
         config = space.training_config(self.config, claim.fields)
         try:
-            return train.train(config, claim.folder, on_validation=on_validation, test=False)
+            return train.train(
+                config, claim.folder, on_validation=on_validation, test=False, stop_request=self.stop_request
+            )
         except _Pruned:
             return Early("pruned", f"behind after {rung} of its validations")
         except Diverged as error:
@@ -322,7 +372,9 @@ class Worker:
         """How far a stage is: "7 of 12, best 63.10%"."""
         begun = self.begun(study, stage)
         ended = sum(trial.state.is_finished() for trial in begun)
-        best = studies.best_first(begun)
+        best = (
+            studies.best_first(begun) if stage != "confirm" else []
+        )  # where a mean decides, and not the luckiest seed
         return f"{ended} of {self.wanted(study, stage)}" + (f", best {best[0].values[0]:.2%}" if best else "")
 
     def folder(self, stage: str, number: int) -> Path:

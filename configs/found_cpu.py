@@ -1,6 +1,6 @@
 """Found by `python -m resnet_jax.search`, study cpu: 70.95 ± 1.36 % on validation, 3 seeds.
 
-python launch.py --config configs/found.py    # as in the search; --config.num_epochs=50.0 trains for longer
+python launch.py --config configs/found_cpu.py    # as in the search; --config.num_epochs=50.0 trains for longer
 """
 
 from ml_collections import ConfigDict
@@ -62,3 +62,6 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps_per_call = 0
     return config
+
+
+# 35303eb23160e20477c3267b7b408072f29540010fea1d81c09896a5f63c6053, of the lines above: an edited file is not written over
