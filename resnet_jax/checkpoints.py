@@ -163,7 +163,7 @@ class Checkpoints:
             meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
                 "meta"
             ]
-            _ = meta["digest"], meta["config"]
+            _ = meta["digest"]
         return meta
 
     def restore(

@@ -54,7 +54,7 @@ def run(main: Callable[[ConfigDict], None], extra_fields: Mapping[str, Field] = 
             leave(2)
 
     sys.unraisablehook = _hide_closed_loops
-    app.run(guarded, flags_parser=partial(_parse_flags, extra_fields))
+    app.run(guarded, flags_parser=partial(_parse_flags, extra_fields=extra_fields))
 
 
 def _hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -69,7 +69,7 @@ def config_file() -> tuple[Path, str]:
     return Path(file), variant
 
 
-def _parse_flags(extra_fields: Mapping[str, Field], argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], extra_fields: Mapping[str, Field] = MappingProxyType({})) -> list[str]:
     """Parse the command line and check the config; whatever is wrong becomes one line."""
     with exit_on_user_error():
         app.define_help_flags()

@@ -53,7 +53,7 @@ MISTAKES = {
     "a profile of no steps": ([FINAL, "--profile=3:0"], ["--profile '3:0' must be START:COUNT"]),
     "a profile from no step": ([FINAL, "--profile=0:3"], ["--profile '0:3' must be START:COUNT"]),
     "a profile of one number": ([FINAL, "--profile=3"], ["--profile '3' must be START:COUNT"]),
-    "a search": (["--config=configs/search.py:smoke"], ["config.search.", "run python -m resnet_jax.search"]),
+    "a search": ([f"--config={ROOT}/configs/search.py:smoke"], ["config.search.", "run python -m resnet_jax.search"]),
     "flipping while training": ([FINAL, "--flip"], ["--flip", "--mode eval"]),
     "a temperature while training": ([FINAL, "--fit-temperature"], ["--fit-temperature", "--mode eval"]),
     "a profile of an evaluation": ([FINAL, "--mode=eval", "--profile=3:2"], ["--profile", "--mode eval"]),

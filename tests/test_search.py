@@ -140,7 +140,7 @@ def test_a_run_knows_nothing_of_the_search_and_its_budget(config):
     assert "search" not in plain
     assert plain.model.max_params == 0
     config_lib.validate(plain)
-    with pytest.raises(UserError, match=r"config\.search\.block_lists is not a field"):
+    with pytest.raises(UserError, match=r"config\.search\.block_lists is of a search: run python -m"):
         config_lib.validate(config)
 
 
@@ -278,10 +278,10 @@ def test_refinement_waits_for_the_grid_that_has_begun(run):
 def test_what_is_found_after_a_confirmation_is_confirmed_too(run, config):
     config.model.channel_list = (4, 4, 4)
     config.search.channel_lists = ((8, 16, 16), (16, 32, 64))
-    first = run(by_width, "confirm")["confirm"]
-    assert [trial.user_attrs["fields"]["model.channel_list"] for trial in first.trials] == [[4, 4, 4]] * 2
+    first = run(by_width, "confirm")["confirm"].trials
+    assert [trial.user_attrs["fields"]["model.channel_list"] for trial in first] == [[4, 4, 4]] * 2
     found = run(by_width, "grid", "refine", "confirm")
-    assert [trial.params for trial in found["confirm"].trials[:2]] == [trial.params for trial in first.trials]
+    assert [trial.params for trial in found["confirm"].trials[:2]] == [trial.params for trial in first]
     assert found["confirm"].trials[0].state == TrialState.COMPLETE
     page = summary.summarise("s", found)
     assert page["best"]["model.channel_list"][0] >= 16

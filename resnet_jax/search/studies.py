@@ -50,7 +50,7 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
         if "://" not in where:
             yield _journal(Path(where).expanduser(), create)
         elif re.match(r"postgres(ql)?://", where):
-            database = _database(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", where))
+            database = _database(where)
             try:
                 yield database
             finally:
@@ -72,7 +72,8 @@ def _shown(url: str) -> str:
 
 def _database(url: str) -> RDBStorage:
     # A server may close a connection that is idle while a trial trains, so each is tried before it is used.
-    connect = partial(RDBStorage, url, engine_kwargs={"pool_pre_ping": True})
+    driver = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
+    connect = partial(RDBStorage, driver, engine_kwargs={"pool_pre_ping": True})
     try:
         for seconds in (0.2, 0.5, 1.0, 2.0):
             try:
