@@ -20,7 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import final, quickstart
-from resnet_jax import datasets
+from resnet_jax import datasets, train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(datasets.default_cache_dir() / "xla-tests"))
@@ -52,6 +52,14 @@ def make_tiny_config(cache_dir: str) -> ConfigDict:
     config.model.block_list = (1, 1)
     config.data.cache_dir = cache_dir
     return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    """The workdir of a complete run of `tiny_config`, for a file of tests; some have a `run` of their own."""
+    directory = tmp_path_factory.mktemp("run")
+    train.train(make_tiny_config(cache_dir), directory)
+    return directory
 
 
 @pytest.fixture

@@ -12,17 +12,10 @@ from conftest import make_tiny_config
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from resnet_jax import export, inference, train, train_state
+from resnet_jax import export, inference, train_state
 from resnet_jax.errors import UserError
 
 FORMATS = ("stablehlo", "onnx", "safetensors")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache_dir):
-    directory = tmp_path_factory.mktemp("run")
-    train.train(make_tiny_config(cache_dir), directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,10 @@ from conftest import make_tiny_config
 from PIL import Image
 
 import resnet_jax
-from resnet_jax import datasets, evaluate, inference, train
+from resnet_jax import datasets, evaluate, inference
 from resnet_jax.errors import UserError
 
 SHAPE = (8, 8, 3)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache_dir):
-    """The workdir of a complete run on digits."""
-    directory = tmp_path_factory.mktemp("run")
-    train.train(make_tiny_config(cache_dir), directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,10 @@ import pytest
 from conftest import assert_user_error, launch, make_tiny_config
 from PIL import Image
 
-from resnet_jax import datasets, inference, predict, train
+from resnet_jax import datasets, inference, predict
 from resnet_jax.errors import UserError
 
 PREDICT = ("-m", "resnet_jax.predict")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache_dir):
-    directory = tmp_path_factory.mktemp("run")
-    train.train(make_tiny_config(cache_dir), directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

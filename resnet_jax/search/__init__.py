@@ -23,12 +23,12 @@ def is_name(study: str) -> bool:
     return re.fullmatch(r"[\w.-]*\w", study) is not None
 
 
-def check_folder(root: Path, but: str = "") -> None:
-    """Refuse a folder that holds runs of a search, but one that holds the file `but` of this one.
+def check_folder(root: Path, claimed: bool = False) -> None:
+    """Refuse a folder that holds runs of a search; one that has been claimed, perhaps by the same search, only if asked to.
 
     Raises:
         UserError: where it does.
     """
     trials = [p.name for p in sorted(root.glob("*")) if re.fullmatch(rf"({'|'.join(STAGES)})-\d{{4,}}", p.name)]
-    if trials and (but or not (root / ".claim").exists()):
+    if trials and (claimed or not (root / ".claim").exists()):
         raise UserError(f"--workdir {root} holds {trials[0]} of another search: give another folder")

@@ -84,10 +84,10 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
                 lines = errors[i].read().splitlines()
                 if (code := workers[i].returncode) < 0:
                     lines.append(f"a worker was killed by {signal.Signals(-code).name}: any other takes its trial up")
-                for line in dict.fromkeys(lines):
+                for line in lines:
                     if line not in said:
                         print(line, file=sys.stderr, flush=True)
-                said |= set(lines)
+                        said.add(line)
             time.sleep(0.1)
     codes = [worker.returncode for worker in workers]
     return max(code if code >= 0 else 128 - code for code in codes)

@@ -22,9 +22,8 @@ from resnet_jax.errors import UserError
 from resnet_jax.search import STAGES
 from resnet_jax.search.locks import JournalLock
 
-OBJECTIVES: dict[
-    str, dict[str, Literal["minimize", "maximize"]]
-] = {  # config.search.objective -> what is optimized, and where to
+# config.search.objective -> what is optimized, and where to
+OBJECTIVES: dict[str, dict[str, Literal["minimize", "maximize"]]] = {
     "accuracy": {"accuracy": "maximize"},
     "accuracy_params": {"accuracy": "maximize", "num_params": "minimize"},
     "accuracy_seconds": {"accuracy": "maximize", "seconds_per_epoch": "minimize"},

@@ -6,7 +6,6 @@ not locked was left by a worker that ended, and the next one takes it up where i
 """
 
 import contextlib
-import itertools
 import math
 import secrets
 import shutil
@@ -163,7 +162,7 @@ class Worker:
         if "candidates" not in known:
             of_other_stages = {s.user_attrs["folder"] for s in self.other_stages(stage).values()}
             if token not in of_other_stages:
-                check_folder(self.root, but=".claim")
+                check_folder(self.root, claimed=True)
             candidates = self.candidates(stage)
             if stage == "refine":
                 study.enqueue_trial(space.centre(self.config, candidates[0]), skip_if_exists=True)
@@ -179,8 +178,8 @@ class Worker:
             confirmed = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
             study.set_user_attr("candidates", space.distinct(self.config, [*confirmed, *self.candidates(stage)]))
         if stage == "confirm":
-            for point in itertools.product(*self.choices(study, stage).values()):
-                study.enqueue_trial(dict(zip(("candidate", "seed"), point, strict=True)), skip_if_exists=True)
+            for point in self.confirmations(study):
+                study.enqueue_trial(point, skip_if_exists=True)
         return study
 
     def other_stages(self, stage: str) -> dict[str, optuna.Study]:
@@ -221,21 +220,18 @@ class Worker:
                 f"refine would start from config.model, which is over the budget ({why}): run --stage=grid first"
             )
 
-    def choices(self, study: optuna.Study, stage: str) -> dict[str, list[Any]]:
-        """The choices of a stage all of whose combinations are tried; none of refinement."""
-        if stage == "refine":
-            return {}
-        if stage == "grid":
-            return space.grid(self.config)
+    def confirmations(self, study: optuna.Study) -> list[dict[str, int]]:
+        """The parameters of all trials of the confirmation: each candidate with each seed."""
         # Not the seed by which they were chosen, which flatters them.
         seeds = [(self.config.seed + 1 + i) % _SEEDS for i in range(self.config.search.confirm_seeds)]
-        return {"candidate": list(range(len(study.user_attrs["candidates"]))), "seed": seeds}
+        candidates = range(len(study.user_attrs["candidates"]))
+        return [{"candidate": which, "seed": seed} for which in candidates for seed in seeds]
 
     def wanted(self, study: optuna.Study, stage: str) -> int:
         """How many trials a stage has in the end; of refinement, those within the budget."""
         if stage == "refine":
             return int(self.config.search.refine_trials)
-        return math.prod(len(values) for values in self.choices(study, stage).values())
+        return len(space.grid_points(self.config) if stage == "grid" else self.confirmations(study))
 
     def begun(self, study: optuna.Study, stage: str) -> list[FrozenTrial]:
         """The trials that count towards `wanted`, under way or ended."""
