@@ -480,15 +480,19 @@ def test_a_worker_of_a_search_is_killed_and_the_other_ends_its_trial_exactly(tmp
         killed, other = (stack.enter_context(start(*flags, program=SEARCH)) for _ in range(2))
         stack.callback(other.kill)  # if an assertion fails
         line = ""
-        while " at step" not in line:  # it has saved
+        while " at step" not in line:
             line = killed.stdout.readline()
             assert line, killed.stderr.read()
         number = re.search(r"grid (\d+): ", line)[1]
+        trial = tmp_path / "killed" / f"grid-{int(number):04d}"
+        while not steps_saved(trial):  # a checkpoint is written while the run goes on, and may come after that line
+            assert killed.poll() is None, killed.stderr.read()
+            time.sleep(0.05)
         killed.kill()
         printed, stderr = other.communicate(timeout=240)
         assert other.returncode == 0, stderr
         assert f"grid {number}: taken up where a worker left it" in printed
-        assert "resuming" in (tmp_path / "killed" / f"grid-{int(number):04d}" / "log.txt").read_text()
+        assert "resuming" in (trial / "log.txt").read_text()
         found = trials(where)
     assert len(found) == 4
     assert found == trials(str(tmp_path / "undisturbed" / "study.journal"))
