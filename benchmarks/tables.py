@@ -53,9 +53,29 @@ def resnet18_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         yield [name.replace("_", " "), *pair, f"{result['final_has_less_by'][name]:.1%}"]
 
 
+def export_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """The exports of a run as `benchmarks.exports` measured them: their sizes, and medians of their latencies."""
+    cases = result["cases"]
+    yield ["", "MB", *(cell for case in cases for cell in (f"batch {case['batch_size']}", "of PyTorch's"))]
+    for name in dict.fromkeys([*cases[0]["figures"], *result["bytes"]]):
+        if "/" not in name:
+            size = result["bytes"].get(name)
+            row = [name.replace("_", ", "), "" if size is None else f"{size / 1e6:.2f}"]
+            for case in cases:
+                for key, digits in (
+                    (name, "{:,.2f} ms ({:,.2f}-{:,.2f})"),
+                    (f"{name} / torch", "{:.2f} ({:.2f}-{:.2f})"),
+                ):
+                    figure = case["figures"].get(key)
+                    row.append(digits.format(figure["median"], figure["min"], figure["max"]) if figure else "")
+            yield row
+
+
 def table(result: dict[str, Any]) -> str:
     """The table of a result, and under it the machine and the code that it is of."""
-    if "cases" in result:
+    if "bytes" in result:
+        rows, environment = list(export_rows(result)), result["environment"]
+    elif "cases" in result:
         rows, environment = list(benchmark_rows(result)), result["environment"]
     elif "resnet18" in result:
         rows, environment = list(resnet18_rows(result)), result["benchmarks"]["final"]["environment"]

@@ -1,15 +1,16 @@
-"""The yardstick: the same model, optimizer, loss and batch size in PyTorch, timed by `python -m resnet_jax.benchmark`.
+"""The yardstick: the same model in PyTorch, its training step for `resnet_jax.benchmark`, its logits for `benchmarks.exports`.
 
     python -m benchmarks.torch_step        # in the repository's folder, with any Python that has PyTorch
 
 A process of its own, so that neither library's threads, allocator or CUDA libraries are the other's. It reads one line of
-JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3]}, and answers with one that describes it;
-then each line that it reads is a number of seconds to measure for, and is answered with images/s.
+JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3], "mode": "train" or "predict"}, and answers
+with one that describes it; then each line that it reads is a number of seconds to measure for, and is answered with images/s.
 
 On a CPU: channels_last, float32 or autocast to bfloat16, as many threads as cores allowed. On a GPU: channels_last,
 `torch.compile`, TF32 or autocast to bfloat16, fused optimizer.
 """
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -121,6 +122,24 @@ def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Opti
     )
 
 
+def make_normalise(config: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns uint8 [B, H, W, 3] into normalised float32 [B, 3, H, W], channels_last as it is."""
+    mean, std = (torch.tensor(config["data"][name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return lambda images: (images.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+
+
+def make_prediction(model: nn.Module, config: dict[str, Any], images: torch.Tensor) -> Any:
+    """What computes the logits of images uint8 [B, H, W, 3] as an array on the host, and returns nothing to wait for."""
+    normalise = make_normalise(config, images.device)
+    bfloat16 = config["model"]["dtype"] == "bfloat16"
+
+    def predict() -> None:
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            model(normalise(images)).float().numpy(force=True)
+
+    return predict
+
+
 def make_step(model: nn.Module, config: dict[str, Any], images: torch.Tensor, labels: torch.Tensor) -> Any:
     """A training step on a batch that lies on the device.
 
@@ -134,15 +153,14 @@ def make_step(model: nn.Module, config: dict[str, Any], images: torch.Tensor, la
         A function that dispatches the step and returns what `wait` takes.
     """
     device = images.device
-    mean, std = (torch.tensor(config["data"][name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    normalise = make_normalise(config, device)
     optimizer = make_optimizer(model, config["optim"])
     max_norm = config["optim"]["max_grad_norm"]
     bfloat16 = config["model"]["dtype"] == "bfloat16"
 
     def loss_of_batch() -> torch.Tensor:
-        normalised = (images.permute(0, 3, 1, 2).float() / 255.0 - mean) / std  # channels_last as it is
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = model(normalised)
+            logits = model(normalise(images))
         return functional.cross_entropy(logits.float(), labels, label_smoothing=config["label_smoothing"])
 
     compiled = torch.compile(loss_of_batch) if device.type == "cuda" else loss_of_batch
@@ -173,16 +191,23 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    model = ResNet(config["model"], spec["num_classes"]).to(device, memory_format=torch.channels_last).train()
+    model = ResNet(config["model"], spec["num_classes"]).to(device, memory_format=torch.channels_last)
+    model.train(spec["mode"] == "train")
     images = torch.randint(256, (config["batch_size"], height, width, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(spec["num_classes"], (config["batch_size"],), device=device)
-    step = make_step(model, config, images, labels)
+    if spec["mode"] == "train":
+        step = make_step(model, config, images, labels)
+    else:
+        step = make_prediction(model, config, images)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
     description = {
         "version": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "compiled": device.type == "cuda",
+        "compiled": device.type == "cuda" and spec["mode"] == "train",
         "num_params": sum(p.numel() for p in model.parameters()),
+        "bytes": file.tell(),
     }
     print(json.dumps(description), flush=True)
     for line in sys.stdin:

@@ -100,7 +100,8 @@ def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders = {name: getattr(measure, name)(config, start) for name in THROUGHPUTS if name in wanted}
         if AGAINST_TORCH.value:
-            torch = measure.torch_train_step(config, start, shutil.which(TORCH_PYTHON.value) or "")
+            data = len(start.dataset.class_names), start.train.images.shape[1:]
+            torch = measure.torch_step(config, *data, shutil.which(TORCH_PYTHON.value) or "")
             contenders["torch_train_step"], case["torch"] = stack.enter_context(torch)
         rates = timing.interleave(contenders, repeats, SECONDS.value)
     for name, repeated in rates.items():

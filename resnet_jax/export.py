@@ -4,10 +4,11 @@
 
 stablehlo     the program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
 onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
-safetensors   the weights, with the config in the metadata (`resnet_jax.load` takes it)
+safetensors   the weights, named by their paths
 
-The first two take images uint8 [N, H, W, 3] in 0..255 and give logits float32 [N, classes]. Each is read back and compared
-with the network on images that it has not seen before the file gets its name.
+The first two take images uint8 [N, H, W, 3] in 0..255 and give logits float32 [N, classes]. All hold the config and the class
+names too, and `resnet_jax.load` takes the first and the last. Each is read back and compared with the network on images that
+it has not seen before the file gets its name.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +80,8 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
     path.write_bytes(export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize())
+    with zipfile.ZipFile(path, "a") as archive:  # behind the program, where its own reader does not look
+        archive.writestr("metadata.json", json.dumps(metadata(model)))
     program = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(program.call(images))
 

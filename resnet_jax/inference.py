@@ -5,7 +5,8 @@ It takes a run's folder alone: no data set and no TensorFlow.
 
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from absl import logging
 from flax import traverse_util
+from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from resnet_jax import calibration, models, sources, steps, train_state, workdir
 from resnet_jax import config as config_lib
@@ -27,6 +30,7 @@ from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 
 _LARGEST_BATCH = 128  # images a call; fewer are padded to the next power of two, so that few sizes are compiled
+_LONGEST = 1000  # times as long as wide, an image that is scaled
 
 
 class Predictions(NamedTuple):
@@ -53,8 +57,9 @@ class Model:
         variables: {"params", "batch_stats"}, on the first device.
         step: of its checkpoint.
         temperatures: by which logits are divided before they become probabilities, for `flip` False and True; 1.0 if not given.
+        program: computes the logits of uint8 images, in place of `variables`.
 
-    Attributes are those of the same names.
+    Attributes are those of the same names, but for the last.
     """
 
     def __init__(
@@ -65,11 +70,25 @@ class Model:
         variables: Any,
         step: int,
         temperatures: Mapping[bool, float] = MappingProxyType({}),
+        program: export.Exported | None = None,
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
-        self.variables, self.step, self.temperatures = variables, step, temperatures
+        self._variables, self.step, self.temperatures = variables, step, temperatures
         apply = models.from_config(config.model, len(class_names), train_state.make_mesh(1)).apply
-        self._logits = jax.jit(partial(steps.eval_logits, apply, data=config.data), static_argnames="flip")
+        network = partial(steps.eval_logits, apply, data=config.data)
+        self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="flip")
+        self._saliency = jax.jit(partial(_saliency, network))
+
+    @property
+    def variables(self) -> Any:
+        """{"params", "batch_stats"}, on the first device.
+
+        Raises:
+            UserError: of a network that was loaded from a `.stablehlo`.
+        """
+        if self._variables is None:
+            raise UserError("a .stablehlo holds a program and no weights: give the run's workdir, or a .safetensors")
+        return self._variables
 
     def predict(self, images: Any, flip: bool = False) -> Predictions:
         """Class probabilities of images.
@@ -98,8 +117,42 @@ class Model:
             part = images[start : start + _LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
-            found.append(np.asarray(self._logits(self.variables, padded, flip=flip))[: len(part)])
+            found.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
         return np.concatenate(found)
+
+    def saliency(self, images: Any) -> np.ndarray:
+        """How much each pixel matters for the likeliest class: the size of that logit's gradient, the largest of the colours'.
+
+        Simonyan et al., Deep Inside Convolutional Networks, arXiv:1312.6034, section 3.1.
+
+        Args:
+            images: as `predict` takes them.
+
+        Returns:
+            float32 [N, H, W] of `image_shape`, in shares of the largest of each image.
+
+        Raises:
+            UserError: of a network that was loaded from a `.stablehlo`.
+            ValueError: where they are no such images.
+        """
+        batch = as_batch(images, self.image_shape)
+        scale = np.float32(1.0 if batch.dtype == np.uint8 else 255.0)
+        maps = [np.asarray(self._saliency(self.variables, image[None] * scale))[0] for image in batch]
+        return np.stack(maps) if maps else np.zeros((0, *self.image_shape[:2]), np.float32)
+
+
+def _run(program: export.Exported, variables: None, images: jax.Array, flip: bool = False) -> jax.Array:
+    """The logits of a program that takes uint8 alone, to which floats in 0..255 are rounded."""
+    pixels = images if images.dtype == np.uint8 else jnp.round(images).astype(np.uint8)
+    logits: jax.Array = program.call(pixels)
+    return (logits + program.call(pixels[:, :, ::-1])) / 2 if flip else logits
+
+
+def _saliency(network: Callable[..., jax.Array], variables: Any, images: jax.Array) -> jax.Array:
+    """[N, H, W] of images [N, H, W, 3], floats in 0..255."""
+    gradient = jax.grad(lambda pixels: network(variables, pixels).max(axis=1).sum())(images)
+    largest = jnp.abs(gradient).max(axis=3)
+    return largest / jnp.maximum(largest.max(axis=(1, 2), keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -131,6 +184,8 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """An image [H, W, 3] of uint8 or float32, scaled and cut to another size."""
+    if max(image.shape[:2]) > _LONGEST * min(image.shape[:2]):  # scaled, it would fill the memory
+        raise ValueError(f"an image has shape {image.shape}: one side may be {_LONGEST} times as long as the other")
     if image.dtype == np.uint8:
         return np.asarray(sources.fit(Image.fromarray(image), size))
     return np.stack(
@@ -142,19 +197,22 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     """The network of a run.
 
     Args:
-        source: the run's workdir, or a `.safetensors` that `resnet_jax.export` wrote.
+        source: the run's workdir, or a `.safetensors` or `.stablehlo` that `resnet_jax.export` wrote. A `.stablehlo` is a
+            program: load those that you trust. It has no `variables` and rounds floats to uint8.
         checkpoint: of a workdir: "best" by validation accuracy, "latest", or a step.
 
     Raises:
         UserError: where there is no such run, checkpoint or file, or it cannot be read.
     """
     path = Path(source).expanduser()
-    return _load_file(path) if path.suffix == ".safetensors" else _load_run(path, checkpoint)
+    return _load_file(path) if path.suffix in _FILES else _load_run(path, checkpoint)
 
 
 def _load_run(directory: Path, checkpoint: str | int) -> Model:
     if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} holds no run with checkpoints: give the workdir of one")
+        raise UserError(
+            f"{directory} holds no run with checkpoints: give the workdir of one, or a .safetensors or .stablehlo of it"
+        )
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
     accuracies = workdir.validation_accuracies(directory)
     with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
@@ -175,21 +233,38 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        with safe_open(path, "numpy") as file:
-            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        config, names, shape = (
-            config_lib.from_json(meta["config"]),
-            tuple(meta["class_names"]),
-            tuple(meta["image_shape"]),
-        )
-        model = models.from_config(config.model, len(names), train_state.make_mesh(1))
-        image = jax.ShapeDtypeStruct((1, *shape), np.float32)
-        wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
-        variables = traverse_util.unflatten_dict(flat, sep="/")
-        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
-            raise ValueError("its weights are not those of its config")
-        temperatures = {False: float(meta["temperature"])}
-        return Model(config, names, shape, jax.device_put(variables), int(meta["checkpoint_step"]), temperatures)
-    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({error}): give what python -m resnet_jax.export wrote") from error
+        meta, variables, program = _FILES[path.suffix](path)
+        config, names = config_lib.from_json(meta["config"]), tuple(meta["class_names"])
+        shape, step, temperatures = tuple(meta["image_shape"]), int(meta["checkpoint_step"]), meta["temperature"]
+        if program:
+            if [a.shape[1:] for a in (*program.in_avals, *program.out_avals)] != [shape, (len(names),)]:
+                raise ValueError("its program does not map such images to such classes")
+        else:
+            model = models.from_config(config.model, len(names), train_state.make_mesh(1))
+            image = jax.ShapeDtypeStruct((1, *shape), np.float32)
+            wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
+            if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
+                raise ValueError("its weights are not those of its config")
+        return Model(config, names, shape, variables, step, {False: float(temperatures)}, program)
+    except Exception as error:  # what a damaged file makes its reader raise is of every kind
+        reason = f"{error or type(error).__name__}"[:200]
+        raise UserError(f"{path} cannot be used ({reason}): give what python -m resnet_jax.export wrote") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None]:
+    with safe_open(path, "numpy") as file:
+        meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    return meta, jax.device_put(traverse_util.unflatten_dict(flat, sep="/")), None
+
+
+def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported]:
+    with zipfile.ZipFile(path) as archive:
+        meta = {key: json.loads(value) for key, value in json.loads(archive.read("metadata.json")).items()}
+    return meta, None, export.deserialize(bytearray(path.read_bytes()))
+
+
+_FILES: dict[str, Callable[[Path], tuple[dict[str, Any], Any, export.Exported | None]]] = {
+    ".safetensors": _read_safetensors,
+    ".stablehlo": _read_stablehlo,
+}

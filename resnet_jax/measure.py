@@ -213,18 +213,26 @@ def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]
 
 
 @contextmanager
-def torch_train_step(
-    config: ConfigDict, start: Setup, python: str
+def torch_step(
+    config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], python: str, mode: str = "train"
 ) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
-    """The same train step in PyTorch, in a process of its own, and what that says of itself: `benchmarks/torch_step.py`.
+    """A step of the same network in PyTorch, in a process of its own, and what that says of itself: `benchmarks/torch_step.py`.
+
+    Args:
+        config: of a run.
+        num_classes: of its data.
+        image_shape: (H, W, 3).
+        python: a Python that has PyTorch.
+        mode: "train", or "predict" for logits alone.
 
     Raises:
         UserError: where that Python has no PyTorch.
     """
     spec = {
         "config": config_lib.to_json(config),
-        "num_classes": len(start.dataset.class_names),
-        "image_shape": start.train.images.shape[1:],
+        "num_classes": num_classes,
+        "image_shape": image_shape,
+        "mode": mode,
     }
     with (
         tempfile.TemporaryFile("w+") as stderr,

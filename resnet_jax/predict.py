@@ -2,7 +2,7 @@
 
     python -m resnet_jax.predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
-A FILE is a PNG or JPEG image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
+A FILE is a PNG, JPEG or WebP image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
 Grey, palette and 16-bit images become RGB, transparent ones are laid on white, and a camera's rotation is undone.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import csv
 import glob
 import json
+import math
 import pickle
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from PIL import Image, ImageOps
 from resnet_jax import workdir
 from resnet_jax.errors import UserError, exit_on_user_error, report
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed
 _MAKERS_OF_ARRAYS = {  # all that a pickle of NumPy arrays, scalars and byte strings needs
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -43,13 +45,15 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
     """An image file as people see it: uint8 [H, W, 3].
 
     Raises:
-        OSError, ValueError: where it cannot be read.
+        OSError, ValueError: where it cannot be read, or has more pixels.
     """
-    with Image.open(path) as opened:
+    with Image.open(source, formats=_FORMATS) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, and at most {max_pixels:,} are read")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # 16 bits of grey
             grey = np.asarray(image, np.float64)
@@ -90,7 +94,7 @@ def listed(arguments: Sequence[str]) -> list[Path]:
             found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         if not found:
             raise UserError(
-                f"{argument} names no image: give PNG or JPEG files, a folder of them, a pattern, or an .npz"
+                f"{argument} names no image: give PNG, JPEG or WebP files, a folder of them, a pattern, or an .npz"
             )
         files += found
     return files
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m resnet_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="workdir of a run")
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or an export of it")
     parser.add_argument("files", nargs="*", metavar="FILE", help="images")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes to show of each (default: 3)")

@@ -1,0 +1,119 @@
+"""How large the exports of a run are and how long they take for one image and for a batch, beside PyTorch.
+
+    python -m benchmarks.exports RUN --torch-python=PYTHON --output results/exports-NAME-cpu.json
+
+On a CPU, in turns: the network of `resnet_jax.load`, its StableHLO program alone, its ONNX file by onnxruntime, with and
+without batch norm folded, and the same network in PyTorch, eager, channels_last (`benchmarks/torch_step.py`). Each takes
+uint8 images and gives logits as NumPy has them. PyTorch's network has other weights, which changes nothing of its speed.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax import config as config_lib
+from resnet_jax import export, inference, measure, timing, workdir
+from resnet_jax.errors import exit_on_user_error
+
+BATCH_SIZES = (1, 128)
+WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablehlo": ("stablehlo", {}),
+    "onnx": ("onnx", {}),
+    "onnx_folded": ("onnx", {"fold": True}),
+    "safetensors": ("safetensors", {}),
+}
+
+
+def written(model: inference.Model, directory: Path) -> dict[str, Path]:
+    """Each export of a model, in a folder."""
+    files = {}
+    for name, (kind, settings) in WRITTEN.items():
+        files[name] = directory / f"{name}.{kind}"
+        export.write(model, kind, files[name], **settings)
+    return files
+
+
+def runners(model: inference.Model, files: dict[str, Path]) -> dict[str, export.Run]:
+    """What computes logits: the model and those of its files that are programs."""
+    import onnxruntime
+
+    program = jax.jit(jax.export.deserialize(bytearray(files["stablehlo"].read_bytes())).call)
+    found: dict[str, export.Run] = {
+        "load": model.logits,
+        "stablehlo": lambda images: np.asarray(program(images)),
+    }
+    for name in ("onnx", "onnx_folded"):
+        session = onnxruntime.InferenceSession(files[name], providers=["CPUExecutionProvider"])
+        found[name] = lambda images, session=session: session.run(["logits"], {"images": images})[0]
+    return found
+
+
+def contender(run: export.Run, images: np.ndarray) -> timing.Contender:
+    """The throughput of a function that returns when it is done."""
+    return partial(timing.throughput, partial(run, images), lambda logits: None, len(images))
+
+
+def case(
+    model: inference.Model, found: dict[str, export.Run], batch_size: int, torch: Any, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """A case of the result: the milliseconds of a batch, and how many times as long as PyTorch each takes."""
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *model.image_shape), np.uint8)
+    contenders: dict[str, Callable[[float], float]] = {name: contender(run, images) for name, run in found.items()}
+    rates = timing.interleave(contenders | {"torch": torch}, repeats, seconds)
+    figures = {
+        name: timing.summary([1000 * batch_size / rate for rate in repeated], "ms") for name, repeated in rates.items()
+    }
+    for name in found:
+        rounds = zip(rates["torch"], rates[name], strict=True)
+        figures[f"{name} / torch"] = timing.summary([torch_rate / rate for torch_rate, rate in rounds], "ratio")
+    return {
+        "batch_size": batch_size,
+        "dtype": model.config.model.dtype,
+        "devices": 1,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"])),
+        "figures": figures,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exports", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="workdir of a run")
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each at least (default: 5)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    arguments = parser.parse_args(argv)
+    with exit_on_user_error(), tempfile.TemporaryDirectory() as scratch:
+        model = inference.load(arguments.run)
+        files = written(model, Path(scratch))
+        found, cases = runners(model, files), []
+        for batch_size in BATCH_SIZES:
+            config = config_lib.replaced(model.config, {"batch_size": batch_size})
+            python = shutil.which(arguments.torch_python) or arguments.torch_python
+            yardstick = measure.torch_step(config, len(model.class_names), model.image_shape, python, "predict")
+            with yardstick as (torch, about_torch):
+                cases.append(case(model, found, batch_size, torch, arguments.repeats, arguments.seconds))
+        result = {
+            "cases": cases,
+            "bytes": {name: path.stat().st_size for name, path in files.items()} | {"torch": about_torch["bytes"]},
+            "torch": about_torch,
+            "config": config_lib.to_json(model.config),
+            "environment": workdir.environment(),
+        }
+        workdir.write_json(arguments.output, result)
+        print(arguments.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
