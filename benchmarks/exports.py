@@ -32,13 +32,13 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def written(model: inference.Model, directory: Path) -> dict[str, Path]:
-    """Each export of a model, in a folder."""
-    files = {}
+def written(model: inference.Model, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """Each export of a model, in a folder, and the largest difference it makes, in shares of the largest logit."""
+    files, differences = {}, {}
     for name, (kind, settings) in WRITTEN.items():
         files[name] = directory / f"{name}.{kind}"
-        export.write(model, kind, files[name], **settings)
-    return files
+        differences[name] = export.write(model, kind, files[name], **settings)
+    return files, differences
 
 
 def runners(model: inference.Model, files: dict[str, Path]) -> dict[str, export.Run]:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with exit_on_user_error(), tempfile.TemporaryDirectory() as scratch:
         model = inference.load(arguments.run)
-        files = written(model, Path(scratch))
+        files, differences = written(model, Path(scratch))
         found, cases = runners(model, files), []
         for batch_size in BATCH_SIZES:
             config = config_lib.replaced(model.config, {"batch_size": batch_size})
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         result = {
             "cases": cases,
             "bytes": {name: path.stat().st_size for name, path in files.items()} | {"torch": about_torch["bytes"]},
+            "differences": differences,
             "torch": about_torch,
             "config": config_lib.to_json(model.config),
             "environment": workdir.environment(),

@@ -55,12 +55,18 @@ def resnet18_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 def export_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The exports of a run as `benchmarks.exports` measured them: their sizes, and medians of their latencies."""
-    cases = result["cases"]
-    yield ["", "MB", *(cell for case in cases for cell in (f"batch {case['batch_size']}", "of PyTorch's"))]
+    cases, differences = result["cases"], result["differences"]
+    yield [
+        "",
+        "MB",
+        "differs by",
+        *(cell for case in cases for cell in (f"batch {case['batch_size']}", "of PyTorch's")),
+    ]
     for name in dict.fromkeys([*cases[0]["figures"], *result["bytes"]]):
         if "/" not in name:
             size = result["bytes"].get(name)
             row = [name.replace("_", ", "), "" if size is None else f"{size / 1e6:.2f}"]
+            row.append(f"{differences[name]:.1e}" if name in differences else "")
             for case in cases:
                 for key, digits in (
                     (name, "{:,.2f} ms ({:,.2f}-{:,.2f})"),
