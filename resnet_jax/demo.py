@@ -58,7 +58,10 @@ def samples(model: "Model") -> list[Sample]:
     """
     from resnet_jax import datasets
 
-    dataset = datasets.load(model.config.data)
+    try:
+        dataset = datasets.load(model.config.data)
+    except UserError as error:
+        raise UserError(f"{error}; --no-samples shows the page without test images") from error
     _, firsts = np.unique(dataset.test.labels, return_index=True)
     shown = firsts[:_SAMPLES]
     labels, images = dataset.test.labels[shown], dataset.test.images[shown]

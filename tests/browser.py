@@ -1,8 +1,11 @@
-"""A page of ours in headless Chromium."""
+"""Pages of ours in headless Chromium."""
 
+import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,31 +14,48 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needed = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed here: there is nothing to show the page")
 
 
+@contextlib.contextmanager
+def opened(url: str, scheme: str = "light", width: int = 1000) -> Iterator[tuple[Any, list[str]]]:
+    """A page on a light or dark screen, and a list to which its errors and the addresses that it asks for are added."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    said: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*quiet, "--disable-sync", "--no-first-run"]
+        )
+        page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        page.goto(url)
+        yield page, said
+        browser.close()
+
+
+def width_of(page: Any) -> int:
+    """The width that a page takes, in pixels: more than the screen's where it can be scrolled aside."""
+    return int(page.evaluate("document.documentElement.scrollWidth"))
+
+
+def images_loaded(page: Any) -> list[bool]:
+    """Of each picture whether it is there."""
+    return list(page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)"))
+
+
 def images_shown(page: Path, scheme: str, width: int) -> int:
     """Show a page of figures on a light or dark screen: whole, in the scheme's colours, without errors or requests.
 
     Returns:
         How many pictures it has.
     """
-    sync_api = pytest.importorskip("playwright.sync_api")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    said = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[*quiet, "--disable-sync", "--no-first-run"]
-        )
-        shown = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
-        shown.goto(page.as_uri())
-        images = shown.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
-        page_width = shown.evaluate("document.documentElement.scrollWidth")
+    with opened(page.as_uri(), scheme, width) as (shown, said):
+        images = images_loaded(shown)
+        page_width = width_of(shown)
         columns = shown.evaluate(
             "getComputedStyle(document.querySelector('.figures')).gridTemplateColumns.split(' ').length"
         )
         screenshot = shown.screenshot()
-        browser.close()
     assert said == []
     assert all(images)
     assert page_width == width

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import jax
@@ -143,6 +144,62 @@ def test_stablehlo_is_for_every_platform(files):
     program = jax.export.deserialize(bytearray(files["stablehlo"].read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert [str(size) for size in program.in_avals[0].shape] == ["n", "8", "8", "3"]
+
+
+# Loading what was exported
+
+
+def test_stablehlo_is_loaded_as_the_run_is(run, files):
+    (run / "temperature.json").write_text(
+        json.dumps({"checkpoint_step": inference.load(run).step, "temperature": {"plain": 1.5}})
+    )
+    export.main([str(run), "--format", "stablehlo"])
+    one, other = inference.load(run), inference.load(files["stablehlo"])
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    for flip in (False, True):
+        np.testing.assert_allclose(one.logits(images, flip), other.logits(images, flip), atol=1e-4)
+    np.testing.assert_allclose(one.predict(images).probabilities, other.predict(images / 255).probabilities, atol=1e-5)
+    assert one.temperatures == other.temperatures == {False: 1.5}
+    for name in ("class_names", "image_shape", "step"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.config == other.config
+
+
+def test_a_program_without_weights_says_so(run, files, capsys):
+    model = inference.load(files["stablehlo"])
+    for use in (lambda: model.variables, lambda: model.saliency(np.zeros((8, 8, 3), np.uint8))):
+        with pytest.raises(UserError, match=r"holds a program and no weights: give the run's workdir"):
+            use()
+    with pytest.raises(SystemExit):
+        export.main([str(files["stablehlo"]), "--format=onnx", f"--output={run}/again.onnx"])
+    assert "holds a program and no weights" in capsys.readouterr().err
+
+
+def test_weights_alone_are_exported_again(run, files, tmp_path):
+    export.main([str(files["safetensors"]), "--format=stablehlo", f"--output={tmp_path}/again.stablehlo"])
+    assert inference.load(tmp_path / "again.stablehlo").class_names == tuple("0123456789")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "no metadata", "no program", "another shape", "noise"])
+def test_a_damaged_program_is_refused(files, tmp_path, damage):
+    path = tmp_path / "model.stablehlo"
+    whole = files["stablehlo"].read_bytes()
+    with zipfile.ZipFile(files["stablehlo"]) as archive:
+        meta = json.loads(archive.read("metadata.json"))
+    program = jax.export.deserialize(bytearray(whole)).serialize()
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif damage != "missing":
+        path.write_bytes(b"" if damage == "no program" else program)
+        if damage == "another shape":
+            meta["image_shape"] = "[16, 16, 3]"
+        if damage != "no metadata":
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr("metadata.json", json.dumps(meta))
+    with pytest.raises(UserError, match=r"give what python -m resnet_jax\.export wrote"):
+        inference.load(path)
 
 
 # Mistakes

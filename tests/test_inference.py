@@ -104,6 +104,41 @@ def test_other_sizes_are_scaled_to_cover_and_cut_at_the_centre(model, shape):
     )  # Pillow rounds bytes after each of its two passes, by 0.5 at most
 
 
+# Which pixels matter
+
+
+def test_saliency_is_the_size_of_the_likeliest_logits_gradient(model, images):
+    image = images[0] / np.float32(255)
+    likeliest = model.predict(image).labels[0]
+    step = np.float32(1e-3)
+    changes = np.eye(image.size, dtype=np.float32).reshape(-1, *image.shape) * step
+    base = 0.25 + image / 2  # so that none leaves 0..1
+    likeliest = model.predict(base).labels[0]
+    above, below = (model.logits(base + sign * changes)[:, likeliest] for sign in (1, -1))
+    slopes = np.abs((above - below) / (2 * step)).reshape(image.shape).max(axis=2)
+    found = model.saliency(base)
+    assert found.shape == (1, 8, 8)
+    assert found.dtype == np.float32
+    assert found.max() == 1
+    # A step that crosses a ReLU's kink has another slope: most do not, and most agree.
+    assert np.median(np.abs(found[0] - slopes / slopes.max())) < 0.01
+    assert np.corrcoef(found[0].ravel(), slopes.ravel())[0, 1] > 0.99
+
+
+def test_saliency_takes_what_predict_takes(model, images):
+    few = images[:3]
+    maps = model.saliency(few)
+    assert maps.shape == (3, 8, 8)
+    np.testing.assert_allclose(model.saliency([few[0], few[1:] / 255]), maps, atol=1e-4)
+    assert model.saliency(few[:0]).shape == (0, 8, 8)
+    assert model.saliency(np.zeros((20, 30, 3), np.uint8)).shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="must be"):
+        model.saliency(np.zeros((8, 8), np.uint8))
+
+
+# Mistakes
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
@@ -115,6 +150,7 @@ def test_other_sizes_are_scaled_to_cover_and_cut_at_the_centre(model, shape):
         (np.zeros((8, 8, 3), np.int64), "images are int64: they must be uint8 in 0..255 or floats in 0..1"),
         ("cat.png", "must be"),
         ([np.zeros((8, 8))], "must be"),
+        (np.zeros((1, 1001, 3), np.uint8), "one side may be 1000 times as long as the other"),
         (None, "must be"),
     ],
 )
