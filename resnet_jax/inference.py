@@ -30,6 +30,7 @@ from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.errors import UserError
 
 _LARGEST_BATCH = 128  # images a call; fewer are padded to the next power of two, so that few sizes are compiled
+_MANY = 32  # images, from which on a CPU `conv_cpu` is faster than XLA
 _LONGEST = 1000  # times as long as wide, an image that is scaled
 
 
@@ -74,8 +75,7 @@ class Model:
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
         self._variables, self.step, self.temperatures = variables, step, temperatures
-        apply = models.from_config(config.model, len(class_names), train_state.make_mesh(1)).apply
-        network = partial(steps.eval_logits, apply, data=config.data)
+        network = _network(config, len(class_names))
         self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="flip")
         self._saliency = jax.jit(partial(_saliency, network))
 
@@ -139,6 +139,18 @@ class Model:
         scale = np.float32(1.0 if batch.dtype == np.uint8 else 255.0)
         maps = [np.asarray(self._saliency(self.variables, image[None] * scale))[0] for image in batch]
         return np.stack(maps) if maps else np.zeros((0, *self.image_shape[:2]), np.float32)
+
+
+def _network(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
+    """`steps.eval_logits` of the config's network, whose convolutions are XLA's own for a few images: they are faster then."""
+    network = models.from_config(config.model, num_classes, train_state.make_mesh(1))
+    of_few = network.copy(conv_general_dilated=jax.lax.conv_general_dilated)
+
+    def logits(variables: Any, images: jax.Array, flip: bool = False) -> jax.Array:
+        apply = (of_few if len(images) < _MANY else network).apply
+        return steps.eval_logits(apply, variables, images, config.data, flip)
+
+    return logits
 
 
 def _run(program: export.Exported, variables: None, images: jax.Array, flip: bool = False) -> jax.Array:
