@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from resnet_jax import config as config_lib
-from resnet_jax import export, inference, measure, timing, workdir
+from resnet_jax import export, inference, measure, timing, train_state, workdir
 from resnet_jax.errors import exit_on_user_error
 
 BATCH_SIZES = (1, 128)
@@ -78,7 +78,7 @@ def case(
         "batch_size": batch_size,
         "dtype": model.config.model.dtype,
         "devices": 1,
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"])),
+        "num_params": train_state.num_params(model.variables["params"]),
         "figures": figures,
     }
 

@@ -12,6 +12,7 @@ it has not seen before the file gets its name.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -35,8 +36,8 @@ _TOLERANCE = 1e-4  # of the largest logit: float32, whose sums each runtime orde
 _CHECKED_ON = (1, 2, 17)  # numbers of images
 
 
-def metadata(model: "Model") -> dict[str, str]:
-    """What a file says of its network, each value as JSON."""
+def metadata(model: "Model", **others: Any) -> dict[str, str]:
+    """What a file says of its network, and of itself, each value as JSON."""
     from resnet_jax import config as config_lib
 
     values = {
@@ -47,7 +48,7 @@ def metadata(model: "Model") -> dict[str, str]:
         "temperature": model.temperatures.get(False, 1.0),
         "resnet_jax": importlib.metadata.version("resnet_jax"),
     }
-    return {key: json.dumps(value) for key, value in values.items()}
+    return {key: json.dumps(value) for key, value in (values | others).items()}
 
 
 def write_safetensors(model: "Model", path: Path) -> Run:
@@ -55,10 +56,11 @@ def write_safetensors(model: "Model", path: Path) -> Run:
     from flax import traverse_util
     from safetensors.numpy import save_file
 
-    from resnet_jax import inference
+    from resnet_jax import inference, train_state
 
     flat = traverse_util.flatten_dict(model.variables, sep="/")
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, path, metadata(model))
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    save_file(arrays, path, metadata(model, sha256=train_state.digest(model.variables)))
     return inference.load(path).logits
 
 
@@ -79,9 +81,11 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
 
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
-    path.write_bytes(export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize())
+    written = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
+    path.write_bytes(written)
     with zipfile.ZipFile(path, "a") as archive:  # behind the program, where its own reader does not look
-        archive.writestr("metadata.json", json.dumps(metadata(model)))
+        meta = metadata(model, sha256=hashlib.sha256(written).hexdigest())
+        archive.writestr("metadata.json", json.dumps(meta))
     program = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(program.call(images))
 

@@ -3,6 +3,7 @@
 It takes a run's folder alone: no data set and no TensorFlow.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -245,7 +246,9 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        meta, variables, program = _FILES[path.suffix](path)
+        meta, variables, program, sha256 = _FILES[path.suffix](path)
+        if sha256 != meta["sha256"]:
+            raise ValueError("it is damaged: its SHA-256 is another")
         config, names = config_lib.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step, temperatures = tuple(meta["image_shape"]), int(meta["checkpoint_step"]), meta["temperature"]
         if program:
@@ -263,20 +266,22 @@ def _load_file(path: Path) -> Model:
         raise UserError(f"{path} cannot be used ({reason}): give what python -m resnet_jax.export wrote") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
     with safe_open(path, "numpy") as file:
         meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-    return meta, jax.device_put(traverse_util.unflatten_dict(flat, sep="/")), None
+    variables = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
+    return meta, variables, None, train_state.digest(variables)
 
 
-def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported]:
+def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported, str]:
     with zipfile.ZipFile(path) as archive:
         meta = {key: json.loads(value) for key, value in json.loads(archive.read("metadata.json")).items()}
-    return meta, None, export.deserialize(bytearray(path.read_bytes()))
+        program = path.read_bytes()[: archive.getinfo("metadata.json").header_offset]
+    return meta, None, export.deserialize(bytearray(program)), hashlib.sha256(program).hexdigest()
 
 
-_FILES: dict[str, Callable[[Path], tuple[dict[str, Any], Any, export.Exported | None]]] = {
+_FILES: dict[str, Callable[[Path], tuple[dict[str, Any], Any, export.Exported | None, str]]] = {
     ".safetensors": _read_safetensors,
     ".stablehlo": _read_stablehlo,
 }

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_tiny_config
+from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -180,25 +181,46 @@ def test_weights_alone_are_exported_again(run, files, tmp_path):
     assert inference.load(tmp_path / "again.stablehlo").class_names == tuple("0123456789")
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "no metadata", "no program", "another shape", "noise"])
+def offset_of_metadata(path):
+    """Where the program of a .stablehlo ends."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo("metadata.json").header_offset
+
+
+DAMAGED_PROGRAMS = {
+    "missing": "No such file",
+    "cut": "not a zip file",
+    "noise": "not a zip file",
+    "no metadata": "not a zip file",
+    "no program": "",
+    "a bit": "its SHA-256 is another",
+    "another shape": "its program does not map such images to such classes",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PROGRAMS)
 def test_a_damaged_program_is_refused(files, tmp_path, damage):
     path = tmp_path / "model.stablehlo"
-    whole = files["stablehlo"].read_bytes()
-    with zipfile.ZipFile(files["stablehlo"]) as archive:
-        meta = json.loads(archive.read("metadata.json"))
-    program = jax.export.deserialize(bytearray(whole)).serialize()
+    whole, end = files["stablehlo"].read_bytes(), offset_of_metadata(files["stablehlo"])
+    program, meta = bytearray(whole[:end]), whole[end:]
     if damage == "cut":
-        path.write_bytes(whole[: len(whole) // 2])
+        path.write_bytes(whole[: end // 2])
     elif damage == "noise":
         path.write_bytes(np.random.default_rng(0).bytes(5000))
-    elif damage != "missing":
-        path.write_bytes(b"" if damage == "no program" else program)
-        if damage == "another shape":
-            meta["image_shape"] = "[16, 16, 3]"
-        if damage != "no metadata":
-            with zipfile.ZipFile(path, "a") as archive:
-                archive.writestr("metadata.json", json.dumps(meta))
-    with pytest.raises(UserError, match=r"give what python -m resnet_jax\.export wrote"):
+    elif damage == "no metadata":
+        path.write_bytes(program)
+    elif damage == "no program":
+        path.write_bytes(meta)
+    elif damage == "a bit":
+        program[end // 2] ^= 1
+        path.write_bytes(program + meta)
+    elif damage == "another shape":
+        with zipfile.ZipFile(files["stablehlo"]) as archive:
+            said = json.loads(archive.read("metadata.json"))
+        path.write_bytes(program)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("metadata.json", json.dumps(said | {"image_shape": "[16, 16, 3]"}))
+    with pytest.raises(UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give what python -m resnet_jax\.export wrote"):
         inference.load(path)
 
 
@@ -226,8 +248,18 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "no metadata", "another shape", "a weight less"])
-def test_a_damaged_file_is_refused(run, tmp_path, damage):
+DAMAGED_WEIGHTS = {
+    "missing": "No such file",
+    "cut": "",
+    "no metadata": "",
+    "a bit": "its SHA-256 is another",
+    "another shape": "its weights are not those of its config",
+    "a weight less": "its weights are not those of its config",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
+def test_damaged_weights_are_refused(run, tmp_path, damage):
     export.main([str(run), "--format=safetensors", f"--output={tmp_path}/model.safetensors"])
     path = tmp_path / "model.safetensors"
     with safe_open(path, "numpy") as file:
@@ -239,12 +271,15 @@ def test_a_damaged_file_is_refused(run, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-10])
     elif damage == "no metadata":
         save_file(weights, path)
-    elif damage == "another shape":
-        save_file(weights | {"params/classifier/bias": np.zeros(11, np.float32)}, path, meta)
+    elif damage == "a bit":
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     else:
         del weights["params/classifier/bias"]
+        if damage == "another shape":
+            weights["params/classifier/bias"] = np.zeros(11, np.float32)
+        meta["sha256"] = json.dumps(train_state.digest(traverse_util.unflatten_dict(weights, sep="/")))
         save_file(weights, path, meta)
-    with pytest.raises(UserError, match=r"give what python -m resnet_jax\.export wrote"):
+    with pytest.raises(UserError, match=rf"{DAMAGED_WEIGHTS[damage]}.*give what python -m resnet_jax\.export wrote"):
         inference.load(path)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import final
-from resnet_jax import cli, config, datasets
+from resnet_jax import cli, config, datasets, demo
 from resnet_jax.errors import UserError
 
 EXAMPLES = int(os.environ.get("RESNET_JAX_FUZZ_EXAMPLES", 0))
@@ -180,3 +181,33 @@ def test_a_folder_of_any_files_is_a_data_set_or_refused(files):
             (Path(directory) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(directory) / path).write_bytes(content)
         is_data_or_refused(f"folder:{directory}", f"{directory}/cache")
+
+
+def _file_of_noise(kind):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
+PICTURES = [_file_of_noise(kind) for kind in ("PNG", "JPEG", "WEBP")]
+
+
+@fuzz
+@given(
+    st.sampled_from(PICTURES),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.binary(max_size=9),
+)
+def test_an_upload_of_any_bytes_is_a_picture_or_refused(whole, changes, tail):
+    upload = bytearray(whole)
+    for position, value in changes:
+        upload[position % len(upload)] = value
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged files that Pillow reads all the same
+            found = demo.picture(bytes(upload + tail), (8, 8, 3))
+    except ValueError as error:
+        assert str(error).startswith("This is no PNG, JPEG or WebP picture that can be read")  # noqa: PT017
+    else:
+        assert found.shape == (1, 8, 8, 3)
+        assert found.dtype == np.uint8

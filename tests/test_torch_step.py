@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from resnet_jax import config as config_lib
-from resnet_jax import models, torch_weights, train_state
+from resnet_jax import measure, models, torch_weights, train_state
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here: the yardstick has nothing to run on")
 from benchmarks import torch_step  # noqa: E402  needs PyTorch
@@ -63,3 +63,10 @@ def test_the_ratio_is_that_of_each_round(tmp_path, dtype):
     assert case["figures"]["train_step / torch_train_step"]["repeats"] == [
         a / b for a, b in zip(ours, theirs, strict=True)
     ]
+
+
+def test_the_yardstick_predicts_too(final_config):
+    with measure.torch_step(final_config, 10, (32, 32, 3), sys.executable, "predict") as (images_per_second, about):
+        assert images_per_second(0.1) > 0
+    assert about["num_params"] == 4_918_602
+    assert about["bytes"] > 4 * about["num_params"]

@@ -19,16 +19,15 @@ import jax
 import numpy as np
 import optuna
 from ml_collections import ConfigDict
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from resnet_jax import config as config_lib
 from resnet_jax import cost, datasets, preemption, train, workdir
 from resnet_jax.errors import Diverged, UserError, is_out_of_memory
-from resnet_jax.search import STAGES, check_folder, space, studies, summary
+from resnet_jax.search import check_folder, space, stages, studies
 from resnet_jax.search.locks import lock
 
 _POLL_SECONDS = 1.0
-_SEEDS = 2**32
 _MOST_INFEASIBLE = 50  # for each trial of refinement: where nearly nothing is within the budget, it ends
 
 
@@ -96,14 +95,14 @@ class Worker:
         """What a candidate's network costs."""
         return cost.of_model(space.training_config(self.config, fields).model, self.num_classes, self.image_shape)
 
-    def run(self, stages: tuple[str, ...]) -> None:
+    def run(self, names: tuple[str, ...]) -> None:
         """Take part in stages, one after the other, until each is done.
 
         Raises:
             preemption.Interrupted: after a signal, with the trial under way saved.
         """
         with self.stop_request.noted():
-            for stage in stages:
+            for stage in names:
                 self.take_part(stage)
 
     def take_part(self, stage: str) -> None:
@@ -126,18 +125,7 @@ class Worker:
                 self.free_since = time.monotonic()
             else:
                 break
-        best = studies.best_first(study.get_trials(deepcopy=False))
-        if not best:
-            raise UserError(
-                f"{stage} is done and no trial of it is complete: start another --study, with a larger config.model.max_params "
-                "or config.search.max_gflops if they were infeasible, a lower config.optim.learning_rate if they diverged"
-            )
-        told = f"{best[0].values[0]:.2%}, {space.name(best[0].user_attrs['fields'])}"
-        if stage == "confirm":  # where a mean decides, and not the luckiest seed
-            for entry in summary.confirmed([summary.row(trial) for trial in study.trials], self.config):
-                if entry["best"]:
-                    told = f"{entry['mean']:.2%}, the mean of {len(entry['accuracies'])} seeds, {space.name(entry['fields'])}"
-        self.say(f"{stage} is done: {len(best)} complete, the best {told}")
+        self.say(stages.outcome(self.config, study, stage))
 
     @contextlib.contextmanager
     def claiming(self) -> Iterator[str]:
@@ -160,8 +148,7 @@ class Worker:
         if known.get("folder", token) != token:
             raise UserError(f"--workdir {self.root} is not that of the other workers of {self.name}: give theirs")
         if "candidates" not in known:
-            of_other_stages = {s.user_attrs["folder"] for s in self.other_stages(stage).values()}
-            if token not in of_other_stages:
+            if token not in {study.user_attrs["folder"] for study in self.others(stage).values()}:
                 check_folder(self.root, claimed=True)
             candidates = self.candidates(stage)
             if stage == "refine":
@@ -178,83 +165,47 @@ class Worker:
             confirmed = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
             study.set_user_attr("candidates", space.distinct(self.config, [*confirmed, *self.candidates(stage)]))
         if stage == "confirm":
-            for point in self.confirmations(study):
+            for point in stages.confirmations(self.config, study):
                 study.enqueue_trial(point, skip_if_exists=True)
         return study
 
-    def other_stages(self, stage: str) -> dict[str, optuna.Study]:
+    def others(self, stage: str) -> dict[str, optuna.Study]:
         """The studies of the stages that have begun, but for one."""
         return {s: study for s, study in studies.begun(self.storage, self.name).items() if s != stage}
 
     def candidates(self, stage: str) -> list[space.Fields]:
-        """What a stage starts from: nothing, the best, or the best few and the config's own network."""
-        if stage == "grid":
-            return []
-        earlier = [
-            trial
-            for other, study in self.other_stages(stage).items()
-            if STAGES.index(other) < STAGES.index(stage)
-            for trial in study.trials
-        ]
-        fields = [space.from_json(trial.user_attrs["fields"]) for trial in studies.best_first(earlier)]
-        ranked, own = space.distinct(self.config, fields), space.own(self.config)
-        if stage == "refine":
-            self.check_refine()
-            return ranked[:1] or [own]
-        return space.distinct(self.config, [*ranked[: self.config.search.confirm_top], own])
-
-    def check_refine(self) -> None:
-        """Refuse to refine before there is what to refine around.
+        """What a stage starts from.
 
         Raises:
-            UserError: where the grid has begun and not ended, or there is none and the config's own network is over the budget.
+            UserError: of refinement, where the grid has begun and not ended, or there is none and the config's own network is
+                over the budget.
         """
-        if grid := self.other_stages("refine").get("grid"):
-            begun = self.begun(grid, "grid")
-            if len(begun) < self.wanted(grid, "grid") or not all(trial.state.is_finished() for trial in begun):
-                raise UserError(
-                    "refine starts from the grid's best, and the grid has not ended: go on with --stage=grid first"
-                )
-        elif why := space.why_infeasible(self.config, self.cost(space.own(self.config))):
-            raise UserError(
-                f"refine would start from config.model, which is over the budget ({why}): run --stage=grid first"
-            )
-
-    def confirmations(self, study: optuna.Study) -> list[dict[str, int]]:
-        """The parameters of all trials of the confirmation: each candidate with each seed."""
-        # Not the seed by which they were chosen, which flatters them.
-        seeds = [(self.config.seed + 1 + i) % _SEEDS for i in range(self.config.search.confirm_seeds)]
-        candidates = range(len(study.user_attrs["candidates"]))
-        return [{"candidate": which, "seed": seed} for which in candidates for seed in seeds]
-
-    def wanted(self, study: optuna.Study, stage: str) -> int:
-        """How many trials a stage has in the end; of refinement, those within the budget."""
+        others = self.others(stage)
         if stage == "refine":
-            return int(self.config.search.refine_trials)
-        return len(space.grid_points(self.config) if stage == "grid" else self.confirmations(study))
-
-    def begun(self, study: optuna.Study, stage: str) -> list[FrozenTrial]:
-        """The trials that count towards `wanted`, under way or ended."""
-        states = (TrialState.RUNNING, *studies.ENDED)
-        trials = study.get_trials(deepcopy=False, states=states)
-        return [trial for trial in trials if stage != "refine" or "infeasible" not in trial.user_attrs]
+            if "grid" in others:
+                stages.check_grid_has_ended(self.config, others["grid"])
+            elif why := space.why_infeasible(self.config, self.cost(space.own(self.config))):
+                raise UserError(
+                    f"refine would start from config.model, which is over the budget ({why}): run --stage=grid first"
+                )
+        return stages.candidates(self.config, others, stage)
 
     def adopt(self, study: optuna.Study, stage: str) -> Claim | None:
         """A running trial whose worker has ended."""
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if held := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
                 self.say(f"{stage} {frozen.number}: taken up where a worker left it")
-                study.sampler = self.sampler(study, stage)
+                study.sampler = stages.sampler(self.config, study, stage)
                 if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), held):
                     return claim
         return None
 
     def ask(self, study: optuna.Study, stage: str) -> Claim | None:
         """A new trial; None where the stage has all. Those over the budget are told so at once."""
-        while len(self.begun(study, stage)) < (wanted := self.wanted(study, stage)):
+        while len(stages.begun(study, stage)) < (wanted := stages.wanted(self.config, study, stage)):
             if len(study.get_trials(deepcopy=False)) >= wanted * _MOST_INFEASIBLE:
                 break
-            study.sampler = self.sampler(study, stage)
+            study.sampler = stages.sampler(self.config, study, stage)
             trial = study.ask()
             held = lock(self.folder(stage, trial.number) / ".worker", wait=False)
             assert held  # for the trial is new, and only this worker is claiming
@@ -262,18 +213,13 @@ class Worker:
                 return claim
         return None
 
-    def sampler(self, study: optuna.Study, stage: str) -> optuna.samplers.BaseSampler:
-        """What proposes the next trial; those of the confirmation are all enqueued."""
-        seed = (self.config.seed + len(study.get_trials(deepcopy=False))) % _SEEDS
-        return studies.sampler(space.grid(self.config) if stage == "grid" else {}, seed)
-
     def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
         """Give a trial its candidate, and the cost of it; None where that is over the budget."""
         folder = self.folder(stage, trial.number)
         with contextlib.ExitStack() as stack:
             stack.callback(held.close)
             study.sampler.before_trial(study, study.trials[trial.number])  # a trial may have been left before that
-            fields = self.propose(study, stage, trial)
+            fields = stages.propose(self.config, study, stage, trial)
             costs = self.cost(fields)
             for key, value in {"fields": fields, **costs._asdict()}.items():
                 trial.set_user_attr(key, value)
@@ -284,17 +230,6 @@ class Worker:
             self.end_early(study, stage, trial, "infeasible", why)
         shutil.rmtree(folder)
         return None
-
-    def propose(self, study: optuna.Study, stage: str, trial: optuna.Trial) -> space.Fields:
-        """The candidate of a trial."""
-        known = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
-        if stage == "refine":
-            return space.refined(trial, self.config, known[0])
-        if stage == "grid":
-            grid = space.grid(self.config)
-            return space.from_grid({key: trial.suggest_categorical(key, values) for key, values in grid.items()})
-        which = trial.suggest_int("candidate", 0, len(known) - 1)
-        return known[which] | {"seed": trial.suggest_int("seed", 0, _SEEDS - 1)}
 
     def attempt(self, study: optuna.Study, stage: str, claim: Claim) -> None:
         """Train a trial to its end, from wherever it was left, and tell how it ended."""
@@ -317,7 +252,7 @@ class Worker:
             trial.set_user_attr(key, ended[key])
         trial.set_user_attr("seconds_per_epoch", figures["seconds_per_epoch"])
         study.tell(trial, [figures[key] for key in studies.OBJECTIVES[self.config.search.objective]])
-        self.say(f"{what}: complete, {figures['accuracy']:.2%} ({self.progress(study, stage)})")
+        self.say(f"{what}: complete, {figures['accuracy']:.2%} ({stages.progress(self.config, study, stage)})")
 
     def trained(self, study: optuna.Study, stage: str, claim: Claim, what: str) -> dict[str, Any] | Early:
         """The result of a trial's run, or why it has none."""
@@ -362,16 +297,9 @@ class Worker:
         """Tell that a trial has no result, and why."""
         trial.set_user_attr(how, why)
         study.tell(trial, state=TrialState.PRUNED)
-        self.say(f"{stage} {trial.number}: {how.replace('_', ' ')}, {why} ({self.progress(study, stage)})")
-
-    def progress(self, study: optuna.Study, stage: str) -> str:
-        """How far a stage is: "7 of 12, best 63.10%"."""
-        begun = self.begun(study, stage)
-        ended = sum(trial.state.is_finished() for trial in begun)
-        best = (
-            studies.best_first(begun) if stage != "confirm" else []
-        )  # where a mean decides, and not the luckiest seed
-        return f"{ended} of {self.wanted(study, stage)}" + (f", best {best[0].values[0]:.2%}" if best else "")
+        self.say(
+            f"{stage} {trial.number}: {how.replace('_', ' ')}, {why} ({stages.progress(self.config, study, stage)})"
+        )
 
     def folder(self, stage: str, number: int) -> Path:
         """The workdir of a trial's run."""
