@@ -7,7 +7,6 @@ without batch norm folded, and the same network in PyTorch, eager, channels_last
 uint8 images and gives logits as NumPy has them. PyTorch's network has other weights, which changes nothing of its speed.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 
 from resnet_jax import config as config_lib
 from resnet_jax import export, inference, measure, timing, train_state, workdir
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import exit_on_user_error
 
 BATCH_SIZES = (1, 128)
@@ -85,9 +85,7 @@ def case(
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.exports", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("benchmarks.exports", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax import workdir
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
@@ -208,9 +209,7 @@ def main() -> None:
     """The command line."""
     on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, step, resnet18)}
     on_cpu = {part.__name__: part for part in (narrow, resnet18)}
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("benchmarks.reproduce", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="all that this machine can do, if none is given")
     parser.add_argument("--config", default="configs/final.py", help="what final, step and resnet18 measure")
     parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz where that file is, else cifar10)")

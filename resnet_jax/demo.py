@@ -5,7 +5,6 @@
 Programs can ask too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` is answered with JSON.
 """
 
-import argparse
 import base64
 import io
 import ipaddress
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax import predict
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -157,9 +157,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("resnet_jax.demo", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")

@@ -1,6 +1,7 @@
 """The one exception for what a user can mend."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,9 +40,11 @@ def leave(exit_code: int) -> NoReturn:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, for the command-line tools."""
+    """Turn a `UserError` into one line on stderr and exit code 2, for the command-line tools, and Ctrl-C into its own."""
     try:
         yield
     except UserError as error:
         report(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -11,7 +11,6 @@ names too, and `resnet_jax.load` takes the first and the last. Each is read back
 it has not seen before the file gets its name.
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -146,9 +146,7 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("resnet_jax.export", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run")
     parser.add_argument("--format", required=True, choices=WRITERS, help="of the file")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT")

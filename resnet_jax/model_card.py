@@ -6,7 +6,6 @@
 Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is the one that Hugging Face's hub reads.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -22,6 +21,7 @@ from scipy import stats
 from resnet_jax import config as config_lib
 from resnet_jax import pages, workdir
 from resnet_jax.analysis import RESULT_KEYS
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 
 _CONFUSIONS = 5  # that are named
@@ -116,11 +116,7 @@ def card(directory: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.model_card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("resnet_jax.model_card", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a complete run that was evaluated")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/MODEL_CARD.md")
     arguments = parser.parse_args(argv)

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from resnet_jax import workdir
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error, report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -177,9 +178,7 @@ def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("resnet_jax.predict", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or an export of it")
     parser.add_argument("files", nargs="*", metavar="FILE", help="images")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")

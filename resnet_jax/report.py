@@ -7,7 +7,6 @@ for a workdir alone, so that the page can be built again without data and checkp
 are one group. DIR/index.html holds all that it shows, and DIR/figures each figure as PNG and SVG.
 """
 
-import argparse
 import base64
 import json
 import re
@@ -25,6 +24,7 @@ from absl import logging
 from resnet_jax import claims, figures, pages, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.analysis import SUMMARY_KEYS, summarise
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.figures import Group, Summary
 from resnet_jax.pages import Picture
@@ -189,9 +189,7 @@ def _page(groups: Sequence[Group], comparison: dict[str, Any] | None, folder: Pa
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("resnet_jax.report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")

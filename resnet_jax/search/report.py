@@ -5,7 +5,6 @@
 DIR/index.html holds all that it shows, DIR/figures each figure as PNG and SVG, and --found is a config that launch.py runs.
 """
 
-import argparse
 import hashlib
 import json
 from functools import partial
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import claims, pages, workdir
 from resnet_jax import config as config_lib
+from resnet_jax.arguments import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.pages import Picture
 from resnet_jax.search import default_storage, default_workdir, figures, is_name, space, studies
@@ -141,11 +141,7 @@ def _check_summary(path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m resnet_jax.search report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("resnet_jax.search report", __doc__)
     parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="of the search (default: runs/search/NAME)")
     parser.add_argument("--storage", metavar="WHERE", help="of the search (default: WORKDIR/study.journal)")

@@ -1,0 +1,29 @@
+"""The command line of the tools that take a run: argparse's, with a mistake on one line as everywhere."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from resnet_jax.errors import report
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser of whole flags.
+
+    Args:
+        program: "python -m" this.
+        description: the module's docstring, shown as it is.
+    """
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"python -m {program}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print a mistake and exit with code 2."""
+        report(f"{message}: {self.prog} --help says what there is")
+        sys.exit(2)
