@@ -3,6 +3,7 @@
 Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from resnet_jax import workdir
 from resnet_jax.errors import UserError
 
 _BINS = 15  # as in the paper
-_FLIP = {False: "plain", True: "flip"}
+_NAMES = {False: "plain", True: "flip"}
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -59,6 +60,16 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def to_names(kept: Mapping[bool, float]) -> dict[str, float]:
+    """Temperatures without and with `--flip` as JSON holds them: {"plain", "flip"}, of those that there are."""
+    return {_NAMES[flip]: temperature for flip, temperature in kept.items()}
+
+
+def from_names(named: Mapping[str, float]) -> dict[bool, float]:
+    """The temperatures that `to_names` gave these names."""
+    return {flip: float(named[name]) for flip, name in _NAMES.items() if name in named}
+
+
 def temperatures(directory: Path, step: int) -> dict[bool, float]:
     """The temperatures that `--mode eval --fit-temperature` kept for a checkpoint, without and with `--flip`.
 
@@ -73,7 +84,7 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
     if kept["checkpoint_step"] != step:
         return {}
     try:
-        return {flip: float(kept["temperature"][name]) for flip, name in _FLIP.items() if name in kept["temperature"]}
+        return from_names(kept["temperature"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
@@ -81,5 +92,4 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
 def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
     """Keep a temperature, in place of those of any other checkpoint."""
     kept = temperatures(directory, step) | {flip: temperature}
-    named = {_FLIP[f]: value for f, value in kept.items()}
-    workdir.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": named})
+    workdir.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(kept)})

@@ -38,6 +38,7 @@ _CHECKED_ON = (1, 2, 17)  # numbers of images
 
 def metadata(model: "Model", **others: Any) -> dict[str, str]:
     """What a file says of its network, and of itself, each value as JSON."""
+    from resnet_jax import calibration
     from resnet_jax import config as config_lib
 
     values = {
@@ -45,7 +46,7 @@ def metadata(model: "Model", **others: Any) -> dict[str, str]:
         "class_names": list(model.class_names),
         "image_shape": list(model.image_shape),
         "checkpoint_step": model.step,
-        "temperature": model.temperatures.get(False, 1.0),
+        "temperature": calibration.to_names(model.temperatures),
         "resnet_jax": importlib.metadata.version("resnet_jax"),
     }
     return {key: json.dumps(value) for key, value in (values | others).items()}

@@ -250,7 +250,7 @@ def _load_file(path: Path) -> Model:
         if sha256 != meta["sha256"]:
             raise ValueError("it is damaged: its SHA-256 is another")
         config, names = config_lib.from_json(meta["config"]), tuple(meta["class_names"])
-        shape, step, temperatures = tuple(meta["image_shape"]), int(meta["checkpoint_step"]), meta["temperature"]
+        shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
         if program:
             if [a.shape[1:] for a in (*program.in_avals, *program.out_avals)] != [shape, (len(names),)]:
                 raise ValueError("its program does not map such images to such classes")
@@ -260,7 +260,7 @@ def _load_file(path: Path) -> Model:
             wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
             if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
                 raise ValueError("its weights are not those of its config")
-        return Model(config, names, shape, variables, step, {False: float(temperatures)}, program)
+        return Model(config, names, shape, variables, step, calibration.from_names(meta["temperature"]), program)
     except Exception as error:  # what a damaged file makes its reader raise is of every kind
         reason = f"{error or type(error).__name__}"[:200]
         raise UserError(f"{path} cannot be used ({reason}): give what python -m resnet_jax.export wrote") from error

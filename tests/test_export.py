@@ -92,13 +92,13 @@ def test_what_it_says_of_a_file(run, capsys):
 
 def test_safetensors_are_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
-        json.dumps({"checkpoint_step": inference.load(run).step, "temperature": {"plain": 1.5}})
+        json.dumps({"checkpoint_step": inference.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
     )
     export.main([str(run), "--format", "safetensors"])
     one, other = inference.load(run), inference.load(files["safetensors"])
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(one.predict(images).probabilities, other.predict(images).probabilities)
-    assert one.temperatures == other.temperatures == {False: 1.5}
+    assert one.temperatures == other.temperatures == {False: 1.5, True: 1.3}
     for name in ("class_names", "image_shape", "step"):
         assert getattr(one, name) == getattr(other, name)
     assert one.config == other.config
@@ -152,7 +152,7 @@ def test_stablehlo_is_for_every_platform(files):
 
 def test_stablehlo_is_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
-        json.dumps({"checkpoint_step": inference.load(run).step, "temperature": {"plain": 1.5}})
+        json.dumps({"checkpoint_step": inference.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
     )
     export.main([str(run), "--format", "stablehlo"])
     one, other = inference.load(run), inference.load(files["stablehlo"])
@@ -160,7 +160,7 @@ def test_stablehlo_is_loaded_as_the_run_is(run, files):
     for flip in (False, True):
         np.testing.assert_allclose(one.logits(images, flip), other.logits(images, flip), atol=1e-4)
     np.testing.assert_allclose(one.predict(images).probabilities, other.predict(images / 255).probabilities, atol=1e-5)
-    assert one.temperatures == other.temperatures == {False: 1.5}
+    assert one.temperatures == other.temperatures == {False: 1.5, True: 1.3}
     for name in ("class_names", "image_shape", "step"):
         assert getattr(one, name) == getattr(other, name)
     assert one.config == other.config
