@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
-from resnet_jax.errors import report
+from resnet_jax.errors import hide_closed_loops, leave, report
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -27,3 +28,13 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print a mistake and exit with code 2."""
         report(f"{message}: {self.prog} --help says what there is")
         sys.exit(2)
+
+
+def run_tool(main: Callable[[], None]) -> NoReturn:
+    """Run a tool as a program, which ends at once, without what libraries say on their way out."""
+    sys.unraisablehook = hide_closed_loops
+    try:
+        main()
+    except SystemExit as stop:
+        leave(stop.code if isinstance(stop.code, int) else 0)
+    leave(0)

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_jax.config import ALL_FIELDS, Field, check_name, validate
-from resnet_jax.errors import UserError, exit_on_user_error, is_out_of_memory, leave, report
+from resnet_jax.errors import UserError, exit_on_user_error, hide_closed_loops, is_out_of_memory, leave, report
 
 with exit_on_user_error():
     try:
@@ -53,14 +53,8 @@ def run(main: Callable[[ConfigDict], None], extra_fields: Mapping[str, Field] = 
             )
             leave(2)
 
-    sys.unraisablehook = _hide_closed_loops
+    sys.unraisablehook = hide_closed_loops
     app.run(guarded, flags_parser=partial(_parse_flags, extra_fields=extra_fields))
-
-
-def _hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Print what Python cannot raise, except what TensorStore says, dozens of times, when a write of Orbax's has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def config_file() -> tuple[Path, str]:

@@ -8,16 +8,18 @@ Programs can ask too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict
 import base64
 import io
 import ipaddress
+import logging
+import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from resnet_jax import predict
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def samples(model: "Model") -> list[Sample]:
 
     try:
         dataset = datasets.load(model.config.data)
+        if dataset.class_names != model.class_names:
+            raise UserError(f"{dataset.name} has changed since the run began: its classes are others")
     except UserError as error:
         raise UserError(f"{error}; --no-samples shows the page without test images") from error
     _, firsts = np.unique(dataset.test.labels, return_index=True)
@@ -74,13 +78,16 @@ def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     Raises:
         ValueError: where it is none; the message is for whoever sent it.
     """
-    from resnet_jax import inference
+    from resnet_jax import inference, predict
 
     try:
         return inference.as_batch(predict.read_image(io.BytesIO(upload), _MAX_PIXELS), image_shape)
     except Exception as error:  # what a decoder raises on hostile bytes is of every kind
-        reason = f": {error}" if isinstance(error, ValueError | Image.DecompressionBombError) else ""
-        raise ValueError(f"This is no PNG, JPEG or WebP picture that can be read{reason}.") from error
+        if isinstance(error, Image.DecompressionBombError):
+            raise ValueError(f"This picture is not read: it has more than {_MAX_PIXELS:,} pixels.") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"This picture is not read: {error}.") from error
+        raise ValueError("This is no PNG, JPEG or WebP picture that can be read.") from error
 
 
 def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
@@ -104,17 +111,20 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
 
-def make_app(model: "Model", name: str, shown: list[Sample]) -> "flask.Flask":
+def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | None = None) -> "flask.Flask":
     """The page, its test images and its answers.
 
     Args:
         model: with variables.
         name: of the run.
         shown: test images to click.
+        hosts: names by which it may be asked for, so that no other site's page can ask; None for any.
     """
     import flask
 
     app = flask.Flask(__name__, static_folder=None, template_folder=str(Path(__file__).parent))
+    app.config["TRUSTED_HOSTS"] = hosts
+    one_at_a_time = threading.Lock()  # a picture may take hundreds of MB until it is scaled
 
     @app.get("/")
     def page() -> str:
@@ -128,11 +138,12 @@ def make_app(model: "Model", name: str, shown: list[Sample]) -> "flask.Flask":
 
     @app.post("/predict")
     def of_upload() -> tuple[dict[str, object], int]:
-        try:
-            batch = picture(flask.request.get_data(), model.image_shape)
-        except ValueError as error:
-            return {"error": str(error)}, 400
-        return answer(model, batch), 200
+        upload = flask.request.get_data()
+        with one_at_a_time:
+            try:
+                return answer(model, picture(upload, model.image_shape)), 200
+            except ValueError as error:
+                return {"error": str(error)}, 400
 
     return app
 
@@ -147,11 +158,12 @@ def _listening(host: str, port: int) -> socket.socket:
         if not 0 <= port < 2**16:
             raise OverflowError("there is no such port")
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        return socket.create_server(address, family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port}: {reason}: give others; --port=0 takes any that is free"
+            f"--host {host} --port {port}: {reason}: give an address of this machine, as 127.0.0.1, and a free port, or "
+            "--port=0 for any"
         ) from error
 
 
@@ -176,14 +188,19 @@ def main(argv: list[str] | None = None) -> None:
             model = inference.load(arguments.run, arguments.checkpoint)
             _ = answer(model, np.zeros((1, *model.image_shape), np.uint8))  # compiles, and finds weights missing
             shown = [] if arguments.no_samples else samples(model)
-            app = make_app(model, arguments.run.absolute().name, shown)
-            server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES)
             address, port = listening.getsockname()[:2]
-            if not ipaddress.ip_address(address).is_loopback:
+            shown_address = f"[{address}]" if ":" in address else address
+            hosts: list[str] | None = ["localhost", shown_address]
+            if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
                 print(f"warning: {address} is open to whoever reaches this machine", file=sys.stderr)
-            print(f"http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C ends it)", flush=True)
+                hosts = None  # it has names that are not known here
+            app = make_app(model, arguments.run.resolve().name, shown, hosts)
+            logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits
+            server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES + 1)
+            print(f"http://{shown_address}:{port} (Ctrl-C ends it)", flush=True)
             server.run()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save, and loading does not heed Python's
+    run_tool(main)

@@ -40,11 +40,20 @@ def leave(exit_code: int) -> NoReturn:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, for the command-line tools, and Ctrl-C into its own."""
+    """Turn what a person or the machine can mend into one line on stderr and exit code 2, and Ctrl-C into its own code."""
     try:
         yield
     except UserError as error:
         report(error)
         sys.exit(2)
+    except OSError as error:  # a full disk under the standard output, say, or a name that is too long
+        report(f"{error}: mend that, and start the same command again")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what Python cannot raise, except what TensorStore says, dozens of times, when reading or writing has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -171,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

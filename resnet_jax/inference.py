@@ -218,7 +218,13 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
         UserError: where there is no such run, checkpoint or file, or it cannot be read.
     """
     path = Path(source).expanduser()
-    return _load_file(path) if path.suffix in _FILES else _load_run(path, checkpoint)
+    if path.suffix not in _FILES:
+        return _load_run(path, checkpoint)
+    if checkpoint != "best":
+        raise UserError(
+            f"{path} holds one checkpoint, and {checkpoint} was asked for: leave that out, or give the workdir"
+        )
+    return _load_file(path)
 
 
 def _load_run(directory: Path, checkpoint: str | int) -> Model:
@@ -261,6 +267,8 @@ def _load_file(path: Path) -> Model:
             if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
                 raise ValueError("its weights are not those of its config")
         return Model(config, names, shape, variables, step, calibration.from_names(meta["temperature"]), program)
+    except KeyError as error:
+        raise UserError(f"{path} cannot be used (it lacks {error}): export it again, with this version") from error
     except Exception as error:  # what a damaged file makes its reader raise is of every kind
         reason = f"{error or type(error).__name__}"[:200]
         raise UserError(f"{path} cannot be used ({reason}): give what python -m resnet_jax.export wrote") from error

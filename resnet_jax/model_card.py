@@ -7,21 +7,20 @@ Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is 
 """
 
 import json
+import os
 import re
-import sys
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from absl import logging
 from scipy import stats
 
 from resnet_jax import config as config_lib
 from resnet_jax import pages, workdir
 from resnet_jax.analysis import RESULT_KEYS
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error
 
 _CONFUSIONS = 5  # that are named
@@ -35,7 +34,13 @@ def _name_of_data(name: str) -> str:
 
 def _escaped(text: object) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*\[\]<>|]|\b_|_\b)", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(value: object) -> str:
+    """A value as JSON, in a cell of a table."""
+    text = json.dumps(value, ensure_ascii=False).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,24 +70,25 @@ def card(directory: Path) -> str:
     """The card of a complete run that was evaluated.
 
     Raises:
-        UserError: where it is not complete, or its result was not evaluated.
+        UserError: where it is not complete, its result was not evaluated, or its checkpoint is damaged.
     """
     if not (directory / "result.json").exists():
         raise UserError(f"{directory} holds no complete run: give one that has a result.json, or go on with it first")
     if not (directory / "eval.json").exists():
         raise UserError(f"{directory} was not evaluated: run launch.py with its config and --mode eval first")
-    result = workdir.read_json(directory / "result.json", RESULT_KEYS)
-    hint = "evaluate the run again, with --mode eval --checkpoint best"
+    result = workdir.read_json(directory / "result.json", (*RESULT_KEYS, "checkpoint_step"), "give another run")
+    hint = "evaluate the run again, with --mode eval --checkpoint best, and without --flip"
     evaluation = workdir.read_json(directory / "eval.json", ("checkpoint_step", "flip", "dataset", "test"), hint)
-    for key, of_result in (("checkpoint_step", result["checkpoint_step"]), ("dataset", result["dataset"])):
-        if evaluation[key] != of_result:
+    for key, wanted in (
+        ("checkpoint_step", result["checkpoint_step"]),
+        ("dataset", result["dataset"]),
+        ("flip", False),
+    ):
+        if evaluation[key] != wanted:
             raise UserError(f"{directory / 'eval.json'} is of another {key.replace('_', ' ')} than result.json: {hint}")
-    from resnet_jax.checkpoints import Checkpoints  # only now, for importing Orbax takes seconds
+    from resnet_jax import inference, train_state  # only now, for importing JAX takes seconds
 
-    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
-    accuracies = workdir.validation_accuracies(directory)
-    with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
-        meta = checkpoints.meta(checkpoints.choose(str(result["checkpoint_step"])))
+    model = inference.load(directory, result["checkpoint_step"])
     templates = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,17 +96,21 @@ def card(directory: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"md": _escaped, "json": json.dumps, "percent": "{:.2%}".format}
+    to_json = partial(json.dumps, ensure_ascii=False)
+    templates.filters |= {"md": _escaped, "json": to_json, "code": _code, "percent": "{:.2%}".format}
     try:
         test, config = evaluation["test"], config_lib.deciding(result["config"])
         config["data.name"] = _name_of_data(config["data.name"])
         classes = by_class(test)
-        count = sum(of["count"] for of in classes)
-        correct = round(test["accuracy"] * count)
+        confusion = np.array(test["confusion"])
+        count, correct = int(confusion.sum()), int(np.trace(confusion))
+        if count != result["dataset"]["splits"]["test"] or correct / count != test["accuracy"]:
+            raise ValueError("the confusion matrix is not that of the accuracy and the test split")
         return templates.get_template("model_card.md").render(
-            name=directory.absolute().name,
+            name=directory.resolve().name,
             data=config["data.name"],
-            meta=meta,
+            model=model,
+            digest=train_state.digest(model.variables),
             result=result,
             evaluation=evaluation,
             interval=stats.binomtest(correct, count).proportion_ci(0.95, "wilson"),
@@ -110,7 +120,7 @@ def card(directory: Path) -> str:
             config=config,
             machine=pages.machine(result["environment"]),
         )
-    except (AttributeError, KeyError, TypeError, ValueError, jinja2.UndefinedError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
         raise UserError(f"{directory}: result.json or eval.json is damaged ({error!r}): {hint}") from error
 
 
@@ -122,9 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     path = arguments.output or arguments.run / "MODEL_CARD.md"
     with exit_on_user_error():
+        if os.path.lexists(path):  # perhaps edited, or something else
+            raise UserError(f"{path} is there and is not written over: move it away, or give another --output")
         workdir.write_text(path, card(arguments.run))
         print(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from resnet_jax import workdir
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error, report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -52,15 +53,15 @@ def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.nda
     Raises:
         OSError, ValueError: where it cannot be read, or has more pixels.
     """
-    with Image.open(source, formats=_FORMATS) as opened:
+    with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_FORMATS) as opened:
         if opened.width * opened.height > max_pixels:
             raise ValueError(f"it has {opened.width} x {opened.height} pixels, and at most {max_pixels:,} are read")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # 16 bits of grey
-            grey = np.asarray(image, np.float64)
+            grey = np.asarray(image)
             if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
                 raise ValueError(f"its pixels are not of 8 or 16 bits (mode {image.mode})")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
+            image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -239,4 +240,4 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

@@ -10,7 +10,6 @@ are one group. DIR/index.html holds all that it shows, and DIR/figures each figu
 import base64
 import json
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -24,7 +23,7 @@ from absl import logging
 from resnet_jax import claims, figures, pages, workdir
 from resnet_jax import config as config_lib
 from resnet_jax.analysis import SUMMARY_KEYS, summarise
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error
 from resnet_jax.figures import Group, Summary
 from resnet_jax.pages import Picture
@@ -218,4 +217,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

@@ -90,7 +90,7 @@ def read_json(
             raise ValueError("it holds no object")
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
     return value
 

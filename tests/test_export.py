@@ -176,6 +176,12 @@ def test_a_program_without_weights_says_so(run, files, capsys):
     assert "holds a program and no weights" in capsys.readouterr().err
 
 
+def test_a_file_has_one_checkpoint(files):
+    for kind in ("stablehlo", "safetensors"):
+        with pytest.raises(UserError, match="holds one checkpoint, and latest was asked for: leave that out"):
+            inference.load(files[kind], "latest")
+
+
 def test_weights_alone_are_exported_again(run, files, tmp_path):
     export.main([str(files["safetensors"]), "--format=stablehlo", f"--output={tmp_path}/again.stablehlo"])
     assert inference.load(tmp_path / "again.stablehlo").class_names == tuple("0123456789")
@@ -251,7 +257,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ca
 DAMAGED_WEIGHTS = {
     "missing": "No such file",
     "cut": "",
-    "no metadata": "",
+    "no metadata": "it lacks 'sha256'",
     "a bit": "its SHA-256 is another",
     "another shape": "its weights are not those of its config",
     "a weight less": "its weights are not those of its config",
@@ -279,7 +285,9 @@ def test_damaged_weights_are_refused(run, tmp_path, damage):
             weights["params/classifier/bias"] = np.zeros(11, np.float32)
         meta["sha256"] = json.dumps(train_state.digest(traverse_util.unflatten_dict(weights, sep="/")))
         save_file(weights, path, meta)
-    with pytest.raises(UserError, match=rf"{DAMAGED_WEIGHTS[damage]}.*give what python -m resnet_jax\.export wrote"):
+    with pytest.raises(
+        UserError, match=rf"{DAMAGED_WEIGHTS[damage]}.*(give what python -m resnet_jax\.export wrote|export it again)"
+    ):
         inference.load(path)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import tempfile
-import warnings
 from pathlib import Path
 
 import hypothesis
@@ -203,11 +202,9 @@ def test_an_upload_of_any_bytes_is_a_picture_or_refused(whole, changes, tail):
     for position, value in changes:
         upload[position % len(upload)] = value
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged files that Pillow reads all the same
-            found = demo.picture(bytes(upload + tail), (8, 8, 3))
+        found = demo.picture(bytes(upload + tail), (8, 8, 3))
     except ValueError as error:
-        assert str(error).startswith("This is no PNG, JPEG or WebP picture that can be read")  # noqa: PT017
+        assert str(error).startswith(("This is no PNG, JPEG or WebP picture", "This picture is not read: "))  # noqa: PT017
     else:
         assert found.shape == (1, 8, 8, 3)
         assert found.dtype == np.uint8

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import make_tiny_config
 
-from resnet_jax import evaluate, inference, model_card
+from resnet_jax import evaluate, inference, model_card, train_state
 from resnet_jax.errors import UserError
 
 
@@ -39,8 +39,9 @@ def rows(text, beginning):
 
 
 def test_it_says_what_the_run_wrote(evaluated, capsys):
-    model_card.main([str(evaluated)])
     path = evaluated / "MODEL_CARD.md"
+    path.unlink(missing_ok=True)
+    model_card.main([str(evaluated)])
     assert capsys.readouterr().out == f"{path}\n"
     text = path.read_text()
     result, evaluation = (json.loads((evaluated / f"{name}.json").read_text()) for name in ("result", "eval"))
@@ -68,6 +69,8 @@ def test_it_says_what_the_run_wrote(evaluated, capsys):
         assert f"`{digest}`" in text
     (field,) = rows(text, "`optim.learning_rate`")
     assert field[1] == f"`{result['config']['optim']['learning_rate']}`"
+    weights = inference.load(evaluated).variables
+    assert f"`{train_state.digest(weights)}`" in text
     assert "{{" not in text
     assert "\n\n\n" not in text
 
@@ -133,19 +136,47 @@ def test_folders_of_the_data_are_not_published_and_names_are_shown_as_text(chang
     assert "someone" not in text
     assert "trained on folder:birds\\|1." in text
     assert "\\<b\\>\\|3" in text
+    assert rows(text, "`data.name`") == [["`data.name`", '`"folder:birds\\|1"`']]
     assert "datasets" not in yaml.safe_load(text.split("---\n")[1])
 
 
-def test_without_validation_or_temperature_it_says_so(changed):
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("found_cpu", "found_cpu"), ("__init__", r"\_\_init\_\_"), ("a~~b~~ &lt;", r"a\~\~b\~\~ \&lt;"), ("a\n b", "a b")],
+)
+def test_markdown_shows_names_as_they_are(name, shown):
+    assert model_card._escaped(name) == shown
+
+
+def test_a_temperature_is_named_while_load_applies_it(evaluated, tmp_path):
+    kept = evaluated / "temperature.json"
+    assert f"before the temperature of {inference.load(evaluated).temperatures[False]:.3g}" in model_card.card(
+        evaluated
+    )
+    kept.rename(tmp_path / "kept")
+    assert "before the temperature" not in model_card.card(evaluated)
+    (tmp_path / "kept").rename(kept)
+
+
+def test_what_is_there_is_not_written_over(evaluated, capsys):
+    for path in (evaluated / "result.json", evaluated):
+        before = (evaluated / "result.json").read_text()
+        with pytest.raises(SystemExit) as stop:
+            model_card.main([str(evaluated), f"--output={path}"])
+        assert stop.value.code == 2
+        assert "is there and is not written over: move it away, or give another --output" in capsys.readouterr().err
+        assert (evaluated / "result.json").read_text() == before
+
+
+def test_a_run_without_validation_says_so(changed):
     def plain(value):
         del value["validation"], value["test"]["calibrated"]
-        value["flip"] = True
 
     run = changed("eval.json", plain)
     changed("result.json", lambda value: value.update(validation_accuracy=None))
     text = model_card.card(run)
-    assert "the last, each image and its mirror averaged." in text
-    assert "temperature" not in text
+    assert "the last." in text
+    assert "at temperature" not in text
     assert rows(text, "validation |") == []
 
 
@@ -156,6 +187,12 @@ def test_without_validation_or_temperature_it_says_so(changed):
         ("eval.json", lambda value: value["dataset"].update(fingerprint="0"), "eval.json is of another dataset"),
         ("eval.json", lambda value: value["test"].pop("confusion"), "result.json or eval.json is damaged"),
         ("eval.json", lambda value: value["test"].update(confusion=[["a"]]), "result.json or eval.json is damaged"),
+        ("eval.json", lambda value: value["test"].update(confusion=[[1] * 10] * 10), "is not that of the accuracy"),
+        ("eval.json", lambda value: value["test"].update(accuracy=float("inf")), "result.json or eval.json is damaged"),
+        ("eval.json", lambda value: value["test"]["confusion"][0].append(1), "result.json or eval.json is damaged"),
+        ("eval.json", lambda value: value.update(flip=True), "eval.json is of another flip than result.json"),
+        ("result.json", lambda value: value.pop("checkpoint_step"), "it lacks checkpoint_step"),
+        ("result.json", lambda value: value["environment"].update(devices=[]), "result.json or eval.json is damaged"),
         ("eval.json", lambda value: value.pop("test"), r"it lacks test\): evaluate the run again"),
         ("result.json", lambda value: value.pop("seconds"), "it lacks seconds"),
         ("result.json", lambda value: value.pop("state_digest"), "result.json or eval.json is damaged"),
