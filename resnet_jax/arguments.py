@@ -1,11 +1,12 @@
 """The command line of the tools that take a run: argparse's, with a mistake on one line as everywhere."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from resnet_jax.errors import hide_closed_loops, leave, report
+from resnet_jax.errors import exit_on_user_error, hide_closed_loops, leave, report
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -33,8 +34,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Run a tool as a program, which ends at once, without what libraries say on their way out."""
     sys.unraisablehook = hide_closed_loops
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # so that no scratch folder is left
     try:
-        main()
+        with exit_on_user_error():
+            main()
+            sys.stdout.flush()
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0)
     leave(0)

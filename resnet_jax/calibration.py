@@ -4,6 +4,7 @@ Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,16 @@ def to_names(kept: Mapping[bool, float]) -> dict[str, float]:
 
 
 def from_names(named: Mapping[str, float]) -> dict[bool, float]:
-    """The temperatures that `to_names` gave these names."""
-    return {flip: float(named[name]) for flip, name in _NAMES.items() if name in named}
+    """The temperatures that `to_names` gave these names.
+
+    Raises:
+        TypeError, ValueError: where one is no number in 0.001..1000.
+    """
+    found = {flip: named[name] for flip, name in _NAMES.items() if name in named}
+    for temperature in found.values():
+        if isinstance(temperature, bool) or not 1e-3 <= float(temperature) <= 1e3:
+            raise ValueError(f"a temperature of {temperature} is not in 0.001..1000")
+    return {flip: float(temperature) for flip, temperature in found.items()}
 
 
 def temperatures(directory: Path, step: int) -> dict[bool, float]:
@@ -90,6 +99,8 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
 
 
 def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
-    """Keep a temperature, in place of those of any other checkpoint."""
-    kept = temperatures(directory, step) | {flip: temperature}
+    """Keep a temperature, in place of those of any other checkpoint, and of a file that is damaged."""
+    kept = {flip: temperature}
+    with suppress(UserError):
+        kept = temperatures(directory, step) | kept
     workdir.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(kept)})

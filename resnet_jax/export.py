@@ -35,32 +35,40 @@ _TOLERANCE = 1e-4  # of the largest logit: float32, whose sums each runtime orde
 _CHECKED_ON = (1, 2, 17)  # numbers of images
 
 
-def metadata(model: "Model", **others: Any) -> dict[str, str]:
-    """What a file says of its network, and of itself, each value as JSON."""
-    from resnet_jax import calibration
+def metadata(model: "Model") -> dict[str, Any]:
+    """What a file says of its network, as JSON holds it."""
+    from resnet_jax import calibration, train_state
     from resnet_jax import config as config_lib
 
-    values = {
+    return {
         "config": config_lib.to_json(model.config),
         "class_names": list(model.class_names),
         "image_shape": list(model.image_shape),
         "checkpoint_step": model.step,
         "temperature": calibration.to_names(model.temperatures),
+        "weights": train_state.digest(model.variables),
         "resnet_jax": importlib.metadata.version("resnet_jax"),
     }
-    return {key: json.dumps(value) for key, value in (values | others).items()}
+
+
+def sealed(meta: dict[str, Any], payload: str) -> str:
+    """The metadata of a file that is damaged if either they or the digest of what it holds are others, as JSON."""
+    from resnet_jax import inference
+
+    return json.dumps(meta | {"sha256": inference.seal(meta, payload)})
 
 
 def write_safetensors(model: "Model", path: Path) -> Run:
     """Write the variables, named by their paths ("params/stem_conv/kernel"), and read them back."""
     from flax import traverse_util
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    from resnet_jax import inference, train_state
+    from resnet_jax import inference
 
     flat = traverse_util.flatten_dict(model.variables, sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
-    save_file(arrays, path, metadata(model, sha256=train_state.digest(model.variables)))
+    meta = metadata(model)
+    path.write_bytes(save(arrays, {"resnet_jax": sealed(meta, meta["weights"])}))  # several keys come in any order
     return inference.load(path).logits
 
 
@@ -84,8 +92,8 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
     written = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
     path.write_bytes(written)
     with zipfile.ZipFile(path, "a") as archive:  # behind the program, where its own reader does not look
-        meta = metadata(model, sha256=hashlib.sha256(written).hexdigest())
-        archive.writestr("metadata.json", json.dumps(meta))
+        meta = sealed(metadata(model), hashlib.sha256(written).hexdigest())
+        archive.writestr(zipfile.ZipInfo("metadata.json"), meta)  # of no date: the same network gives the same bytes
     program = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(program.call(images))
 
@@ -100,7 +108,7 @@ def write_onnx(model: "Model", path: Path, fold: bool = False) -> Run:
     from resnet_jax import onnx_graph
 
     graph = onnx_graph.build(model, fold)
-    onnx.helper.set_model_props(graph, metadata(model))
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model).items()})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -128,10 +136,14 @@ def largest_difference(model: "Model", run: Run) -> float:
 def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """Write a file, all or nothing, and return the largest difference that it makes.
 
+    What is written as ONNX computes in float32, whatever the run did, and is compared with the network in float32.
+
     Raises:
         UserError: where it cannot be written.
         RuntimeError: where it does not compute what the network does; then there is no file.
     """
+    if kind == "onnx":
+        model = model.in_float32()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
             new = Path(scratch) / path.name
@@ -147,14 +159,15 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = ArgumentParser("resnet_jax.export", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors")
     parser.add_argument("--format", required=True, choices=WRITERS, help="of the file")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT, or beside the file")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--fold-batch-norm", action="store_true", help="into the convolutions, of onnx")
     arguments = parser.parse_args(argv)
-    path = arguments.output or arguments.run / f"model.{arguments.format}"
     with exit_on_user_error():
+        beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
+        path = arguments.output or Path(f"{beside}.{arguments.format}")
         if path.suffix != f".{arguments.format}":
             raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
         if arguments.fold_batch_norm and arguments.format != "onnx":

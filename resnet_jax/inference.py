@@ -103,23 +103,27 @@ class Model:
         Raises:
             ValueError: where they are no such images.
         """
-        batch = as_batch(images, self.image_shape)
-        probabilities = scipy.special.softmax(
-            self.logits(batch, flip) / np.float32(self.temperatures.get(flip, 1.0)), axis=1
-        )
+        temperature = np.float32(self.temperatures.get(flip, 1.0))
+        probabilities = scipy.special.softmax(self.logits(images, flip) / temperature, axis=1)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
-    def logits(self, images: np.ndarray, flip: bool = False) -> np.ndarray:
-        """float32 [N, num_classes] of images [N, H, W, 3] of `image_shape`, uint8 in 0..255 or float32 in 0..1."""
-        images = images if images.dtype == np.uint8 else images * np.float32(255)
+    def logits(self, images: Any, flip: bool = False) -> np.ndarray:
+        """float32 [N, num_classes]; arguments and errors are those of `predict`."""
+        batch = as_batch(images, self.image_shape)
+        batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
         found = [np.zeros((0, len(self.class_names)), np.float32)]
-        for start in range(0, len(images), _LARGEST_BATCH):
-            part = images[start : start + _LARGEST_BATCH]
+        for start in range(0, len(batch), _LARGEST_BATCH):
+            part = batch[start : start + _LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
             found.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
         return np.concatenate(found)
+
+    def in_float32(self) -> "Model":
+        """The network with all its computation in float32."""
+        config = config_lib.replaced(self.config, {"model.dtype": "float32"})
+        return Model(config, self.class_names, self.image_shape, self.variables, self.step, self.temperatures)
 
     def saliency(self, images: Any) -> np.ndarray:
         """How much each pixel matters for the likeliest class: the size of that logit's gradient, the largest of the colours'.
@@ -180,11 +184,11 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
         raise ValueError(f"images have shape {np.shape(images)}: they must be [N, H, W, C] or [H, W, C] with C 3 or 1")
     if np.issubdtype(array.dtype, np.floating):
-        array = array.astype(np.float32)
         if array.size and not (array.min() >= 0 and array.max() <= 1):  # also of nan
             raise ValueError(
                 f"float images run from {array.min():g} to {array.max():g}: they must be in 0..1, or uint8"
             )
+        array = array.astype(np.float32)
     elif array.dtype != np.uint8:
         raise ValueError(f"images are {array.dtype}: they must be uint8 in 0..255 or floats in 0..1")
     if array.shape[3] == 1:
@@ -217,7 +221,7 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     Raises:
         UserError: where there is no such run, checkpoint or file, or it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix not in _FILES:
         return _load_run(path, checkpoint)
     if checkpoint != "best":
@@ -252,8 +256,8 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        meta, variables, program, sha256 = _FILES[path.suffix](path)
-        if sha256 != meta["sha256"]:
+        meta, variables, program, payload = _FILES[path.suffix](path)
+        if meta.pop("sha256") != seal(meta, payload):
             raise ValueError("it is damaged: its SHA-256 is another")
         config, names = config_lib.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
@@ -274,9 +278,14 @@ def _load_file(path: Path) -> Model:
         raise UserError(f"{path} cannot be used ({reason}): give what python -m resnet_jax.export wrote") from error
 
 
+def seal(meta: Mapping[str, Any], payload: str) -> str:
+    """SHA-256 of what an exported file says, as JSON holds it, and of the digest of what it holds, in hexadecimal."""
+    return hashlib.sha256(json.dumps([meta, payload], sort_keys=True).encode()).hexdigest()
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
     with safe_open(path, "numpy") as file:
-        meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        meta = json.loads((file.metadata() or {})["resnet_jax"])
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     variables = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
     return meta, variables, None, train_state.digest(variables)
@@ -284,7 +293,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
 
 def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported, str]:
     with zipfile.ZipFile(path) as archive:
-        meta = {key: json.loads(value) for key, value in json.loads(archive.read("metadata.json")).items()}
+        meta = json.loads(archive.read("metadata.json"))
         program = path.read_bytes()[: archive.getinfo("metadata.json").header_offset]
     return meta, None, export.deserialize(bytearray(program)), hashlib.sha256(program).hexdigest()
 

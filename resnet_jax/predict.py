@@ -9,15 +9,18 @@ Grey, palette and 16-bit images become RGB, transparent ones are laid on white, 
 import argparse
 import csv
 import glob
+import io
 import json
 import math
+import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,23 +31,64 @@ from resnet_jax.errors import UserError, exit_on_user_error, report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed
-_MAKERS_OF_ARRAYS = {  # all that a pickle of NumPy arrays, scalars and byte strings needs
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("_codecs", "encode"),
+_PLAIN_DTYPE = re.compile(r"[<>|=]?[biufSU]\d+")  # numbers, bytes and text: no objects, no fields
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`, whose own state can make NumPy read memory that is not the array's."""
+
+    def __init__(self, name: str | bytes, *_: object) -> None:
+        text = _text(name)
+        if not _PLAIN_DTYPE.fullmatch(text):
+            raise pickle.UnpicklingError(f"it has arrays of {text}, and only those of numbers and text are read")
+        self.dtype = np.dtype(text)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order alone."""
+        self.dtype = self.dtype.newbyteorder(_text(state[1]))  # type: ignore[arg-type]
+
+
+class _Array:
+    """Stands in for `numpy.ndarray`, which takes any memory for objects where a pickle says so."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take shape, dtype, order and bytes."""
+        _, shape, dtype, is_fortran, raw = state
+        self.array = _from_bytes(raw, dtype, shape, "F" if is_fortran else "C")
+
+
+def _text(value: str | bytes) -> str:
+    """Text as Python 2 and 3 have pickled it."""
+    return value.decode("ascii") if isinstance(value, bytes) else value
+
+
+def _from_bytes(
+    raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any = "C", axes: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """As NumPy's own, which turns arrays by `axes` where their order is neither C's nor Fortran's."""
+    flat = np.frombuffer(raw, dtype.dtype)
+    return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
+
+
+_MAKERS: dict[tuple[str, str], Any] = {  # all that a pickle of arrays, scalars and byte strings asks for
+    ("numpy", "ndarray"): None,  # is named to `_reconstruct`, and never called
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
 }
+for _core in ("numpy.core", "numpy._core"):
+    _MAKERS[f"{_core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+    _MAKERS[f"{_core}.multiarray", "scalar"] = lambda dtype, raw: _from_bytes(raw, dtype, ()).item()
+    _MAKERS[f"{_core}.numeric", "_frombuffer"] = _from_bytes
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Reads plain values and NumPy arrays, and refuses whatever else a pickle would have built or called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What builds a NumPy array."""
-        if (module, name) not in _MAKERS_OF_ARRAYS:
+        """What makes an array, by this module."""
+        if (module, name) not in _MAKERS:
             raise pickle.UnpicklingError(f"it would call {module}.{name}, and only NumPy arrays are read")
-        return super().find_class(module, name)
+        return _MAKERS[module, name]
 
 
 def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
@@ -74,11 +118,18 @@ def read_npz(path: Path) -> np.ndarray:
     Raises:
         OSError, ValueError: where it cannot be read, or does not say which array they are.
     """
-    with np.load(path, allow_pickle=False) as arrays:
+    arrays = np.load(path, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):  # an .npy by another name
+        return arrays
+    with arrays:
         names = arrays.files
         if "images" not in names and len(names) != 1:
             raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name the images' array images")
         return np.asarray(arrays["images" if "images" in names else names[0]])
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend that, or leave it out") from error
 
 
 def listed(arguments: Sequence[str]) -> list[Path]:
@@ -89,9 +140,10 @@ def listed(arguments: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = Path(os.path.expanduser(argument))
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            inside = [Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names]
+            found = sorted(p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file())
         else:
             found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         if not found:
@@ -126,8 +178,8 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
     return names, batches, unreadable
 
 
-def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The images [N, H, W, 3] and ids [N] of the authors' pickled dict (`b"data"`, `b"ids"`), or of an `.npz` with both.
+def read_unlabelled(path: Path) -> tuple[np.ndarray, list[str]]:
+    """The images uint8 [N, H, W, 3] and N ids of the authors' pickled dict (`b"data"`, `b"ids"`), or of an `.npz` with both.
 
     Raises:
         UserError: where it is no such file; nothing that it asks for is called.
@@ -145,14 +197,20 @@ def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray]:
         named = {key.decode() if isinstance(key, bytes) else key: value for key, value in held.items()}
         if missing := {"data", "ids"} - named.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
-        data, ids = np.asarray(named["data"]), np.asarray(named["ids"])
-        if data.dtype != np.uint8 or data.ndim != 4 or data.shape[3] != 3:
-            raise ValueError(f"its data are {data.dtype} {data.shape}, not uint8 [N, H, W, 3]")
-        if ids.shape != data.shape[:1] or ids.dtype.kind not in "iuUS":
-            raise ValueError(f"its ids are {ids.dtype} {ids.shape} for {len(data)} images")
+        data, ids = (getattr(named[name], "array", named[name]) for name in ("data", "ids"))
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 4 or data.shape[3] != 3:
+            what = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
+            raise ValueError(f"its data are {what}, not uint8 [N, H, W, 3]")
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        if not isinstance(ids, list) or len(ids) != len(data):
+            raise ValueError(f"its ids are no list of one an image, of which there are {len(data)}")
+        if wrong := {type(i).__name__ for i in ids if isinstance(i, bool) or not isinstance(i, int | str | bytes)}:
+            raise ValueError(f"its ids are of type {', '.join(sorted(wrong))}, not whole numbers or text")
+        texts = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
+        "".join(texts).encode()  # as the file will be
     except Exception as error:  # what a hostile pickle makes NumPy raise is of every kind
         raise UserError(f"--unlabelled {path} cannot be used ({error or type(error).__name__}): {hint}") from error
-    return data, ids
+    return data, texts
 
 
 def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
@@ -183,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or an export of it")
     parser.add_argument("files", nargs="*", metavar="FILE", help="images")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes to show of each (default: 3)")
+    parser.add_argument("--top", type=int, metavar="K", help="how many classes to show of each (default: 3)")
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror")
     parser.set_defaults(write=write_table)
     style = parser.add_mutually_exclusive_group()
@@ -199,8 +257,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--unlabelled FILE and --output CSV go together: give both")
         if bool(arguments.files) == bool(arguments.unlabelled):
             raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
-        if arguments.top < 1:
+        if arguments.top is not None and arguments.top < 1:
             raise UserError(f"--top {arguments.top}: give 1 or more")
+        if arguments.unlabelled and (arguments.top or arguments.write is not write_table):
+            raise UserError("--top, --json and --csv are of FILES: leave them out with --unlabelled")
         if arguments.unlabelled:
             submit(arguments)
         else:
@@ -211,12 +271,19 @@ def submit(arguments: argparse.Namespace) -> None:
     """Write the labels of unlabelled images."""
     from resnet_jax import inference  # only now that the arguments are checked, for importing JAX takes seconds
 
+    if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
+        raise UserError(f"--output {arguments.output} is --unlabelled too, and would be lost: give another file")
     data, ids = read_unlabelled(arguments.unlabelled)
-    labels = inference.load(arguments.run, arguments.checkpoint).predict(data, arguments.flip).labels
-    names = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
-    lines = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
-    workdir.write_text(arguments.output, "\n".join(["ID,Labels", *lines]) + "\n")
-    print(f"{arguments.output}: {len(lines)} images")
+    model = inference.load(arguments.run, arguments.checkpoint)
+    try:
+        labels = model.predict(data, arguments.flip).labels
+    except ValueError as error:
+        raise UserError(f"--unlabelled {arguments.unlabelled} cannot be used ({error}): give images") from error
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([("ID", "Labels"), *zip(ids, labels.tolist(), strict=True)])
+    workdir.write_text(arguments.output, text.getvalue())
+    print(f"{arguments.output}: {len(ids)} images")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -232,7 +299,7 @@ def show(arguments: argparse.Namespace) -> None:
     names, images, unreadable = read(files, partial(inference.as_batch, image_shape=model.image_shape))
     rows = []
     for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
-        likeliest = np.argsort(-row, kind="stable")[: arguments.top]
+        likeliest = np.argsort(-row, kind="stable")[: arguments.top or 3]
         rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
     arguments.write(sys.stdout, rows)
     if unreadable:

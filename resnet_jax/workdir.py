@@ -58,6 +58,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: where it cannot be written; the old one stays.
     """
+    with _writing(path):
+        path = path.resolve()  # what a link stands for, and not the link
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no file: give another")
     with _writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
         new = Path(scratch) / path.name
         with new.open("w") as file:

@@ -1,8 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from scipy import special
 
 from resnet_jax import calibration, figures
+from resnet_jax.errors import UserError
 
 
 def logits_of(probabilities):
@@ -58,3 +61,15 @@ def test_a_reliability_plot_has_a_curve_for_each():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"{name}, error {100 * found['expected_calibration_error']:.2f} %" for name in ("one", "other")
     ]
+
+
+@pytest.mark.parametrize("temperature", [0, -1, 1e-300, float("nan"), float("inf"), True, "warm", None, [1]])
+def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path, temperature):
+    path = tmp_path / "temperature.json"
+    path.write_text(json.dumps({"checkpoint_step": 7, "temperature": {"plain": temperature}}))
+    with pytest.raises(UserError, match=r"temperature\.json cannot be used \(.*: fit it again, or remove it"):
+        calibration.temperatures(tmp_path, 7)
+    calibration.keep_temperature(tmp_path, 7, True, 1.5)
+    assert calibration.temperatures(tmp_path, 7) == {True: 1.5}
+    calibration.keep_temperature(tmp_path, 7, False, 0.5)
+    assert calibration.temperatures(tmp_path, 7) == {True: 1.5, False: 0.5}

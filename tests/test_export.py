@@ -1,7 +1,10 @@
+import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import make_tiny_config
+from conftest import make_tiny_config, start
 from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -182,9 +185,35 @@ def test_a_file_has_one_checkpoint(files):
             inference.load(files[kind], "latest")
 
 
-def test_weights_alone_are_exported_again(run, files, tmp_path):
-    export.main([str(files["safetensors"]), "--format=stablehlo", f"--output={tmp_path}/again.stablehlo"])
-    assert inference.load(tmp_path / "again.stablehlo").class_names == tuple("0123456789")
+def test_weights_alone_are_exported_again_to_the_same_bytes_as_the_run(files, tmp_path):
+    shutil.copy(files["safetensors"], tmp_path / "copy.safetensors")
+    export.main([str(tmp_path / "copy.safetensors"), "--format=stablehlo"])
+    assert inference.load(tmp_path / "copy.stablehlo").class_names == tuple("0123456789")
+    export.main([str(tmp_path / "copy.safetensors"), "--format=safetensors", f"--output={tmp_path}/again.safetensors"])
+    assert (tmp_path / "again.safetensors").read_bytes() == files["safetensors"].read_bytes()
+    assert (tmp_path / "again.safetensors").stat().st_mode == (tmp_path / "copy.stablehlo").stat().st_mode
+
+
+def test_a_network_in_bfloat16_is_exported_as_onnx_in_float32(cache_dir, tmp_path):
+    model = random_model(cache_dir, dtype="bfloat16")
+    assert export.write(model, "onnx", tmp_path / "model.onnx") < 2e-5
+    images = np.random.default_rng(0).integers(0, 256, (3, *model.image_shape), np.uint8)
+    exact = model.in_float32().logits(images)
+    assert 0 < np.abs(model.logits(images) - exact).max() < 0.05 * np.abs(exact).max()  # of bfloat16's eight bits
+    for kind in ("stablehlo", "safetensors"):
+        export.write(model, kind, tmp_path / f"model.{kind}")
+
+
+def test_sigterm_leaves_no_scratch(run, tmp_path):
+    process = start(run, "--format=stablehlo", f"--output={tmp_path}/m.stablehlo", program=("-m", "resnet_jax.export"))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def offset_of_metadata(path):
@@ -225,7 +254,8 @@ def test_a_damaged_program_is_refused(files, tmp_path, damage):
             said = json.loads(archive.read("metadata.json"))
         path.write_bytes(program)
         with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("metadata.json", json.dumps(said | {"image_shape": "[16, 16, 3]"}))
+            meta = {key: value for key, value in said.items() if key != "sha256"} | {"image_shape": [16, 16, 3]}
+            archive.writestr("metadata.json", export.sealed(meta, hashlib.sha256(program).hexdigest()))
     with pytest.raises(UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give what python -m resnet_jax\.export wrote"):
         inference.load(path)
 
@@ -257,34 +287,43 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ca
 DAMAGED_WEIGHTS = {
     "missing": "No such file",
     "cut": "",
-    "no metadata": "it lacks 'sha256'",
-    "a bit": "its SHA-256 is another",
+    "no metadata": "it lacks 'resnet_jax'",
+    "a bit of a weight": "its SHA-256 is another",
+    "a digit of the metadata": "its SHA-256 is another",
     "another shape": "its weights are not those of its config",
     "a weight less": "its weights are not those of its config",
+    "a temperature of nothing": "a temperature of 0 is not in 0.001..1000",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
 def test_damaged_weights_are_refused(run, tmp_path, damage):
-    export.main([str(run), "--format=safetensors", f"--output={tmp_path}/model.safetensors"])
     path = tmp_path / "model.safetensors"
+    export.main([str(run), "--format=safetensors", f"--output={path}"])
     with safe_open(path, "numpy") as file:
-        meta = file.metadata()
-    weights = load_file(path)
+        meta = json.loads(file.metadata()["resnet_jax"])
+    weights, raw = load_file(path), path.read_bytes()
     if damage == "missing":
         path.unlink()
     elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:-10])
+        path.write_bytes(raw[:-10])
     elif damage == "no metadata":
         save_file(weights, path)
-    elif damage == "a bit":
-        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-    else:
-        del weights["params/classifier/bias"]
+    elif damage == "a bit of a weight":
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    elif damage == "a digit of the metadata":
+        assert raw.count(b"0.3053") >= 1  # config.data.mean
+        path.write_bytes(raw.replace(b"0.3053", b"0.7081", 1))
+    else:  # by someone who knows how to seal it
+        del meta["sha256"]
         if damage == "another shape":
             weights["params/classifier/bias"] = np.zeros(11, np.float32)
-        meta["sha256"] = json.dumps(train_state.digest(traverse_util.unflatten_dict(weights, sep="/")))
-        save_file(weights, path, meta)
+        elif damage == "a weight less":
+            del weights["params/classifier/bias"]
+        else:
+            meta["temperature"] = {"plain": 0}
+        payload = train_state.digest(traverse_util.unflatten_dict(weights, sep="/"))
+        save_file(weights, path, {"resnet_jax": export.sealed(meta, payload)})
     with pytest.raises(
         UserError, match=rf"{DAMAGED_WEIGHTS[damage]}.*(give what python -m resnet_jax\.export wrote|export it again)"
     ):

@@ -151,6 +151,7 @@ def test_saliency_takes_what_predict_takes(model, images):
         (np.zeros((0, 0, 3), np.uint8), "must be"),
         (np.full((8, 8, 3), 255.0), "run from 255 to 255: they must be in 0..1, or uint8"),
         (np.full((8, 8, 3), np.nan), "must be in 0..1"),
+        (np.full((8, 8, 3), 1e300), "run from 1e\\+300 to 1e\\+300"),
         (np.zeros((8, 8, 3), np.int64), "images are int64: they must be uint8 in 0..255 or floats in 0..1"),
         ("cat.png", "must be"),
         ([np.zeros((8, 8))], "must be"),
@@ -161,6 +162,12 @@ def test_saliency_takes_what_predict_takes(model, images):
 def test_what_is_no_image_is_refused(model, images, words):
     with pytest.raises(ValueError, match=words):
         model.predict(images)
+
+
+def test_logits_take_what_predict_takes(model, images):
+    np.testing.assert_allclose(model.logits([*images[:3]]), model.logits(images[:3] / 255), atol=1e-4)
+    with pytest.raises(ValueError, match="images are int64: they must be uint8"):
+        model.logits(images[:3].astype(int))
 
 
 def test_any_checkpoint_can_be_loaded(run):

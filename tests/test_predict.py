@@ -182,6 +182,8 @@ HOSTILE = {
     "a class of ours": UserError("x"),
     "in an array": np.array([Hostile(os.system, ("touch {path}",))], dtype=object),
     "subprocess": Hostile(subprocess.Popen, (["touch", "{path}"],)),
+    "an array of pointers": Hostile(np.ndarray, ((1,), np.dtype("O"), b"A" * 8)),
+    "a dtype with fields": np.zeros(2, [("a", "u1"), ("b", "O")]),
 }
 
 
@@ -191,20 +193,63 @@ def test_a_hostile_pickle_is_refused_and_calls_nothing(tmp_path, kind, protocol)
     raw = pickle.dumps({b"data": HOSTILE[kind], b"ids": [1]}, protocol)
     (tmp_path / "test.pkl").write_bytes(raw)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"cannot be used \(it would call [\w.]+, and only NumPy arrays are read\)"):
+    wanted = r"it would call [\w.]+, and only NumPy arrays are read|it has arrays of [OV]\d+, and only those of numbers and text"
+    with pytest.raises(UserError, match=rf"cannot be used \(({wanted})"):
         predict.read_unlabelled(tmp_path / "test.pkl")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [((4,), "u1", b"AAAA"), ((2**40,), "u1"), ((1,), "u1", bytes(9), 2**40)])
+def test_arrays_are_made_by_their_own_bytes_alone(tmp_path, arguments):
+    (tmp_path / "test.pkl").write_bytes(pickle.dumps({b"data": Hostile(np.ndarray, arguments), b"ids": [1]}))
+    with pytest.raises(UserError, match="cannot be used"):
+        predict.read_unlabelled(tmp_path / "test.pkl")
+
+
+def bomb(levels):
+    """A list that is small in a file, and whose values are without number."""
+    held = [1]
+    for _ in range(levels):
+        held = [held, held]
+    return held
+
+
+@pytest.mark.parametrize("turned", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 0, 2, 1)])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_in_any_order_are_read(tmp_path, digits, turned, protocol):
+    transposed = np.ascontiguousarray(digits.transpose(turned)).transpose(np.argsort(turned))
+    ids = np.arange(6, dtype=">i4")
+    (tmp_path / "test.pkl").write_bytes(pickle.dumps({b"data": transposed, b"ids": ids}, protocol))
+    data, texts = predict.read_unlabelled(tmp_path / "test.pkl")
+    np.testing.assert_array_equal(data, digits)
+    assert texts == [*"012345"]
+
+
+def test_ids_are_quoted_as_csv_is(run, digits, tmp_path, capsys):
+    ids = ["a,1", "b\n7,3", 'say "c"', "d", "e", "f"]
+    np.savez(tmp_path / "test.npz", data=digits, ids=ids)
+    call(capsys, run, "--unlabelled", tmp_path / "test.npz", "--output", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert [row["ID"] for row in csv.DictReader(file)] == ids
 
 
 @pytest.mark.parametrize(
     ("held", "words"),
     [
         ([1, 2], "it holds a list"),
+        ({b"data": bomb(200), b"ids": [1]}, "its data are a list"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": bomb(200)}, "its ids are no list of one an image"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [b"\xff\xfe"]}, "codec can't decode byte 0xff"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": ["\udc80"]}, "codec can't encode character"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [True]}, "its ids are of type bool"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8)}, "it lacks ids"),
         ({b"data": np.zeros((1, 192), np.uint8), b"ids": [1]}, r"its data are uint8 \(1, 192\)"),
         ({b"data": np.zeros((1, 8, 8, 3)), b"ids": [1]}, "its data are float64"),
-        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [1, 2]}, r"its ids are int64 \(2,\) for 1 images"),
-        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [None]}, "its ids are object"),
+        (
+            {b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [1, 2]},
+            "its ids are no list of one an image, of which there are 1",
+        ),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [None]}, "its ids are of type NoneType"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [[1], [2, 3]]}, "cannot be used"),
     ],
 )
@@ -233,6 +278,15 @@ MISTAKES = {
     "no such checkpoint": (["{run}", "one.png", "--checkpoint=9"], "holds no checkpoint of step 9"),
     "top of nothing": (["{run}", "one.png", "--top=0"], "--top 0: give 1 or more"),
     "no such pickle": (["{run}", "--unlabelled", "x", "--output", "y"], "--unlabelled x cannot be used"),
+    "an output that is the input": (["{run}", "--unlabelled", "u.npz", "--output", "u.npz"], "would be lost"),
+    "images of nothing": (
+        ["{run}", "--unlabelled", "flat.npz", "--output", "y"],
+        "flat.npz cannot be used (images have",
+    ),
+    "images too thin": (["{run}", "--unlabelled", "thin.npz", "--output", "y"], "one side may be 1000 times"),
+    "a style of no table": (["{run}", "--unlabelled", "u.npz", "--output", "y", "--json"], "leave them out"),
+    "a user who is not there": (["~nouser/x", "one.png"], "~nouser/x holds no run"),
+    "a name that is too long": (["{run}", "x" * 5000], "File name too long"),
     "an output nowhere": (["{run}", "--unlabelled", "u.npz", "--output", "no/y"], "no/y cannot be written"),
 }
 
@@ -242,7 +296,8 @@ def test_a_mistake_is_one_line(run, tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
     if mistake != "an empty folder":
         Image.new("RGB", (8, 8)).save("one.png")
-        np.savez("u.npz", data=np.zeros((1, 8, 8, 3), np.uint8), ids=[1])
+        for name, shape in {"u": (1, 8, 8, 3), "flat": (1, 0, 8, 3), "thin": (1, 1, 5000, 3)}.items():
+            np.savez(f"{name}.npz", data=np.zeros(shape, np.uint8), ids=[1])
     arguments, words = MISTAKES[mistake]
     (line,), out = refused(capsys, *(argument.format(run=run) for argument in arguments))
     assert line.startswith("error: ")
@@ -255,3 +310,28 @@ def test_it_runs_as_a_program(run, folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert_user_error(launch(run, tmp_path / "nowhere", program=PREDICT), "names no image")
     assert sys.executable
+
+
+def test_a_folder_that_cannot_be_read_is_named(run, tmp_path, monkeypatch, capsys):
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/locked"))
+
+    monkeypatch.setattr(predict.os, "walk", walk)
+    (line,), _ = refused(capsys, run, tmp_path)
+    assert line == f"error: {tmp_path}/locked cannot be read (Permission denied): mend that, or leave it out"
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "a pipe that nobody reads"])
+def test_what_cannot_be_printed_is_told(run, tmp_path, target):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *PREDICT, run, tmp_path / "one.png"],
+            stdout=full if target == "/dev/full" else writer, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: [Errno ")
