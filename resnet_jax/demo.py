@@ -141,9 +141,10 @@ def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | 
         upload = flask.request.get_data()
         with one_at_a_time:
             try:
-                return answer(model, picture(upload, model.image_shape)), 200
+                batch = picture(upload, model.image_shape)
             except ValueError as error:
                 return {"error": str(error)}, 400
+            return answer(model, batch), 200
 
     return app
 

@@ -13,8 +13,6 @@ import io
 import json
 import math
 import os
-import pickle
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,70 +23,12 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 
-from resnet_jax import workdir
+from resnet_jax import unlabelled, workdir
 from resnet_jax.arguments import ArgumentParser, run_tool
 from resnet_jax.errors import UserError, exit_on_user_error, report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed
-_PLAIN_DTYPE = re.compile(r"[<>|=]?[biufSU]\d+")  # numbers, bytes and text: no objects, no fields
-
-
-class _Dtype:
-    """Stands in for `numpy.dtype`, whose own state can make NumPy read memory that is not the array's."""
-
-    def __init__(self, name: str | bytes, *_: object) -> None:
-        text = _text(name)
-        if not _PLAIN_DTYPE.fullmatch(text):
-            raise pickle.UnpicklingError(f"it has arrays of {text}, and only those of numbers and text are read")
-        self.dtype = np.dtype(text)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order alone."""
-        self.dtype = self.dtype.newbyteorder(_text(state[1]))  # type: ignore[arg-type]
-
-
-class _Array:
-    """Stands in for `numpy.ndarray`, which takes any memory for objects where a pickle says so."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take shape, dtype, order and bytes."""
-        _, shape, dtype, is_fortran, raw = state
-        self.array = _from_bytes(raw, dtype, shape, "F" if is_fortran else "C")
-
-
-def _text(value: str | bytes) -> str:
-    """Text as Python 2 and 3 have pickled it."""
-    return value.decode("ascii") if isinstance(value, bytes) else value
-
-
-def _from_bytes(
-    raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any = "C", axes: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """As NumPy's own, which turns arrays by `axes` where their order is neither C's nor Fortran's."""
-    flat = np.frombuffer(raw, dtype.dtype)
-    return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
-
-
-_MAKERS: dict[tuple[str, str], Any] = {  # all that a pickle of arrays, scalars and byte strings asks for
-    ("numpy", "ndarray"): None,  # is named to `_reconstruct`, and never called
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-}
-for _core in ("numpy.core", "numpy._core"):
-    _MAKERS[f"{_core}.multiarray", "_reconstruct"] = lambda *_: _Array()
-    _MAKERS[f"{_core}.multiarray", "scalar"] = lambda dtype, raw: _from_bytes(raw, dtype, ()).item()
-    _MAKERS[f"{_core}.numeric", "_frombuffer"] = _from_bytes
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads plain values and NumPy arrays, and refuses whatever else a pickle would have built or called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What makes an array, by this module."""
-        if (module, name) not in _MAKERS:
-            raise pickle.UnpicklingError(f"it would call {module}.{name}, and only NumPy arrays are read")
-        return _MAKERS[module, name]
 
 
 def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
@@ -178,41 +118,6 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
     return names, batches, unreadable
 
 
-def read_unlabelled(path: Path) -> tuple[np.ndarray, list[str]]:
-    """The images uint8 [N, H, W, 3] and N ids of the authors' pickled dict (`b"data"`, `b"ids"`), or of an `.npz` with both.
-
-    Raises:
-        UserError: where it is no such file; nothing that it asks for is called.
-    """
-    hint = "give a pickled dict with b'data' and b'ids', or an .npz with data and ids"
-    try:
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                held: Any = dict(arrays)
-        else:
-            with path.open("rb") as file:
-                held = _ArraysOnly(file, encoding="bytes").load()
-        if not isinstance(held, dict):
-            raise ValueError(f"it holds a {type(held).__name__}")
-        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in held.items()}
-        if missing := {"data", "ids"} - named.keys():
-            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
-        data, ids = (getattr(named[name], "array", named[name]) for name in ("data", "ids"))
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 4 or data.shape[3] != 3:
-            what = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
-            raise ValueError(f"its data are {what}, not uint8 [N, H, W, 3]")
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        if not isinstance(ids, list) or len(ids) != len(data):
-            raise ValueError(f"its ids are no list of one an image, of which there are {len(data)}")
-        if wrong := {type(i).__name__ for i in ids if isinstance(i, bool) or not isinstance(i, int | str | bytes)}:
-            raise ValueError(f"its ids are of type {', '.join(sorted(wrong))}, not whole numbers or text")
-        texts = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
-        "".join(texts).encode()  # as the file will be
-    except Exception as error:  # what a hostile pickle makes NumPy raise is of every kind
-        raise UserError(f"--unlabelled {path} cannot be used ({error or type(error).__name__}): {hint}") from error
-    return data, texts
-
-
 def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
     """A line a file: its likeliest classes, with their probabilities."""
     width = max((len(name) for name, _ in rows), default=0)
@@ -273,7 +178,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
     if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
         raise UserError(f"--output {arguments.output} is --unlabelled too, and would be lost: give another file")
-    data, ids = read_unlabelled(arguments.unlabelled)
+    data, ids = unlabelled.read(arguments.unlabelled)
     model = inference.load(arguments.run, arguments.checkpoint)
     try:
         labels = model.predict(data, arguments.flip).labels

@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_user_error, launch, make_tiny_config
 from PIL import Image
 
-from resnet_jax import datasets, inference, predict
+from resnet_jax import datasets, inference, predict, unlabelled
 from resnet_jax.errors import UserError
 
 PREDICT = ("-m", "resnet_jax.predict")
@@ -195,7 +195,7 @@ def test_a_hostile_pickle_is_refused_and_calls_nothing(tmp_path, kind, protocol)
     before = sorted(tmp_path.iterdir())
     wanted = r"it would call [\w.]+, and only NumPy arrays are read|it has arrays of [OV]\d+, and only those of numbers and text"
     with pytest.raises(UserError, match=rf"cannot be used \(({wanted})"):
-        predict.read_unlabelled(tmp_path / "test.pkl")
+        unlabelled.read(tmp_path / "test.pkl")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -203,7 +203,7 @@ def test_a_hostile_pickle_is_refused_and_calls_nothing(tmp_path, kind, protocol)
 def test_arrays_are_made_by_their_own_bytes_alone(tmp_path, arguments):
     (tmp_path / "test.pkl").write_bytes(pickle.dumps({b"data": Hostile(np.ndarray, arguments), b"ids": [1]}))
     with pytest.raises(UserError, match="cannot be used"):
-        predict.read_unlabelled(tmp_path / "test.pkl")
+        unlabelled.read(tmp_path / "test.pkl")
 
 
 def bomb(levels):
@@ -220,7 +220,7 @@ def test_arrays_in_any_order_are_read(tmp_path, digits, turned, protocol):
     transposed = np.ascontiguousarray(digits.transpose(turned)).transpose(np.argsort(turned))
     ids = np.arange(6, dtype=">i4")
     (tmp_path / "test.pkl").write_bytes(pickle.dumps({b"data": transposed, b"ids": ids}, protocol))
-    data, texts = predict.read_unlabelled(tmp_path / "test.pkl")
+    data, texts = unlabelled.read(tmp_path / "test.pkl")
     np.testing.assert_array_equal(data, digits)
     assert texts == [*"012345"]
 
@@ -256,14 +256,14 @@ def test_ids_are_quoted_as_csv_is(run, digits, tmp_path, capsys):
 def test_a_pickle_of_something_else_is_refused(tmp_path, held, words):
     (tmp_path / "test.pkl").write_bytes(pickle.dumps(held))
     with pytest.raises(UserError, match=words):
-        predict.read_unlabelled(tmp_path / "test.pkl")
+        unlabelled.read(tmp_path / "test.pkl")
 
 
 @pytest.mark.parametrize("raw", [b"", b"no pickle", b"\x80\x05N.", pickle.dumps({b"data": 1})[:-3]])
 def test_a_damaged_pickle_is_refused(tmp_path, raw):
     (tmp_path / "test.pkl").write_bytes(raw)
     with pytest.raises(UserError, match="cannot be used"):
-        predict.read_unlabelled(tmp_path / "test.pkl")
+        unlabelled.read(tmp_path / "test.pkl")
 
 
 # Mistakes
