@@ -1,7 +1,6 @@
 """The command line of the tools that take a run: argparse's, with a mistake on one line as everywhere."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -34,7 +33,6 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Run a tool as a program, which ends at once, without what libraries say on their way out."""
     sys.unraisablehook = hide_closed_loops
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # so that no scratch folder is left
     try:
         with exit_on_user_error():
             main()
