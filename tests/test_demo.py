@@ -7,7 +7,6 @@ import struct
 import sys
 import threading
 import time
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -71,11 +70,10 @@ def file_of(image, kind="PNG", **more):
     return stream.getvalue()
 
 
-def posted(url, data, size=None):
-    """The status and the body that the server answers an upload with, which says that it has another size perhaps."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-    with contextlib.closing(connection):
-        connection.request("POST", "/predict", data, {"Content-Length": str(size or len(data))})
+def answered(url, method, path, data=None, **headers):
+    """The status and the body that the server answers with."""
+    with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
+        connection.request(method, path, data, headers)
         response = connection.getresponse()
         return response.status, response.read()
 
@@ -166,25 +164,25 @@ def test_names_are_shown_as_text(model):
 
 
 def test_an_upload_that_is_too_large_is_refused(address):
-    status, body = posted(address, b"the beginning", demo.MAX_BYTES + 1)  # it does not wait for the rest
+    size = {"Content-Length": str(demo.MAX_BYTES + 1)}
+    status, body = answered(address, "POST", "/predict", b"the beginning", **size)  # it does not wait for the rest
     assert status == 413
     assert b"Too Large" in body
     whole = file_of(NOISE)
-    assert posted(address, whole + bytes(demo.MAX_BYTES - len(whole)))[0] == 200  # a PNG may be followed by anything
+    largest = whole + bytes(demo.MAX_BYTES - len(whole))  # a PNG may be followed by anything
+    assert answered(address, "POST", "/predict", largest)[0] == 200
 
 
 def test_other_sites_cannot_ask_through_a_browser(address):
-    port = int(address.rpartition(":")[2])
+    port = address.rpartition(":")[2]
     for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            connection.request("GET", "/", headers={"Host": host})
-            assert connection.getresponse().status == status
+        assert answered(address, "GET", "/", Host=host)[0] == status
 
 
 def test_many_requests_at_once_are_answered_and_nothing_is_said(run):
     with served(run) as (process, url):
         with ThreadPoolExecutor(20) as pool:
-            answers = list(pool.map(lambda _: posted(url, file_of(NOISE)), range(40)))
+            answers = list(pool.map(lambda _: answered(url, "POST", "/predict", file_of(NOISE)), range(40)))
         assert {status for status, _ in answers} == {200}
         assert len({body for _, body in answers}) == 1
         process.kill()
@@ -196,8 +194,7 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise_and_ctrl_c_ends_
         assert url.startswith("http://127.0.0.1:")
         listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]
         assert listening == ["127.0.0.1"]
-        with urllib.request.urlopen(url) as response:
-            assert "test images" not in response.read().decode()
+        assert b"test images" not in answered(url, "GET", "/")[1]
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
