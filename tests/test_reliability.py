@@ -234,19 +234,20 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
 
 @pytest.mark.parametrize("then", ["deleted", "replaced"])
 def test_a_folder_that_is_deleted_or_replaced_under_way_stops_the_run(tmp_path, then):
-    process = under_way(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    run, other = tmp_path / "run", tmp_path / "other"
+    if then == "replaced":  # by a run that is complete, for the save under way may still end in its folder
+        assert launch(*SMOKE, "--config.seed=1", "--workdir", other).returncode == 0
+    process = under_way(run)
+    run.rename(tmp_path / "elsewhere")
     if then == "replaced":
-        other = under_way(tmp_path / "run", "--config.seed=1")
-        assert_stops_with_a_line(process, f"{tmp_path / 'run'} was deleted or replaced under way")
-        other.send_signal(signal.SIGTERM)
-        other.communicate(timeout=60)
-        assert other.returncode == 143
-        first = json.loads((tmp_path / "run" / "config.json").read_text())
-        assert first["seed"] == 1
+        of_other = [other / name for name in ("config.json", "metrics.jsonl", "result.json")]
+        before = [path.read_bytes() for path in of_other]
+        other.rename(run)
+        assert_stops_with_a_line(process, f"{run} was deleted or replaced under way")
+        assert [(run / path.name).read_bytes() for path in of_other] == before
     else:
-        assert_stops_with_a_line(process, f"{tmp_path / 'run'}", "deleted or replaced under way")
-        again = launch(*SMOKE, "--workdir", tmp_path / "run")  # whatever the last save left there
+        assert_stops_with_a_line(process, f"{run}", "deleted or replaced under way")
+        again = launch(*SMOKE, "--workdir", run)  # whatever the last save left there
         assert again.returncode == 0, again.stderr
 
 
