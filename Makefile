@@ -24,20 +24,21 @@ test-slow: $(VENV)/installed ## the tests of violence: kills, full disks, lost h
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random inputs a reader
-	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_reliability.py -k killed_at_chosen_moments
-	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
+	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/fault_injection -k killed_at_chosen_moments
+	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fault_injection/test_fuzz.py
 
 reproduce: $(if $(GPU_PYTHON),,$(VENV)/installed) ## the report's figures, what this machine can do of them: PARTS=, FLAGS=
-	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.reproduce $(PARTS) $(FLAGS)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m reproduction.reproduce $(PARTS) $(FLAGS)
 
 report: $(VENV)/installed ## the page of the runs in results/, with the report's claims: report/index.html
-	$(BIN)/python -m resnet_jax.report $(wildcard results/*-seed*.json results/final-f32-*.json results/final-autoaugment-*.json) \
+	$(BIN)/python -m reproduction.report $(wildcard results/*-seed*.json results/final-f32-*.json results/final-autoaugment-*.json) \
 		$(addprefix --resnet18=,$(lastword $(wildcard results/resnet18-*.json))) --output report
 
-lint: $(VENV)/installed ## ruff and mypy
+lint: $(VENV)/installed ## ruff, mypy, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python" >&2; exit 2; }

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import cli
 from resnet_jax.errors import UserError
-from resnet_jax.profiling import Profile
+from resnet_jax.runs.profiling import Profile
 
 STARTED = time.monotonic()
 
@@ -50,16 +50,19 @@ def main(config: ConfigDict) -> None:
     if (FLIP.value or FIT_TEMPERATURE.value) and MODE.value == "train":
         raise UserError("--flip and --fit-temperature are of evaluation: leave them out, or give --mode eval")
     try:  # only now that the config is checked, for importing JAX takes seconds
-        from resnet_jax import cluster, evaluate, preemption, train
+        from resnet_jax import train
+        from resnet_jax.runs import preemption, processes
     except (ImportError, ValueError) as error:
         raise UserError(f"JAX does not start ({error}): mend the environment, or install resnet_jax again") from error
 
     if DISTRIBUTED.value:
-        cluster.join()
+        processes.join()
     try:
-        with cluster.all_end_with_this():
+        with processes.all_end_with_this():
             if MODE.value == "eval":
-                evaluate.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
+                from resnet_jax.reporting import evaluation  # only here, for Matplotlib takes a second
+
+                evaluation.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
             else:
                 train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
     except preemption.Interrupted as stop:

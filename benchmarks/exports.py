@@ -18,10 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import measure, timing
 from resnet_jax import config as config_lib
-from resnet_jax import export, inference, measure, timing, train_state, workdir
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax import train_state
+from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import exit_on_user_error
+from resnet_jax.inference import export, trained_model
+from resnet_jax.runs import environment, files
 
 BATCH_SIZES = (1, 128)
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,26 +35,26 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def written(model: inference.Model, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
+def written(model: trained_model.Model, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
     """Each export of a model, in a folder, and the largest difference it makes, in shares of the largest logit."""
-    files, differences = {}, {}
+    paths, differences = {}, {}
     for name, (kind, settings) in WRITTEN.items():
-        files[name] = directory / f"{name}.{kind}"
-        differences[name] = export.write(model, kind, files[name], **settings)
-    return files, differences
+        paths[name] = directory / f"{name}.{kind}"
+        differences[name] = export.write(model, kind, paths[name], **settings)
+    return paths, differences
 
 
-def runners(model: inference.Model, files: dict[str, Path]) -> dict[str, export.Run]:
-    """What computes logits: the model and those of its files that are programs."""
+def runners(model: trained_model.Model, paths: dict[str, Path]) -> dict[str, export.Run]:
+    """What computes logits: the model and those of its paths that are programs."""
     import onnxruntime
 
-    program = jax.jit(jax.export.deserialize(bytearray(files["stablehlo"].read_bytes())).call)
+    program = jax.jit(jax.export.deserialize(bytearray(paths["stablehlo"].read_bytes())).call)
     found: dict[str, export.Run] = {
         "load": model.logits,
         "stablehlo": lambda images: np.asarray(program(images)),
     }
     for name in ("onnx", "onnx_folded"):
-        session = onnxruntime.InferenceSession(files[name], providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(paths[name], providers=["CPUExecutionProvider"])
         found[name] = lambda images, session=session: session.run(["logits"], {"images": images})[0]
     return found
 
@@ -62,7 +65,7 @@ def contender(run: export.Run, images: np.ndarray) -> timing.Contender:
 
 
 def case(
-    model: inference.Model, found: dict[str, export.Run], batch_size: int, torch: Any, repeats: int, seconds: float
+    model: trained_model.Model, found: dict[str, export.Run], batch_size: int, torch: Any, repeats: int, seconds: float
 ) -> dict[str, Any]:
     """A case of the result: the milliseconds of a batch, and how many times as long as PyTorch each takes."""
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *model.image_shape), np.uint8)
@@ -93,9 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
     arguments = parser.parse_args(argv)
     with exit_on_user_error(), tempfile.TemporaryDirectory() as scratch:
-        model = inference.load(arguments.run)
-        files, differences = written(model, Path(scratch))
-        found, cases = runners(model, files), []
+        model = trained_model.load(arguments.run)
+        paths, differences = written(model, Path(scratch))
+        found, cases = runners(model, paths), []
         for batch_size in BATCH_SIZES:
             config = config_lib.replaced(model.config, {"batch_size": batch_size})
             python = shutil.which(arguments.torch_python) or arguments.torch_python
@@ -104,13 +107,13 @@ def main(argv: list[str] | None = None) -> None:
                 cases.append(case(model, found, batch_size, torch, arguments.repeats, arguments.seconds))
         result = {
             "cases": cases,
-            "bytes": {name: path.stat().st_size for name, path in files.items()} | {"torch": about_torch["bytes"]},
+            "bytes": {name: path.stat().st_size for name, path in paths.items()} | {"torch": about_torch["bytes"]},
             "differences": differences,
             "torch": about_torch,
             "config": config_lib.to_json(model.config),
-            "environment": workdir.environment(),
+            "environment": environment.collect(),
         }
-        workdir.write_json(arguments.output, result)
+        files.write_json(arguments.output, result)
         print(arguments.output)
 
 

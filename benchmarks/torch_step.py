@@ -1,4 +1,4 @@
-"""The yardstick: the same model in PyTorch, its training step for `resnet_jax.benchmark`, its logits for `benchmarks.exports`.
+"""The yardstick: the same model in PyTorch, its training step for `benchmarks.benchmark`, its logits for `benchmarks.exports`.
 
     python -m benchmarks.torch_step        # in the repository's folder, with any Python that has PyTorch
 
@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from resnet_jax import timing
+from benchmarks import timing
+from resnet_jax import host
 
 
 class BasicBlock(nn.Module):
@@ -187,7 +188,7 @@ def main() -> None:
     spec = json.loads(sys.stdin.readline())
     config, (height, width, _) = spec["config"], spec["image_shape"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(timing.usable_cores())
+    torch.set_num_threads(host.usable_cores())
     torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)

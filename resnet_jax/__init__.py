@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet_jax.inference import Model, load
+    from resnet_jax.inference.trained_model import Model, load
 
 __all__ = ["Model", "load"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """`load` and `Model`, imported only when they are asked for: JAX takes seconds, and a command line shows mistakes at once."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from resnet_jax import inference
+    from resnet_jax.inference import trained_model
 
-    return getattr(inference, name)
+    return getattr(trained_model, name)

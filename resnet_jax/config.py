@@ -25,23 +25,28 @@ class Field(NamedTuple):
     words: str
 
 
-def _integer(low: int, high: int = 2**31 - 1) -> Field:
+def integer(low: int, high: int = 2**31 - 1) -> Field:
+    """A whole number in a range."""
     return Field(int, lambda v: low <= v <= high, f"a whole number from {low} to {high}")
 
 
-def _finite(value: float) -> bool:
+def is_finite(value: float) -> bool:
+    """Whether a number is neither infinite nor nan."""
     return abs(value) <= sys.float_info.max  # also of a whole number too large for a float, and of nan
 
 
-def _number(words: str, accepts: Callable[[float], bool]) -> Field:
-    return Field(float, lambda v: _finite(v) and accepts(v), words)
+def number(words: str, accepts: Callable[[float], bool]) -> Field:
+    """A finite number that `accepts` allows, as `words` says."""
+    return Field(float, lambda v: is_finite(v) and accepts(v), words)
 
 
-def _choice(*names: str) -> Field:
+def choice(*names: str) -> Field:
+    """One of some names."""
     return Field(str, lambda v: v in names, "one of " + ", ".join(map(repr, names)))
 
 
-def _integers(low: int) -> Field:
+def integers(low: int) -> Field:
+    """A tuple of whole numbers, each at least `low`."""
     return Field(
         tuple,
         lambda v: len(v) > 0 and all(type(x) is int and low <= x <= 2**16 for x in v),
@@ -52,109 +57,72 @@ def _integers(low: int) -> Field:
 def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
     return Field(
         tuple,
-        lambda v: len(v) == 3 and all(type(x) in (int, float) and _finite(x) and accepts(x) for x in v),
+        lambda v: len(v) == 3 and all(type(x) in (int, float) and is_finite(x) and accepts(x) for x in v),
         f"a tuple of three numbers {words}",
     )
 
 
-_POSITIVE = _number("a number > 0", lambda v: v > 0)
-_NOT_NEGATIVE = _number("a number >= 0", lambda v: v >= 0)
-_FRACTION = _number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
+_POSITIVE = number("a number > 0", lambda v: v > 0)
+NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
+_FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
 _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
-    "seed": _integer(0, 2**32 - 1),
-    "batch_size": _integer(1, 2**20),
+    "seed": integer(0, 2**32 - 1),
+    "batch_size": integer(1, 2**20),
     "num_epochs": _POSITIVE,
     "label_smoothing": _FRACTION,
-    "eval_batch_size": _integer(1, 2**20),
-    "eval_every_epochs": _integer(1),
-    "checkpoint_every_steps": _integer(0),
-    "log_every_steps": _integer(1),
-    "abort_grad_norm": _NOT_NEGATIVE,
-    "pipeline": _choice("tf_data", "device"),
-    "steps_per_call": _integer(0, 10_000),
+    "eval_batch_size": integer(1, 2**20),
+    "eval_every_epochs": integer(1),
+    "checkpoint_every_steps": integer(0),
+    "log_every_steps": integer(1),
+    "abort_grad_norm": NOT_NEGATIVE,
+    "pipeline": choice("tf_data", "device"),
+    "steps_per_call": integer(0, 10_000),
     "data.name": Field(str, lambda v: bool(v.strip()), "the name of a data set"),
     "data.data_dir": _TEXT,
     "data.cache_dir": _TEXT,
-    "data.image_size": _integer(0, 4096),
-    "data.num_threads": _integer(0, 1024),
+    "data.image_size": integer(0, 4096),
+    "data.num_threads": integer(0, 1024),
     "data.validation_ratio": _FRACTION,
-    "data.split_seed": _integer(0, 2**32 - 1),
+    "data.split_seed": integer(0, 2**32 - 1),
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.std": _channels("from 1e-6", lambda v: v >= 1e-6),
-    "augment.flip_probability": _number("a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "augment.crop_padding": _integer(0, 1024),
+    "augment.flip_probability": number("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.crop_padding": integer(0, 1024),
     "augment.brightness": _FRACTION,
     "augment.contrast": _FRACTION,
     "augment.saturation": _FRACTION,
-    "augment.rotation_degrees": _number("a number from 0 to 180", lambda v: 0 <= v <= 180),
-    "augment.policy": _choice("", "cifar10"),
-    "model.block": _choice("basic", "bottleneck"),
-    "model.stem": _choice("cifar", "imagenet"),
-    "model.channel_list": _integers(1),
-    "model.block_list": _integers(0),
+    "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
+    "augment.policy": choice("", "cifar10"),
+    "model.block": choice("basic", "bottleneck"),
+    "model.stem": choice("cifar", "imagenet"),
+    "model.channel_list": integers(1),
+    "model.block_list": integers(0),
     "model.batch_norm_momentum": _FRACTION,
     "model.batch_norm_epsilon": _POSITIVE,
-    "model.dtype": _choice("float32", "bfloat16"),
-    "model.param_dtype": _choice("float32", "bfloat16"),
-    "model.max_params": _integer(0),
-    "optim.name": _choice("adamw", "sgd"),
+    "model.dtype": choice("float32", "bfloat16"),
+    "model.param_dtype": choice("float32", "bfloat16"),
+    "model.max_params": integer(0),
+    "optim.name": choice("adamw", "sgd"),
     "optim.learning_rate": _POSITIVE,
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.decay_mask": _choice("all", "kernels"),
-    "optim.max_grad_norm": _NOT_NEGATIVE,
-    "schedule.name": _choice("warmup_cosine", "step"),
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.decay_mask": choice("all", "kernels"),
+    "optim.max_grad_norm": NOT_NEGATIVE,
+    "schedule.name": choice("warmup_cosine", "step"),
 }
 OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
     "adamw": {"optim.b1": _FRACTION, "optim.b2": _FRACTION, "optim.eps": _POSITIVE},
     "sgd": {"optim.momentum": _FRACTION, "optim.dampening": _FRACTION},
 }
 SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
-    "warmup_cosine": {"schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.min_ratio": _FRACTION},
+    "warmup_cosine": {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.min_ratio": _FRACTION},
     "step": {
         "schedule.decay_every_epochs": _POSITIVE,
-        "schedule.decay_factor": _number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
+        "schedule.decay_factor": number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
     },
 }
 
-
-def _lists(low: int) -> Field:
-    integers = _integers(low)
-    return Field(
-        tuple,
-        lambda v: len(v) > 0 and all(type(x) is tuple and integers.accepts(x) for x in v),
-        f"a tuple of one or more tuples, each of whole numbers from {low} to {2**16}",
-    )
-
-
-def _range(words: str, accepts: Callable[[float], bool]) -> Field:
-    return Field(
-        tuple,
-        lambda v: (
-            len(v) == 2 and all(type(x) in (int, float) and _finite(x) and accepts(x) for x in v) and v[0] <= v[1]
-        ),
-        f"a tuple of a lowest and a highest number {words}",
-    )
-
-
-# Of a config for `resnet_jax.search`, in addition.
-SEARCH_FIELDS: dict[str, Field] = {
-    "search.objective": _choice("accuracy", "accuracy_params", "accuracy_seconds"),
-    "search.max_gflops": _NOT_NEGATIVE,
-    "search.channel_lists": _lists(1),
-    "search.block_lists": _lists(0),
-    "search.reduction_factor": _integer(2, 100),
-    "search.refine_trials": _integer(1, 10_000),
-    "search.width_range": _number("a number from 1 to 100", lambda v: 1 <= v <= 100),
-    "search.width_step": _integer(1, 1024),
-    "search.block_range": _integer(0, 100),
-    "search.learning_rate": _range("> 0", lambda v: v > 0),
-    "search.weight_decay": _range("> 0", lambda v: v > 0),
-    "search.warmup_share": _range(">= 0 and < 1", lambda v: 0 <= v < 1),
-    "search.confirm_top": _integer(1, 100),
-    "search.confirm_seeds": _integer(2, 100),
-}
 
 ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
@@ -215,7 +183,7 @@ def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
     if name not in fields:
         section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
         near = difflib.get_close_matches(name, fields, 1)
-        if name in SEARCH_FIELDS:
+        if name.startswith("search."):
             raise UserError(f"config.{name} is of a search: run python -m resnet_jax.search with this config")
         hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"
         raise UserError(f"config.{name} is not a field that this config uses: {hint}")

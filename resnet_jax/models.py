@@ -11,10 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
-
-from resnet_jax import conv_cpu
 
 ModuleDef = Callable[..., Any]
 
@@ -155,8 +152,12 @@ resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6,
 resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
 
 
-def from_config(config: ConfigDict, num_classes: int, mesh: Mesh) -> ResNet:
-    """The network that `config.model` describes, to run on a mesh."""
+def from_config(
+    config: ConfigDict,
+    num_classes: int,
+    conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+) -> ResNet:
+    """The network that `config.model` describes; its convolutions are XLA's unless others are given."""
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(config.channel_list),
@@ -167,5 +168,5 @@ def from_config(config: ConfigDict, num_classes: int, mesh: Mesh) -> ResNet:
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        conv_general_dilated=conv_cpu.for_mesh(mesh),
+        conv_general_dilated=conv_general_dilated,
     )

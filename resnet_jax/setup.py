@@ -4,16 +4,19 @@ import json
 import math
 import os
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_jax import cluster, datasets, train_state
 from resnet_jax import config as config_lib
+from resnet_jax import host, train_state
+from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
+from resnet_jax.runs import processes, workdir
 
 
 class Setup(NamedTuple):
@@ -51,7 +54,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     """
     jax.config.update(
         "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(datasets.default_cache_dir() / "xla"),
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla"),
     )
     mesh = train_state.make_mesh(num_devices)
     config_lib.check_batch_size(config.batch_size, mesh.size)
@@ -60,9 +63,9 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         for name, value in config_lib.flatten(config).items()
         if name not in ("data.data_dir", "data.cache_dir")
     }
-    cluster.check_agreement("config", json.dumps(alike))
+    processes.check_agreement("config", json.dumps(alike))
     dataset = datasets.load(config.data)
-    cluster.check_agreement("data", dataset.fingerprint)
+    processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
@@ -90,3 +93,28 @@ def check_budget(num_params: int, max_params: int) -> None:
         )
     if jax.process_index() == 0:
         print(f"{num_params:,} trainable parameters{budget}", flush=True)
+
+
+def make_meta(config: ConfigDict, dataset: datasets.Dataset, seconds: float) -> dict[str, Any]:
+    """What a checkpoint holds beside the state: what it belongs to, what it takes to use it, and the seconds spent on it."""
+    return {
+        "config": config_lib.to_json(config),
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.train.images.shape[1:]),
+        "seconds": seconds,
+    }
+
+
+def check_meta(directory: Path, config: ConfigDict, dataset: datasets.Dataset, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another config, or of data other than these.
+
+    Raises:
+        UserError: naming the fields, or both fingerprints.
+    """
+    workdir.refuse_differences(f"{directory}/checkpoints", config, meta["config"])
+    if meta["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"{dataset.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
+            f"{dataset.fingerprint[:12]} now): give the run's own data, or choose another --workdir"
+        )

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from resnet_jax import augment_jax
 from resnet_jax.train_state import TrainMetrics, TrainState
 
 Batch = Mapping[str, jax.Array]
+BuildBatch = Callable[[Batch, Batch], Batch]
 
 
 def normalize(images: jax.Array, config: ConfigDict) -> jax.Array:
@@ -96,27 +96,24 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
     return state, since_row.replace(loss=loss_since_row)
 
 
-def build_batch(data: Batch, draws: Batch, *, config: ConfigDict) -> Batch:
-    """The batch of the examples draws["indices"], int32 [B], of all of `data`, augmented by the other draws."""
-    images = augment_jax.augment(data["images"], draws["indices"], draws, config.augment)
-    return {"images": images, "labels": data["labels"][draws["indices"]]}
-
-
-def train_steps(state: TrainState, data: Batch, draws: Batch, *, config: ConfigDict) -> tuple[TrainState, TrainMetrics]:
+def train_steps(
+    state: TrainState, data: Batch, draws: Batch, *, config: ConfigDict, build_batch: BuildBatch
+) -> tuple[TrainState, TrainMetrics]:
     """Several steps of training on data that lie on the devices.
 
     Args:
         state: before the first step.
         data: all examples that are trained on: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}.
-        draws: from `input_pipeline.train_draws`, each [steps, B, ...].
+        draws: from `pipelines.train_draws`, each [steps, B, ...].
         config: a whole config; static.
+        build_batch: makes the batch of a step of `data` and its draws.
 
     Returns:
         The state after the last step, and what `train_step` returns of each, stacked [steps].
     """
 
     def one_step(state: TrainState, draws: Batch) -> tuple[TrainState, TrainMetrics]:
-        return train_step(state, build_batch(data, draws, config=config), config=config)
+        return train_step(state, build_batch(data, draws), config=config)
 
     if len(draws["indices"]) == 1:  # without a loop, in which XLA compiles convolutions 20 times slower for a CPU
         state, metrics = one_step(state, jax.tree.map(lambda drawn: drawn[0], draws))
@@ -221,12 +218,12 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def jit_train_steps(
-    config: ConfigDict, mesh: Mesh
+    config: ConfigDict, mesh: Mesh, build_batch: BuildBatch
 ) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, TrainMetrics]]:
     """`train_steps` compiled for a mesh: state replicated and donated, data replicated, draws sharded as batches are."""
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
     return jax.jit(
-        partial(train_steps, config=config),
+        partial(train_steps, config=config, build_batch=build_batch),
         in_shardings=(replicated, replicated, sharded),
         out_shardings=(replicated, replicated),
         donate_argnums=0,

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_jax import cluster, failure, input_pipeline, optim, preemption, profiling, steps, train_state, workdir
-from resnet_jax.checkpoints import Checkpoints
-from resnet_jax.datasets import Split
+from resnet_jax import diagnose, optim, steps, train_state
+from resnet_jax.data import datasets, pipelines
+from resnet_jax.data.datasets import Split
+from resnet_jax.data.feed import make_feed
 from resnet_jax.errors import Diverged, UserError, leave
 from resnet_jax.evaluate import evaluate
-from resnet_jax.feed import make_feed
-from resnet_jax.progress import Progress
-from resnet_jax.setup import Setup, setup
+from resnet_jax.runs import environment, files, preemption, processes, profiling, workdir
+from resnet_jax.runs.checkpoints import Checkpoints
+from resnet_jax.runs.progress import Progress
+from resnet_jax.setup import Setup, check_meta, make_meta, setup
 
 
 def train(
@@ -59,7 +61,7 @@ def train(
     if (directory / "result.json").exists():
         if profile:
             raise UserError(f"--profile: {directory} is complete, and takes no more steps: choose another --workdir")
-        result = workdir.read_json(directory / "result.json", _SUMMARISED)
+        result = files.read_json(directory / "result.json", _SUMMARISED)
         try:
             summary = _summary(result)
         except (TypeError, ValueError) as error:
@@ -73,7 +75,7 @@ def train(
     with stop_request.noted():
         start = setup(config)
         if config.pipeline == "device":
-            input_pipeline.check_fits(start.train, start.mesh)
+            pipelines.check_fits(start.train, start.mesh)
         if profile:
             profile.check(0, start.total_steps)
         if code := stop_request.exit_code():
@@ -96,7 +98,7 @@ def train(
                         on_validation,
                     )
                 ) as run,
-                cluster.all_end_with_this(),  # before anything is closed, for closing waits for the others
+                processes.all_end_with_this(),  # before anything is closed, for closing waits for the others
             ):
                 run.loop()
                 return run.finish(test)
@@ -146,7 +148,7 @@ class Run:
         self.on_validation = on_validation
         self.state = start.state
         self.seconds_before = 0.0  # of earlier sessions of this run
-        self.is_of_this_run = partial(workdir.check_meta, directory, config, start.dataset)
+        self.is_of_this_run = partial(check_meta, directory, config, start.dataset)
         if found := checkpoints.restore_newest(start.state, self.is_of_this_run):
             self.state, meta = found
             self.seconds_before = meta["seconds"]
@@ -182,7 +184,7 @@ class Run:
         if step == total:
             return
         pending: tuple[int, int, train_state.TrainMetrics] | None = None
-        feed = make_feed(config, self.start, step)
+        feed = make_feed(config, self.start.train, self.start.mesh, self.state, step, total)
         while step < total:
             count = self.call_length(step, feed.steps_per_call)
             if self.profile:
@@ -288,11 +290,11 @@ class Run:
         if step - 1 > (self.checkpoints.latest or 0):
             self.save()
         self.checkpoints.wait()
-        report = failure.describe(self.config, self.start, self.state)
+        report = diagnose.describe(self.config, self.start, self.state)
         path = self.directory / "failed_step.json"
         if jax.process_index() == 0:
             self.check_held()
-            workdir.write_json(path, report)
+            files.write_json(path, report)
         limit = self.config.abort_grad_norm
         raise Diverged(
             f"step {step} has loss {report['loss']} and gradient norm {report['grad_norm']}"
@@ -340,7 +342,7 @@ class Run:
     def save(self) -> None:
         """Start saving the state."""
         self.check_held()
-        self.checkpoints.save(self.state, workdir.make_meta(self.config, self.start.dataset, self.seconds()))
+        self.checkpoints.save(self.state, make_meta(self.config, self.start.dataset, self.seconds()))
 
     def finish(self, test: bool = True) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test split, if asked to, and write `result.json`."""
@@ -362,16 +364,16 @@ class Run:
             "state_digest": last_digest,
             "seconds": self.seconds(),
             "startup_seconds": self.startup_seconds,
-            "peak_memory_bytes": workdir.peak_memory_bytes(),
+            "peak_memory_bytes": environment.peak_memory_bytes(),
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             "initial_weights": workdir.initial_weights(self.directory),
-            "dataset": workdir.describe(self.start.dataset, self.start.train, self.start.validation),
-            "environment": workdir.environment(),
+            "dataset": datasets.describe(self.start.dataset, self.start.train, self.start.validation),
+            "environment": environment.collect(),
         }
         if jax.process_index() == 0:
             self.check_held()
-            workdir.write_json(self.directory / "result.json", result)
+            files.write_json(self.directory / "result.json", result)
             self.progress.note(f"{self.directory} is complete: {_summary(result)}")
         return result
 

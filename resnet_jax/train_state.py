@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from resnet_jax import models, optim
+from resnet_jax import kernels, models, optim
 from resnet_jax.errors import UserError
 
 
@@ -83,7 +83,7 @@ def create(
         steps_per_epoch: for the learning-rate schedule.
         mesh: where the state is to live.
     """
-    model = models.from_config(config.model, num_classes, mesh)
+    model = models.from_config(config.model, num_classes, kernels.for_training(mesh))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = model.lazy_init(jax.random.key(config.seed), image, train=False)
     tx = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))

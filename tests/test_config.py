@@ -5,7 +5,7 @@ import re
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from ml_collections import ConfigDict
 
 from configs import final, found_cpu, narrow, quickstart, search, sgd
@@ -17,9 +17,9 @@ from resnet_jax.config import (
     NEUTRAL_FIELDS,
     OPTIMIZER_FIELDS,
     SCHEDULE_FIELDS,
-    SEARCH_FIELDS,
 )
 from resnet_jax.errors import UserError
+from resnet_jax.search.fields import SEARCH_FIELDS
 
 NARROW = ("adamw", "adamw_plain", "sgd", "sgd_plain")
 SHIPPED = {

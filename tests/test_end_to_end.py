@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_user_error, launch, read_until, rows, saved_by_signal, start
+from helpers import ROOT, assert_user_error, launch, read_until, rows, saved_by_signal, start
 
 SMOKE = ("--config", "configs/final.py:smoke")
 needs_cifar10 = pytest.mark.skipif(

@@ -5,8 +5,9 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import calibration, evaluate, inference, steps, train
+from resnet_jax import evaluate, steps, train
 from resnet_jax.errors import UserError
+from resnet_jax.inference import calibration, trained_model
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     validation = report["validation"]
     assert validation["calibrated"]["loss"] < validation["loss"]
     flipped = evaluate.run(config, directory, "best", flip=True, fit_temperature=True)
-    model = inference.load(directory)
+    model = trained_model.load(directory)
     temperatures = [r["test"]["calibrated"]["temperature"] for r in (report, flipped)]
     assert model.temperatures == dict(zip((False, True), temperatures, strict=True))
     assert 1.0 not in temperatures
@@ -109,7 +110,7 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
         assert len(image.convert("RGB").getcolors(2**24)) > 50  # something is drawn
     others = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
     others.remove(model.step)
-    assert [inference.load(directory, step).temperatures for step in others] == [{}] * len(
+    assert [trained_model.load(directory, step).temperatures for step in others] == [{}] * len(
         others
     )  # they are of one alone
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 SLURM = ROOT / "examples" / "slurm.sbatch"
 JOBSET = list(yaml.safe_load_all((ROOT / "examples" / "jobset.yaml").read_text()))

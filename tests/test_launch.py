@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, launch
+from helpers import ROOT, assert_user_error, launch
 from PIL import Image
 
 FINAL = f"--config={ROOT}/configs/final.py"

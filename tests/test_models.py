@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from resnet_jax import conv_cpu, models
+from resnet_jax import models
+from resnet_jax.kernels import conv_cpu
 
 
 def shapes(model, size=32):

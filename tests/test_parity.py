@@ -14,7 +14,8 @@ import pytest
 
 from configs import final
 from resnet_jax import config as config_lib
-from resnet_jax import steps, torch_weights, train_state
+from resnet_jax import steps, train_state
+from resnet_jax.inference import torch_weights
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "architecture_parity.npz"))
 EXACT, ROUNDED = "float64", "float32"

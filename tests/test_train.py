@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, make_tiny_config, rows
+from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
 from resnet_jax import config as config_lib
-from resnet_jax import datasets, evaluate, input_pipeline, preemption, setup, steps, train
+from resnet_jax import evaluate, setup, steps, train
+from resnet_jax.data import datasets, pipelines
 from resnet_jax.errors import UserError
+from resnet_jax.runs import preemption
 
 
 def at_step(monkeypatch, step, action):
@@ -342,9 +344,7 @@ def test_the_report_on_a_failed_step_names_its_examples_and_the_norms_of_its_lay
     assert digits.train.labels[report["examples"]].tolist() == report["labels"]
     (first,) = (
         batch["labels"].tolist()
-        for batch in input_pipeline.train_batches(
-            datasets.validation_split(digits, tiny_config.data)[0], tiny_config, 0, 1
-        )
+        for batch in pipelines.train_batches(datasets.validation_split(digits, tiny_config.data)[0], tiny_config, 0, 1)
     )
     assert report["labels"] == first
     layers = report["layers"]

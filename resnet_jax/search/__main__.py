@@ -12,9 +12,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from resnet_jax import cli
-from resnet_jax.config import SEARCH_FIELDS
 from resnet_jax.errors import UserError
 from resnet_jax.search import STAGES, check_folder, default_storage, default_workdir, is_name
+from resnet_jax.search.fields import SEARCH_FIELDS
 
 flags.declare_key_flag("config")
 STUDY = flags.DEFINE_string("study", None, "Name of the search; a worker that gives the same joins it.")
@@ -64,7 +64,7 @@ def main(config: ConfigDict) -> None:
             command = [sys.executable, "-m", "resnet_jax.search", *sys.argv[1:], "--workers=1"]
             sys.exit(fleet.run(command, count, gpus))
 
-    from resnet_jax import preemption
+    from resnet_jax.runs import preemption
     from resnet_jax.search import worker
 
     if DRY_RUN.value:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from resnet_jax import config as config_lib
-from resnet_jax.figures import COLOURS, add_legend, new_axes
+from resnet_jax.reporting.figures import COLOURS, add_legend, new_axes
 from resnet_jax.search import STAGES, space, summary
 from resnet_jax.search.summary import Summary
 

@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from resnet_jax import preemption, timing
+from resnet_jax import host
 from resnet_jax.errors import UserError
+from resnet_jax.runs import preemption
 
 
 def local_gpus() -> list[str]:
@@ -45,7 +46,7 @@ def check(count: int, gpus: list[str]) -> None:
     Raises:
         UserError: saying how many there are.
     """
-    there, what = (len(gpus), "GPU") if gpus else (timing.usable_cores(), "core")
+    there, what = (len(gpus), "GPU") if gpus else (host.usable_cores(), "core")
     if count > there:
         raise UserError(f"--workers={count} needs a {what} for each, and there are {there}: give at most {there}")
 

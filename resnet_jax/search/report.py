@@ -12,12 +12,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from resnet_jax import claims, pages, workdir
 from resnet_jax import config as config_lib
-from resnet_jax.arguments import ArgumentParser
+from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError, exit_on_user_error
-from resnet_jax.pages import Picture
+from resnet_jax.reporting import pages, statistics
+from resnet_jax.reporting.pages import Picture
+from resnet_jax.runs import files
 from resnet_jax.search import default_storage, default_workdir, figures, is_name, space, studies
+from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary, costs_against, summarise
 
 _MARK = '"""Found by `python -m resnet_jax.search`'  # begins the file of a config that was found
@@ -53,7 +55,7 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
         if row["accuracy"] is not None
     ]  # fmt: skip
     return pages.render(
-        "search/report.html",
+        "search.html",
         pictures(found),
         found["environments"],
         folder,
@@ -61,7 +63,7 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
         counts=counts,
         ranked=sorted(ranked, key=lambda row: -row["accuracy"])[:10],
         name=space.name,
-        spread=claims.mean_and_spread,
+        spread=statistics.mean_and_spread,
         config_path=config_path,
         against=costs_against(found),
     )
@@ -69,12 +71,12 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
 
 def found_config(found: Summary, path: Path) -> str:
     """The text of the file of the config that was found: the search's, with the best candidate's fields."""
-    config = space.training_config(config_lib.from_json(found["config"], config_lib.SEARCH_FIELDS), found["best"])
+    config = space.training_config(config_lib.from_json(found["config"], SEARCH_FIELDS), found["best"])
     what = "one trial"
     for entry in found["confirmed"]:
         if entry["best"]:
             accuracies = [*entry["accuracies"].values()]
-            what = f"{claims.mean_and_spread(accuracies)} on validation, {len(accuracies)} seeds"
+            what = f"{statistics.mean_and_spread(accuracies)} on validation, {len(accuracies)} seeds"
     lines = [
         f"{_MARK}, study {found['study']}: {what}.",
         "",
@@ -134,7 +136,7 @@ def _check_summary(path: Path) -> None:
         UserError: where it is there and is something else.
     """
     if path.exists():
-        workdir.read_json(
+        files.read_json(
             path, ("study", "trials", "confirmed"), "--summary writes over an earlier summary alone: give another"
         )
 
@@ -166,7 +168,7 @@ def main(argv: list[str]) -> None:
         with studies.opened(where, create=False) as storage:
             found = summarise(name, studies.existing(storage, name))
         if arguments.summary:
-            workdir.write_json(arguments.summary, found)
+            files.write_json(arguments.summary, found)
             print(arguments.summary)
             return
         write(found, output, arguments.found)
@@ -178,5 +180,5 @@ def write(found: Summary, output: Path, config_path: Path) -> None:
         (folder / "index.html").write_text(page(found, config_path, folder / "figures"))
     print(output / "index.html")
     if found["best"]:
-        workdir.write_text(config_path, found_config(found, config_path))
+        files.write_text(config_path, found_config(found, config_path))
         print(config_path)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from resnet_jax import config as config_lib
-from resnet_jax import cost
 from resnet_jax.errors import UserError
+from resnet_jax.search import cost
 
 Fields = dict[str, Any]  # {"model.block_list": (3, 5, 3, 0)}
 RECIPE = {"optim.learning_rate": "lr", "optim.weight_decay": "wd", "schedule.warmup_epochs": "warm-up"}

@@ -11,8 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from resnet_jax import config as config_lib
-from resnet_jax.cost import Cost
 from resnet_jax.search import space, studies
+from resnet_jax.search.cost import Cost
+from resnet_jax.search.fields import SEARCH_FIELDS
 
 Summary = dict[str, Any]
 _EARLY = ("infeasible", "pruned", "diverged", "out_of_memory")  # attributes of trials that say why they have no result
@@ -32,7 +33,7 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
         "share_outside_training": of the workers' time, "seconds": from the first trial's start to the last one's end}.
     """
     attributes = [study.user_attrs for study in found.values()]
-    config = config_lib.from_json(attributes[0]["config"], config_lib.SEARCH_FIELDS)
+    config = config_lib.from_json(attributes[0]["config"], SEARCH_FIELDS)
     trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in found.items()}
     candidates = confirmed(trials.get("confirm", []), config)
     ranked = sorted(

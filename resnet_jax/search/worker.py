@@ -22,9 +22,11 @@ from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from resnet_jax import config as config_lib
-from resnet_jax import cost, datasets, preemption, train, workdir
+from resnet_jax import train
+from resnet_jax.data import datasets
 from resnet_jax.errors import Diverged, UserError, is_out_of_memory
-from resnet_jax.search import check_folder, space, stages, studies
+from resnet_jax.runs import environment, preemption, workdir
+from resnet_jax.search import check_folder, cost, space, stages, studies
 from resnet_jax.search.locks import lock
 
 _POLL_SECONDS = 1.0
@@ -157,7 +159,7 @@ class Worker:
                 "config": config_lib.to_json(self.config),
                 "fingerprint": self.fingerprint,
                 "folder": token,
-                "environment": workdir.environment(),
+                "environment": environment.collect(),
                 "candidates": candidates,
             }.items():
                 study.set_user_attr(key, value)

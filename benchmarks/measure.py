@@ -1,0 +1,266 @@
+"""What `benchmarks.benchmark` measures, a function each, of one config on one mesh.
+
+The first four measure throughput, in images/s, and can be interleaved; the rest take seconds or bytes of single events.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from benchmarks import timing
+from resnet_jax import config as config_lib
+from resnet_jax import models, steps, train, train_state
+from resnet_jax.data import augment_jax, pipelines
+from resnet_jax.errors import UserError
+from resnet_jax.runs import files, preemption, workdir
+from resnet_jax.runs.checkpoints import Checkpoints
+from resnet_jax.setup import Setup
+
+ROOT = Path(__file__).parent.parent
+
+
+def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.TrainState, steps.Batch]:
+    """The jitted step, a state that it may consume, and a batch on the devices."""
+    images = next(pipelines.eval_batches(start.train, config.batch_size))
+    batch = {name: images[name] for name in ("images", "labels")}
+    state = jax.tree.map(jnp.copy, start.state)
+    return steps.jit_train_step(config, start.mesh), state, steps.shard_batch(batch, start.mesh)
+
+
+def flops_per_image(config: ConfigDict, start: Setup) -> float:
+    """Floating-point operations of a train step, an image, as XLA counts them before it compiles.
+
+    By the definition of the convolutions, so that the count is the same on every machine, however they are computed there.
+    """
+    step, state, batch = _train_step(config, start)
+    model = models.from_config(config.model, len(start.dataset.class_names))
+    state = state.replace(apply_fn=model.apply)
+    return float(step.lower(state, batch).cost_analysis()["flops"]) / config.batch_size
+
+
+def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
+    """The bare train step, on one batch that lies on the devices."""
+    step, state, batch = _train_step(config, start)
+
+    def dispatch() -> train_state.TrainMetrics:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    return partial(timing.throughput, dispatch, jax.block_until_ready, config.batch_size)
+
+
+def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
+    """The bare eval step, on one batch that lies on the devices."""
+    batch_size = -(-config.eval_batch_size // start.mesh.size) * start.mesh.size
+    batch = steps.shard_batch(next(pipelines.eval_batches(start.dataset.test, batch_size)), start.mesh)
+    dispatch = partial(steps.jit_eval_step(config, start.mesh), start.state, batch)
+    return partial(timing.throughput, dispatch, jax.block_until_ready, batch_size)
+
+
+def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
+    """The training batches alone: tf.data's, or those drawn on the host and built on the devices, one a call."""
+    if config.pipeline == "tf_data":
+        stream = pipelines.train_batches(start.train, config, 0, 10**9)
+        return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
+    data = steps.put(start.train._asdict(), start.mesh, P())
+    build = jax.jit(partial(augment_jax.build_batch, config=config.augment))
+    step_numbers = itertools.count()
+
+    def dispatch() -> steps.Batch:
+        draws = pipelines.train_draws(start.train, config, next(step_numbers), 1)
+        return build(data, steps.put({name: drawn[0] for name, drawn in draws.items()}, start.mesh, P("data")))
+
+    return partial(timing.throughput, dispatch, jax.block_until_ready, config.batch_size)
+
+
+class _Measured(Exception):
+    """Ends a run that was measured for long enough.
+
+    Attributes:
+        steps_per_second: of it.
+    """
+
+    def __init__(self, steps_per_second: float) -> None:
+        self.steps_per_second = steps_per_second
+
+
+class _MeasuredRun(train.Run):
+    """A run without evaluations that is ended by `_Measured`, so many seconds after its first call."""
+
+    def __init__(self, seconds: float, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.min_seconds, self.first_end = seconds, (0, 0.0)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
+        """Read the clock where the steps of a call have ended."""
+        super().end_call(last_step, count, metrics)
+        now = time.perf_counter()
+        first, began = self.first_end
+        if not first:
+            self.first_end = last_step, now
+        elif now - began >= self.min_seconds:
+            raise _Measured((last_step - first) / (now - began))
+
+
+def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
+    """The loop of `launch.py` with all that it does for a step, from the end of its first call to that of its last."""
+    config = config_lib.replaced(config, {"checkpoint_every_steps": 0})
+
+    def measure(seconds: float) -> float:
+        run_start = start._replace(state=jax.tree.map(jnp.copy, start.state), total_steps=2**31 - 1)
+        request = preemption.StopRequest()
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            workdir.opened(directory := Path(scratch), config) as check_held,
+            closing(Checkpoints(directory / "checkpoints", {})) as checkpoints,
+            closing(
+                _MeasuredRun(
+                    seconds, config, directory, run_start, time.monotonic(), request, check_held, checkpoints, {}
+                )
+            ) as run,
+        ):
+            try:
+                run.loop()
+            except _Measured as measured:
+                jax.block_until_ready(run.state)  # the call under way would slow down whatever is measured next
+                return measured.steps_per_second * config.batch_size
+        raise AssertionError("the loop ended by itself")
+
+    return measure
+
+
+THROUGHPUTS = {"train_step": train_step, "eval_step": eval_step, "pipeline": pipeline, "end_to_end": end_to_end}
+
+
+def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
+    """How long a save blocks the loop, each once the one before it is written; the very first does not count."""
+    took = []
+    with tempfile.TemporaryDirectory() as scratch, closing(Checkpoints(Path(scratch), {})) as checkpoints:
+        for step in range(repeats + 1):
+            state = start.state.replace(step=jnp.full_like(start.state.step, step))
+            began = time.perf_counter()
+            checkpoints.save(state, {"config": config_lib.to_json(config)})
+            took.append(time.perf_counter() - began)
+            checkpoints.wait()
+    return took[1:]
+
+
+def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `launch.py` on a config, its workdir and its stderr in a folder."""
+    config_file = directory / "config.py"
+    text = (
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+    config_file.write_text(text)
+    with (directory / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, ROOT / "launch.py", "--config", config_file, "--workdir", directory / "run", *flags],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+
+
+def _end(process: subprocess.Popen[str], directory: Path) -> None:
+    """Wait for `launch.py`, and stop the benchmark where that has failed."""
+    process.communicate()
+    if process.returncode not in (0, preemption.TIME_LIMIT):
+        raise UserError(f"launch.py failed: {(directory / 'stderr').read_text()[-300:]}")
+
+
+def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:
+    """From command to the first step's dispatch: `launch.py` with an empty compilation cache, then with what that left."""
+    took: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            for repeats_so_far in took.values():
+                with tempfile.TemporaryDirectory() as scratch:
+                    began = time.perf_counter()
+                    process = _launch(config, Path(scratch), "--max-seconds=0", JAX_COMPILATION_CACHE_DIR=cache)
+                    for line in process.stdout or ():
+                        if line.startswith("first step dispatched"):
+                            repeats_so_far.append(time.perf_counter() - began)
+                    _end(process, Path(scratch))
+    return took
+
+
+def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]:
+    """The most memory that `launch.py` holds in a run of three steps, with all its evaluations and saves."""
+    fields: dict[str, Any] = {"num_epochs": 2.5 / start.steps_per_epoch}
+    if "warmup_epochs" in config.schedule:
+        fields["schedule.warmup_epochs"] = 0.0  # it must end before the run does
+    with tempfile.TemporaryDirectory() as scratch:
+        _end(_launch(config_lib.replaced(config, fields), Path(scratch)), Path(scratch))
+        result: dict[str, dict[str, int | None]] = files.read_json(Path(scratch) / "run" / "result.json")
+        return result["peak_memory_bytes"]
+
+
+@contextmanager
+def torch_step(
+    config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], python: str, mode: str = "train"
+) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
+    """A step of the same network in PyTorch, in a process of its own, and what that says of itself: `benchmarks/torch_step.py`.
+
+    Args:
+        config: of a run.
+        num_classes: of its data.
+        image_shape: (H, W, 3).
+        python: a Python that has PyTorch.
+        mode: "train", or "predict" for logits alone.
+
+    Raises:
+        UserError: where that Python has no PyTorch.
+    """
+    spec = {
+        "config": config_lib.to_json(config),
+        "num_classes": num_classes,
+        "image_shape": image_shape,
+        "mode": mode,
+    }
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(
+            [os.path.abspath(python), "-m", "benchmarks.torch_step"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as worker,
+    ):
+
+        def ask(line: str) -> str:
+            assert worker.stdin
+            assert worker.stdout
+            with suppress(BrokenPipeError):
+                print(line, file=worker.stdin, flush=True)
+            if answer := worker.stdout.readline():
+                return answer
+            with suppress(BrokenPipeError):
+                worker.stdin.close()  # which would fail later, with what could not be written
+            stderr.seek(0)
+            reason = (stderr.read().splitlines() or ["it ended"])[-1]
+            raise UserError(f"PyTorch in {python}: {reason}: give --torch-python=PYTHON that has PyTorch")
+
+        description = json.loads(ask(json.dumps(spec)))
+        yield (lambda seconds: float(ask(str(seconds)))), description

@@ -1,0 +1,149 @@
+"""What the report claims, beside what runs measured: each claim with the data, the seeds and a plain verdict.
+
+The report is the one that the README names; figures that its authors' public log has are marked so.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from resnet_jax.reporting import report, statistics
+from resnet_jax.reporting.figures import Group
+
+_NOT_MEASURED = "not measured"
+
+
+class Claim(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        claim: what is claimed, and where.
+        measured: the figures.
+        basis: data, seeds, machine.
+        verdict: "holds", "does not hold", "not measured", or in what it differs.
+    """
+
+    claim: str
+    measured: str
+    basis: str
+    verdict: str
+
+
+def _seeds(group: Group) -> str:
+    config = group.config
+    epochs, count = config["num_epochs"], len(group.runs)
+    return f"{group.name}: {config['data']['name']}, {epochs:g} epochs, {count} seed{'s' * (count > 1)}"
+
+
+def _is_reports_model(config: dict[str, Any]) -> bool:
+    model = config["model"]
+    whole = (model["channel_list"], model["block_list"]) == ([64, 128, 256, 512], [3, 5, 3, 0])
+    data = (
+        config["data"]["name"].rpartition(":")[2].rpartition("/")[2].removesuffix(".npz"),
+        config["data"]["image_size"],
+    )
+    return whole and data == ("cifar10", 0) and config["num_epochs"] == 50 and config["optim"]["name"] == "adamw"
+
+
+def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) -> Claim:
+    """A claim that runs of the report's own model reach an accuracy."""
+    if not groups:
+        return Claim(claim, "-", f"none of these runs is {wanted}", _NOT_MEASURED)
+    (group, *_) = groups
+    values = group.values("test_accuracy")
+    short = claimed - float(np.mean(values))
+    verdict = "holds" if short <= 0 else f"does not hold: {100 * short:.2f} points short"
+    return Claim(claim, statistics.mean_and_spread(values), _seeds(group), verdict)
+
+
+def _optimizers(groups: Sequence[Group]) -> list[Claim]:
+    """The claim that AdamW is better than SGD, wherever the runs differ in nothing else."""
+    claim = "AdamW's test accuracy is above SGD's: 95.8 % and 94.7 % (figures 1 and 2)"
+    pairs = report.optimizer_pairs(groups)
+    if not pairs:
+        return [Claim(claim, "-", "no two of these configs differ in the optimizer alone", _NOT_MEASURED)]
+    found = []
+    for sgd, adamw in pairs:
+        values = [group.values("test_accuracy") for group in (sgd, adamw)]
+        measured = f"AdamW {statistics.mean_and_spread(values[1])}, SGD {statistics.mean_and_spread(values[0])}"
+        if not (compared := statistics.compare(*values)):
+            verdict = "undecided: one seed tells no spread"
+        else:
+            difference, low, high = (100 * value for value in compared)
+            measured += f"; AdamW {difference:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"
+            verdict = "holds in this protocol" if low > 0 else "the opposite holds in this protocol"
+            verdict = verdict if low > 0 or high < 0 else "undecided: within the seeds' noise"
+        found.append(Claim(claim, measured, f"{_seeds(adamw)}; {_seeds(sgd)}", verdict))
+    return found
+
+
+def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
+    """The claims about size and speed, from what `reproduction.reproduce resnet18` wrote."""
+    texts = (
+        "Fewer than 5 M parameters",
+        "26 % fewer parameters than a ResNet-18 adapted for CIFAR-10",
+        "22 % less time an epoch than it",
+    )
+    if comparison is None:
+        return [Claim(text, "-", "no comparison was given", _NOT_MEASURED) for text in texts]
+    ours, theirs, less = comparison["final"], comparison["resnet18"], comparison["final_has_less_by"]
+    (case,) = comparison["benchmarks"]["final"]["cases"]
+    environment = comparison["benchmarks"]["final"]["environment"]
+    machine = f"{environment['cpu_count']} CPU cores" if environment["backend"] == "cpu" else environment["devices"][0]
+    by_round = less["seconds_per_epoch_by_round"]
+    basis = f"{machine}, {case['dtype']}, batch {case['batch_size']}, in turns, {len(by_round)} rounds"
+
+    def less_or_more(share: float) -> str:
+        return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}"
+
+    def verdict(share: float, claimed: float) -> str:
+        return "holds" if round(100 * share) == round(100 * claimed) else f"does not hold: {less_or_more(share)}"
+
+    return [
+        Claim(
+            texts[0],
+            f"{ours['num_params']:,}",
+            "counted in the model",
+            "holds" if ours["num_params"] < 5_000_000 else "does not hold",
+        ),
+        Claim(
+            texts[1],
+            f"{ours['num_params']:,} against {theirs['num_params']:,}",
+            "counted in the models",
+            verdict(less["num_params"], 0.26),
+        ),
+        Claim(
+            texts[2],
+            f"{ours['seconds_per_epoch']:,.0f} s against {theirs['seconds_per_epoch']:,.0f} s, "
+            f"{less_or_more(less['seconds_per_epoch'])} (by round {less_or_more(max(by_round))} to "
+            f"{less_or_more(min(by_round))}); "
+            f"{ours['train_flops_per_image'] / 1e9:.2f} against {theirs['train_flops_per_image'] / 1e9:.2f} GFLOP an image",
+            basis,
+            verdict(less["seconds_per_epoch"], 0.22),
+        ),
+    ]
+
+
+def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Claim]:
+    """The report's claims, each beside what these runs, and a comparison with ResNet-18, say of it."""
+    finals = [group for group in groups if _is_reports_model(group.config)]
+    own = [g for g in finals if not g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] > 0]
+    authors = [g for g in finals if g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] == 0]
+    return [
+        _accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for its 50 epochs"),
+        _accuracy(
+            "93.93 % after 50 epochs (authors' log: AutoAugment, chosen on the test split)",
+            0.9393,
+            authors,
+            "configs/final.py:full with config.augment.policy=cifar10 for its 50 epochs",
+        ),
+        *_optimizers(groups),
+        *_resnet18(comparison),
+    ]
+
+
+def as_markdown(claims: Sequence[Claim]) -> str:
+    """The table for the README."""
+    lines = ["| the report | measured | on | verdict |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(claim)} |" for claim in claims)])

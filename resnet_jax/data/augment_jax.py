@@ -1,0 +1,195 @@
+"""The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation; AutoAugment.
+
+The transforms are those of `augment_tf.py`, name by name and bit by bit: all arithmetic is that of integers.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from resnet_jax.data.auto_augment import Kind
+from resnet_jax.data.sampling import JITTER_BITS
+
+
+def build_batch(
+    data: Mapping[str, jax.Array], draws: Mapping[str, jax.Array], config: ConfigDict
+) -> dict[str, jax.Array]:
+    """The batch of the examples draws["indices"], int32 [B], of all of `data`, augmented by the other draws."""
+    images = augment(data["images"], draws["indices"], draws, config)
+    return {"images": images, "labels": data["labels"][draws["indices"]]}
+
+
+def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
+    """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
+
+    AutoAugment, which it does not name, comes between jitter and rotation, as in the authors' notebook.
+
+    Args:
+        images: uint8 [N, H, W, 3], the whole training set.
+        indices: int32 [B], the examples to take.
+        draws: the fields of `sampling.Draws` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
+        config: `config.augment`; static.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    if config.flip_probability > 0 or config.crop_padding > 0:
+        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding)
+    else:
+        images = images[indices]
+    if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
+        images = jitter(images, draws["jitter"], draws["order"])
+    if config.policy:
+        for operation in jnp.unstack(draws["operations"], axis=1):
+            images = operate(images, operation)
+    if config.rotation_degrees > 0:
+        images = rotate(images, draws["rotation"])
+    return images
+
+
+def flip_and_crop(images: jax.Array, indices: jax.Array, flip: jax.Array, crop: jax.Array, padding: int) -> jax.Array:
+    """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        indices: int32 [B].
+        flip: bool [B].
+        crop: int32 [B, 2], row and column of the cut in the padded image.
+        padding: pixels on every side.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    _, height, width, _ = images.shape
+    y = jnp.arange(height)[None] + crop[:, :1] - padding  # [B, H]
+    x = jnp.arange(width)[None] + crop[:, 1:] - padding  # [B, W]
+    x = jnp.where(flip[:, None], width - 1 - x, x)
+    return _take_pixels(images, indices, y[:, :, None], x[:, None, :])
+
+
+def rotate(images: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Rotate about the centre, nearest neighbour, black outside: `PIL.Image.rotate`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        rotation: int32 [B, 6], from `sampling.rotation_map`.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    size, height, width, _ = images.shape
+    a, b, c, d, e, f = (v[:, :, None] for v in jnp.split(rotation, 6, axis=1))
+    x, y = jnp.arange(width)[None, None, :], jnp.arange(height)[None, :, None]
+    source_x = (a * x + b * y + c) >> 16
+    source_y = (d * x + e * y + f) >> 16
+    return _take_pixels(images, jnp.arange(size), source_y, source_x)
+
+
+def _take_pixels(images: jax.Array, indices: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
+    _, height, width, _ = images.shape
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = jnp.where(inside, y, 0), jnp.where(inside, x, 0)
+    taken = images.at[indices[:, None, None], y, x].get(mode="promise_in_bounds")
+    return taken * inside.astype(jnp.uint8)[..., None]
+
+
+def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+    """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
+
+    Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
+    for contrast and the pixel's grey for saturation.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        factors: float32 [B, 3], multiples of 1/4096 below 2.
+        order: int32 [B, 3].
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    pixels = images.astype(jnp.int32)
+    whole = (factors * 2**JITTER_BITS).astype(jnp.int32)
+    in_order = jnp.take_along_axis(whole, order, axis=1)
+    for i in range(3):
+        kind, factor = order[:, i, None, None], in_order[:, i, None, None, None]
+        grey = _grey(pixels)
+        base = jnp.where(kind == 2, grey, jnp.where(kind == 1, _mean(grey), 0))[..., None]
+        pixels = _blend(pixels, base, factor)
+    return pixels.astype(jnp.uint8)
+
+
+def operate(images: jax.Array, operation: jax.Array) -> jax.Array:
+    """AutoAugment's operations, each image's own: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        operation: int32 [B, 8], as `auto_augment.operation` gives it.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    pixels = rotate(images, operation[:, 2:]).astype(jnp.int32)
+    kind, amount = operation[:, 0, None, None, None], operation[:, 1, None, None, None]
+    grey = _grey(pixels)
+    bases = {Kind.CONTRAST: _mean(grey)[..., None], Kind.COLOR: grey[..., None], Kind.SHARPNESS: _smooth(pixels)}
+    base = jnp.select([kind == k for k in bases], list(bases.values()), 0)
+    results = {
+        Kind.GEOMETRY: pixels,
+        Kind.POSTERIZE: pixels & amount,
+        Kind.SOLARIZE: jnp.where(pixels < amount, pixels, 255 - pixels),
+        Kind.AUTO_CONTRAST: _auto_contrast(pixels),
+        Kind.EQUALIZE: _equalize(pixels),
+    }
+    blended = _blend(pixels, base, amount)
+    return jnp.select([kind == k for k in results], list(results.values()), blended).astype(jnp.uint8)
+
+
+def _smooth(pixels: jax.Array) -> jax.Array:
+    """Pillow's SMOOTH: the mean of 3x3 pixels, the middle one five times, rounded; the border as it is."""
+    _, height, width, _ = pixels.shape
+    around = [jnp.roll(pixels, (y, x), axis=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    total = sum(around, 4 * pixels)
+    y, x = jnp.arange(height)[None, :, None, None], jnp.arange(width)[None, None, :, None]
+    inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
+    return jnp.where(inside, (2 * total + 13) // 26, pixels)
+
+
+def _auto_contrast(pixels: jax.Array) -> jax.Array:
+    """Each channel stretched so that its lowest value becomes 0 and its highest 255, rounded down."""
+    low, high = pixels.min(axis=(1, 2), keepdims=True), pixels.max(axis=(1, 2), keepdims=True)
+    return jnp.where(high > low, 255 * (pixels - low) // jnp.maximum(high - low, 1), pixels)
+
+
+def _equalize(pixels: jax.Array) -> jax.Array:
+    """Each channel's values spread evenly over 0..255, by their number."""
+    size, height, width, channels = pixels.shape
+    of_channel = jnp.moveaxis(pixels, 3, 1).reshape(size * channels, height * width)
+    counts = jnp.zeros((size * channels, 256), jnp.int32)
+    counts = counts.at[jnp.arange(size * channels)[:, None], of_channel].add(1, mode="promise_in_bounds")
+    of_highest = jnp.sum(of_channel == of_channel.max(axis=1, keepdims=True), axis=1, keepdims=True)
+    step = (height * width - of_highest) // 255
+    below = jnp.cumsum(counts, axis=1) - counts
+    spread = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
+    table = jnp.where(step > 0, spread, jnp.arange(256)[None])
+    result = jnp.take_along_axis(table, of_channel, axis=1).reshape(size, channels, height, width)
+    return jnp.moveaxis(result, 1, 3)
+
+
+def _blend(pixels: jax.Array, base: jax.Array, factor: jax.Array) -> jax.Array:
+    """floor(base + factor / 2**JITTER_BITS * (pixels - base)), clamped to 0..255: `PIL.Image.blend`."""
+    return jnp.clip(base + (factor * (pixels - base) >> JITTER_BITS), 0, 255)
+
+
+def _grey(pixels: jax.Array) -> jax.Array:
+    """Pillow's conversion to "L", ITU-R 601-2 luma: int32 [B, H, W, 3] -> [B, H, W]."""
+    red, green, blue = (pixels[..., channel] for channel in range(3))
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def _mean(grey: jax.Array) -> jax.Array:
+    """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
+    count = grey.shape[1] * grey.shape[2]
+    return (2 * jnp.sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)

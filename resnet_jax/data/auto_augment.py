@@ -1,0 +1,139 @@
+"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) as whole numbers: which operation falls on which example.
+
+Each example draws one of 25 pairs of operations; each of the two is done with its own probability, and in one of two
+directions where it has them. Magnitudes are the paper's 0..9, its ranges divided evenly; all else is torchvision's: black
+beside a moved image, moves in whole pixels.
+"""
+
+import enum
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from resnet_jax.data import sampling
+
+
+class Kind(enum.IntEnum):
+    """What an operation does to an image, and what its amount is."""
+
+    GEOMETRY = 0  # the map alone, nothing where that is the identity
+    BRIGHTNESS = 1  # factor, in steps of 1 / 2**JITTER_BITS
+    CONTRAST = 2  # likewise
+    COLOR = 3  # likewise
+    SHARPNESS = 4  # likewise
+    POSTERIZE = 5  # mask of the bits kept
+    SOLARIZE = 6  # lowest value that is inverted
+    AUTO_CONTRAST = 7
+    EQUALIZE = 8
+
+
+_Operation = tuple[str, float, int]  # name, probability, magnitude
+
+_PAIRS: tuple[tuple[_Operation, _Operation], ...] = (
+    (("invert", 0.1, 0), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
+    (("auto_contrast", 0.5, 0), ("equalize", 0.9, 0)),
+    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 0), ("equalize", 0.5, 0)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
+    (("equalize", 0.3, 0), ("auto_contrast", 0.4, 0)),
+    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, 0)),
+    (("equalize", 0.2, 0), ("auto_contrast", 0.6, 0)),
+    (("equalize", 0.2, 0), ("equalize", 0.6, 0)),
+    (("color", 0.9, 9), ("equalize", 0.6, 0)),
+    (("auto_contrast", 0.8, 0), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("auto_contrast", 0.9, 0)),
+    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
+    (("auto_contrast", 0.9, 0), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 0), ("invert", 0.1, 0)),
+    (("translate_y", 0.7, 9), ("auto_contrast", 0.9, 0)),
+)
+_PROBABILITY = np.array([[probability for _, probability, _ in pair] for pair in _PAIRS])
+_STILL = (65536, 0, 32768, 0, 65536, 32768)  # the map of the identity
+_NOTHING = np.array([Kind.GEOMETRY, 0, *_STILL], np.int32)
+
+
+def operation(name: str, magnitude: int, direction: int, height: int, width: int) -> tuple[int, ...]:
+    """One operation on images of H x W pixels.
+
+    Args:
+        name: of the policy's table.
+        magnitude: 0..9; 0 for "auto_contrast", "equalize" and "invert", which have none.
+        direction: 1 or -1: which way a shear, move or turn goes, or whether a factor is above or below 1; else not read.
+        height: H.
+        width: W.
+
+    Returns:
+        (kind, amount, a, b, c, d, e, f): a `Kind`, its amount, and the map from output to input pixels, as
+        `sampling.rotation_map` gives it.
+    """
+    level = magnitude / 9
+    match name:
+        case "shear_x" | "shear_y":  # up to 0.3 pixels a pixel, from the upper left corner
+            shear = direction * 0.3 * level
+            along, offset = (math.floor(value * 65536 + 0.5) for value in (shear, 0.5 + shear * 0.5))
+            a, b, c, d, e, f = _STILL
+            sheared = (a, along, offset, d, e, f) if name == "shear_x" else (a, b, c, along, e, offset)
+            return Kind.GEOMETRY, 0, *sheared
+        case "translate_x" | "translate_y":  # up to 150 pixels of 331
+            x, y = (width, 0) if name == "translate_x" else (0, height)
+            x, y = (direction * int(150 / 331 * side * level) for side in (x, y))
+            a, b, c, d, e, f = _STILL
+            return Kind.GEOMETRY, 0, a, b, c - x * 65536, d, e, f - y * 65536
+        case "rotate":  # up to 30 degrees
+            turned = sampling.rotation_map(np.array([direction * 30 * level]), height, width)
+            return Kind.GEOMETRY, 0, *map(int, turned[0])
+        case "brightness" | "contrast" | "color" | "sharpness":  # factors up to 0.1 and 1.9
+            factor = round((1 + direction * 0.9 * level) * 2**sampling.JITTER_BITS)
+            return Kind[name.upper()], factor, *_STILL
+        case "posterize":  # 8 bits down to 4
+            return Kind.POSTERIZE, 256 - 2 ** round(4 * level), *_STILL
+        case "solarize":  # above 255 down to 0
+            return Kind.SOLARIZE, 255 - 255 * magnitude // 9, *_STILL
+        case "invert":
+            return Kind.SOLARIZE, 0, *_STILL
+        case "auto_contrast" | "equalize":
+            return Kind[name.upper()], 0, *_STILL
+    raise ValueError(name)
+
+
+@lru_cache(maxsize=4)
+def _table(height: int, width: int) -> np.ndarray:
+    """Every operation of the policy: int32 [25, 2, 2, 8], by pair, place in it and direction (1, -1)."""
+    return np.array(
+        [
+            [[operation(name, magnitude, way, height, width) for way in (1, -1)] for name, _, magnitude in pair]
+            for pair in _PAIRS
+        ],
+        np.int32,
+    )
+
+
+def operations(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:
+    """The two operations on each of the global positions [start, stop) of the training stream.
+
+    Args:
+        seed: the run's seed.
+        start: first global position.
+        stop: last global position + 1.
+        num_examples: examples in an epoch.
+        image_shape: (H, W).
+
+    Returns:
+        int32 [stop - start, 2, 8], each as `operation` gives it; of those not done, one that changes nothing.
+    """
+    words = sampling.words(seed, "policy", start, stop, num_examples)
+    pair = sampling.below(words[:, 0], len(_PAIRS))
+    backwards = sampling.below(words[:, 3:5], 2)
+    chosen = _table(*image_shape)[pair[:, None], np.arange(2), backwards]
+    done = sampling.uniform(words[:, 1:3]) < _PROBABILITY[pair]
+    return np.where(done[:, :, None], chosen, _NOTHING)

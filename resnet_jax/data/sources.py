@@ -1,0 +1,245 @@
+"""The readers behind `datasets.load`: each turns one kind of source into the same five arrays."""
+
+import http.client
+import os
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from resnet_jax.data import sampling
+from resnet_jax.data.lazy_tensorflow import import_tensorflow
+from resnet_jax.errors import UserError
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+Arrays = dict[str, np.ndarray]  # of KEYS: uint8 [N, H, W, 3], int [N], twice, and str [num_classes]
+
+
+def read_digits() -> Arrays:
+    """1,797 digits of 8x8 pixels; a fifth of each class is the test set, for the source has none of its own."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
+    train, test = sampling.stratified_split(labels, 0.2, seed=0)
+    return {
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[test],
+        "test_labels": labels[test],
+        "class_names": np.array([str(name) for name in digits.target_names]),
+    }
+
+
+def read_npz(path: Path) -> Arrays:
+    """Read an `.npz` of train_images, train_labels, test_images, test_labels and, if there, class_names."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # a damaged file makes NumPy and zipfile raise a dozen kinds
+        raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
+    missing = [key for key in KEYS[:4] if key not in arrays]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}")
+    if "class_names" not in arrays:
+        labels = arrays["train_labels"]
+        count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+        if labels.size and labels.dtype.kind in "iu" and labels.min() < 0:
+            raise UserError(f"{path}: train labels run from {labels.min()}: number the classes from 0")
+        if count > labels.size:
+            raise UserError(
+                f"{path}: train labels run to {count - 1} with {labels.size} images: number the classes from 0"
+            )
+        arrays["class_names"] = np.array([str(label) for label in range(count)], np.str_)
+    return arrays
+
+
+class LabelledFile(NamedTuple):
+    """An image file of a folder, its part ("train" or "test") and its class."""
+
+    path: Path
+    part: str
+    label: str
+
+
+def list_folder(folder: Path) -> list[LabelledFile]:
+    """Every image of a folder with train/<class>/* and test/<class>/*, sorted.
+
+    Raises:
+        UserError: where a part is missing, a part or a class is empty, or test has a class that train has not.
+    """
+    files = []
+    for part in ("train", "test"):
+        classes = sorted((folder / part).glob("[!.]*/"))
+        if not classes:
+            raise UserError(f"{folder / part} holds no images: put them in {folder / part}/<class>/")
+        for directory in classes:
+            images = [
+                path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")
+            ]
+            if not images:
+                raise UserError(f"{directory} holds no images: put some there, or remove it")
+            files += [LabelledFile(path, part, directory.name) for path in images]
+    unseen = sorted({f.label for f in files if f.part == "test"} - {f.label for f in files if f.part == "train"})
+    if unseen:
+        raise UserError(f"{folder / 'test'} has classes that {folder / 'train'} has not: {', '.join(unseen)}")
+    return files
+
+
+def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
+    """Decode the images of a folder; the classes are the names of train's folders, sorted.
+
+    Raises:
+        UserError: where a file is not an image, or the images' sizes differ and `image_size` is 0.
+    """
+    class_names = sorted({file.label for file in files if file.part == "train"})
+    arrays: Arrays = {"class_names": np.array(class_names)}
+    for part in ("train", "test"):
+        images = []
+        members = [file for file in files if file.part == part]
+        for file in members:
+            try:
+                with Image.open(file.path) as image:
+                    images.append(_to_uint8(image, image_size))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(f"{file.path} cannot be read as an image ({error}): mend or remove it") from error
+        arrays[f"{part}_images"] = _stack(images)
+        arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
+    return arrays
+
+
+def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
+    """An image as uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and cuts out the centre."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels are not of 8 bits (mode {image.mode})")
+    image = image.convert("RGB")
+    return np.asarray(fit(image, (image_size, image_size)) if image_size else image)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image scaled, bilinearly, until it just covers (height, width), of which the centre is cut out."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    new_height, new_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _stack(images: list[np.ndarray]) -> np.ndarray:
+    """Images of one size as one array.
+
+    Raises:
+        UserError: where their sizes differ.
+    """
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) > 1:
+        raise UserError(
+            f"the images have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]}: set config.data.image_size to bring them "
+            "to one"
+        )
+    return np.stack(images)
+
+
+def prepared_tfds_builder(name: str, data_dir: str) -> Any:
+    """The TFDS builder of a data set that lies prepared on disk, downloaded first where that is needed and possible.
+
+    Raises:
+        UserError: where TFDS has no such set, it is not image classification, or it is neither there nor reachable.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))])
+        raise UserError(
+            f"config.data.name {name!r}: {reason} Give a TFDS name such as cifar10, or digits, npz:FILE or folder:DIR"
+        ) from error
+    features = dict(getattr(builder.info.features, "items", dict)())
+    image, label = features.get("image"), features.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"config.data.name {name!r}: not image classification, for it lacks an image or a label feature"
+        )
+    if image.np_dtype != np.uint8:
+        raise UserError(
+            f"config.data.name {name!r}: its images are {image.np_dtype}, not uint8: convert them to an .npz"
+        )
+    if not builder.is_prepared():
+        _download(builder)
+    return builder
+
+
+def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
+    """Decode a prepared TFDS set in its own order; without a split "test", "validation" is the test set."""
+    import tensorflow_datasets as tfds
+
+    tf = import_tensorflow(num_threads)
+    splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
+    for split in splits.values():
+        if split not in builder.info.splits:
+            raise UserError(f"{builder.name} has the splits {', '.join(builder.info.splits)}: it lacks {split}")
+    arrays: Arrays = {"class_names": np.array(builder.info.features["label"].names)}
+    one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    for part, split in splits.items():
+        print(
+            f"decoding {builder.info.splits[split].num_examples} images of {builder.name}'s {split} split", flush=True
+        )
+        examples = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
+        images, labels = [], []
+        try:
+            for example in tfds.as_numpy(examples):
+                pixels = example["image"]
+                image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+                images.append(_to_uint8(image, image_size))
+                labels.append(example["label"])
+        except tf.errors.OpError as error:
+            raise UserError(f"{builder.data_path} is damaged ({error.message}): prepare it anew") from error
+        arrays[f"{part}_images"] = _stack(images)
+        arrays[f"{part}_labels"] = np.array(labels, np.int32)
+    return arrays
+
+
+def _download(builder: Any) -> None:
+    """Download and prepare, once the source answers: TFDS itself would try for minutes."""
+    remedy = (
+        f"{builder.name} is not prepared in {builder.data_path}, and {{}}. Prepare it where there is a network and point "
+        "TFDS_DATA_DIR (or --config.data.data_dir) at that folder, or give the images as --config.data.name=npz:FILE"
+    )
+    for host, url in {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or {}}.items():
+        if not _answers(url):
+            raise UserError(remedy.format(f"{host} cannot be reached to download it"))
+    print(f"downloading {builder.name} to {builder.data_path}", flush=True)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # a network that fails, a disk that is full, a checksum that differs, a manual download
+        raise UserError(remedy.format(f"its download failed ({type(error).__name__}: {error})")) from error
+
+
+def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
+    """Whether a server answers at all; in a thread, for a look-up of a name can outlast any timeout."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_seconds).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # it answered, if only to refuse a HEAD request
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * timeout_seconds)
+    return bool(answers) and answers[0]

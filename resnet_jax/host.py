@@ -1,0 +1,24 @@
+"""Where things are on this machine, and what it has: cores, memory, caches, the package's templates."""
+
+import os
+import re
+from pathlib import Path
+
+TEMPLATES = Path(__file__).parent / "templates"  # of pages and model cards
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax"
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say."""
+    status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) * 1024 if peak else None

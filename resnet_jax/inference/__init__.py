@@ -1,0 +1,1 @@
+"""A trained network in use: load, predict, calibrate, export, convert, serve."""

@@ -1,0 +1,187 @@
+"""A trained network as one file: for JAX anywhere, for ONNX runtimes, or its weights alone.
+
+    python -m resnet_jax.inference.export runs/final --format stablehlo|onnx|safetensors [--output FILE]
+
+stablehlo     the program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
+onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
+safetensors   the weights, named by their paths
+
+The first two take images uint8 [N, H, W, 3] in 0..255 and give logits float32 [N, classes]. All hold the config and the class
+names too, and `resnet_jax.load` takes the first and the last. Each is read back and compared with the network on images that
+it has not seen before the file gets its name.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resnet_jax.command_line import ArgumentParser, run_tool
+from resnet_jax.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from resnet_jax.inference.trained_model import Model
+
+Run = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, 3] -> logits float32 [N, num_classes]
+
+_TOLERANCE = 1e-4  # of the largest logit: float32, whose sums each runtime orders as it likes
+_CHECKED_ON = (1, 2, 17)  # numbers of images
+
+
+def metadata(model: "Model") -> dict[str, Any]:
+    """What a file says of its network, as JSON holds it."""
+    from resnet_jax import config as config_lib
+    from resnet_jax import train_state
+    from resnet_jax.inference import calibration
+
+    return {
+        "config": config_lib.to_json(model.config),
+        "class_names": list(model.class_names),
+        "image_shape": list(model.image_shape),
+        "checkpoint_step": model.step,
+        "temperature": calibration.to_names(model.temperatures),
+        "weights": train_state.digest(model.variables),
+        "resnet_jax": importlib.metadata.version("resnet_jax"),
+    }
+
+
+def sealed(meta: dict[str, Any], payload: str) -> str:
+    """The metadata of a file that is damaged if either they or the digest of what it holds are others, as JSON."""
+    from resnet_jax.inference import trained_model
+
+    return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
+
+
+def write_safetensors(model: "Model", path: Path) -> Run:
+    """Write the variables, named by their paths ("params/stem_conv/kernel"), and read them back."""
+    from flax import traverse_util
+    from safetensors.numpy import save
+
+    from resnet_jax.inference import trained_model
+
+    flat = traverse_util.flatten_dict(model.variables, sep="/")
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    meta = metadata(model)
+    path.write_bytes(save(arrays, {"resnet_jax": sealed(meta, meta["weights"])}))  # several keys come in any order
+    return trained_model.load(path).logits
+
+
+def write_stablehlo(model: "Model", path: Path) -> Run:
+    """Write the program that `jax.export` makes of the network, with any number of images, and read it back."""
+    import jax
+    from jax import export
+
+    from resnet_jax import models, steps
+
+    network = models.from_config(model.config.model, len(model.class_names))  # by XLA's convolutions, for every device
+    variables = jax.device_get(model.variables)
+
+    def logits(images: jax.Array) -> jax.Array:
+        return steps.eval_logits(network.apply, variables, images, model.config.data)
+
+    (n,) = export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
+    written = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
+    path.write_bytes(written)
+    with zipfile.ZipFile(path, "a") as archive:  # behind the program, where its own reader does not look
+        meta = sealed(metadata(model), hashlib.sha256(written).hexdigest())
+        archive.writestr(zipfile.ZipInfo("metadata.json"), meta)  # of no date: the same network gives the same bytes
+    program = export.deserialize(bytearray(path.read_bytes()))
+    return lambda images: np.asarray(program.call(images))
+
+
+def write_onnx(model: "Model", path: Path, fold: bool = False) -> Run:
+    """Write the network as an ONNX graph, and read it back; `fold` puts batch norm into the convolutions."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("--format onnx needs onnx and onnxruntime: pip install -e '.[onnx]'") from error
+    from resnet_jax.inference import onnx_graph
+
+    graph = onnx_graph.build(model, fold)
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model).items()})
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
+
+
+WRITERS: dict[str, Callable[..., Run]] = {
+    "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+    "safetensors": write_safetensors,
+}
+
+
+def largest_difference(model: "Model", run: Run) -> float:
+    """Between the logits of a network and of what was written, on images of noise, in shares of the largest logit."""
+    rng = np.random.default_rng()  # fresh ones each time
+    found = []
+    for count in _CHECKED_ON:
+        images = rng.integers(0, 256, (count, *model.image_shape), np.uint8)
+        expected = model.logits(images)
+        found.append(np.abs(run(images) - expected).max() / np.abs(expected).max())
+    return float(max(found))
+
+
+def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
+    """Write a file, all or nothing, and return the largest difference that it makes.
+
+    What is written as ONNX computes in float32, whatever the run did, and is compared with the network in float32.
+
+    Raises:
+        UserError: where it cannot be written.
+        RuntimeError: where it does not compute what the network does; then there is no file.
+    """
+    if kind == "onnx":
+        model = model.in_float32()
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
+            new = Path(scratch) / path.name
+            difference = largest_difference(model, WRITERS[kind](model, new, **settings))
+            if not difference <= _TOLERANCE:
+                raise RuntimeError(f"{kind} differs by {difference:.1e} of the largest logit: it was not written")
+            os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another place") from error
+    return difference
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser("resnet_jax.inference.export", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="of the file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT, or beside the file")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--fold-batch-norm", action="store_true", help="into the convolutions, of onnx")
+    arguments = parser.parse_args(argv)
+    with exit_on_user_error():
+        beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
+        path = arguments.output or Path(f"{beside}.{arguments.format}")
+        if path.suffix != f".{arguments.format}":
+            raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
+        if arguments.fold_batch_norm and arguments.format != "onnx":
+            raise UserError("--fold-batch-norm is of --format onnx: leave it out")
+        from resnet_jax.inference import (
+            trained_model,  # only now that the arguments are checked, for importing JAX takes seconds
+        )
+
+        model = trained_model.load(arguments.run, arguments.checkpoint)
+        settings = {"fold": True} if arguments.fold_batch_norm else {}
+        difference = write(model, arguments.format, path, **settings)
+        print(
+            f"{path}: {path.stat().st_size / 1e6:.2f} MB, at most {difference:.1e} of the largest logit from the network"
+        )
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,96 @@
+"""A network as an ONNX graph, written from its own structure: images uint8 [N, H, W, 3] -> logits float32 [N, classes]."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+if TYPE_CHECKING:
+    from resnet_jax.inference.trained_model import Model
+
+_OPSET = 17
+
+
+class _Graph:
+    """Nodes and weights, as they are added.
+
+    Args:
+        model: whose network it is.
+        fold: put batch norm into the convolution before it.
+    """
+
+    def __init__(self, model: "Model", fold: bool) -> None:
+        self.config, self.fold = model.config.model, fold
+        variables = jax.device_get(model.variables)
+        self.params, self.stats = variables["params"], variables["batch_stats"]
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def add(self, operation: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; returns the name of its output."""
+        output = f"{operation.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operation, inputs, [output], **attributes))
+        return output
+
+    def weight(self, name: str, value: np.ndarray) -> str:
+        """Add a weight; returns its name."""
+        self.weights.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        return name
+
+    def conv_norm(self, x: str, module: tuple[str, ...], conv: str, norm: str, stride: int) -> str:
+        """A convolution without bias, padded by half its kernel, and batch norm by the running statistics."""
+        params, stats, name = self.params, self.stats, "/".join((*module, conv))
+        for part in module:
+            params, stats = params[part], stats[part]
+        kernel = np.transpose(np.asarray(params[conv]["kernel"], np.float64), (3, 2, 0, 1))  # HWIO -> OIHW
+        mean, variance = (np.asarray(stats[norm][key], np.float64) for key in ("mean", "var"))
+        scale, bias = (np.asarray(params[norm][key], np.float64) for key in ("scale", "bias"))
+        half = kernel.shape[-1] // 2
+        shape = {"strides": [stride, stride], "pads": [half] * 4}
+        if self.fold:
+            factor = scale / np.sqrt(variance + self.config.batch_norm_epsilon)
+            folded = self.weight(f"{name}/kernel", kernel * factor[:, None, None, None])
+            return self.add("Conv", x, folded, self.weight(f"{name}/bias", bias - mean * factor), **shape)
+        x = self.add("Conv", x, self.weight(f"{name}/kernel", kernel), **shape)
+        figures = {"scale": scale, "bias": bias, "mean": mean, "var": variance}
+        names = [self.weight(f"{'/'.join((*module, norm))}/{key}", value) for key, value in figures.items()]
+        return self.add("BatchNormalization", x, *names, epsilon=self.config.batch_norm_epsilon)
+
+    def block(self, x: str, name: str, stride: int) -> str:
+        """A residual block: the stride is the first 3x3 convolution's, and the shortcut's."""
+        convs = sorted(key for key in self.params[name] if key.startswith("conv"))
+        y = x
+        for conv in convs:
+            strided = conv == ("conv1" if self.config.block == "basic" else "conv2")
+            y = self.conv_norm(y, (name,), conv, f"norm{conv[-1]}", stride if strided else 1)
+            if conv != convs[-1]:
+                y = self.add("Relu", y)
+        if "shortcut_conv" in self.params[name]:
+            x = self.conv_norm(x, (name,), "shortcut_conv", "shortcut_norm", stride)
+        return self.add("Relu", self.add("Add", y, x))
+
+
+def build(model: "Model", fold: bool) -> onnx.ModelProto:
+    """The graph of a network; `fold` puts batch norm into the convolutions."""
+    graph, config = _Graph(model, fold), model.config
+    x = graph.add("Cast", "images", to=TensorProto.FLOAT)
+    mean, std = (255 * np.array(value).reshape(1, 1, 1, 3) for value in (config.data.mean, config.data.std))
+    x = graph.add("Div", graph.add("Sub", x, graph.weight("mean", mean)), graph.weight("std", std))
+    x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
+    imagenet = config.model.stem == "imagenet"
+    x = graph.add("Relu", graph.conv_norm(x, (), "stem_conv", "stem_norm", 2 if imagenet else 1))
+    if imagenet:
+        x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    for i, blocks in enumerate(config.model.block_list, start=1):
+        for j in range(1, blocks + 1):
+            x = graph.block(x, f"stage{i}_block{j}", 2 if i > 1 and j == 1 else 1)
+    x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
+    classifier = graph.params["classifier"]
+    kernel, bias = (graph.weight(f"classifier/{key}", classifier[key]) for key in ("kernel", "bias"))
+    graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], ["logits"]))
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
+    made = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)

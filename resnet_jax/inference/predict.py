@@ -1,0 +1,218 @@
+"""Class probabilities of image files by a trained network.
+
+    python -m resnet_jax.inference.predict runs/final cat.png photos/ 'more/*.jpg' images.npz
+
+A FILE is a PNG, JPEG or WebP image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
+Grey, palette and 16-bit images become RGB, transparent ones are laid on white, and a camera's rotation is undone.
+"""
+
+import argparse
+import csv
+import glob
+import io
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from resnet_jax.command_line import ArgumentParser, run_tool
+from resnet_jax.errors import UserError, exit_on_user_error, report
+from resnet_jax.inference import unlabelled
+from resnet_jax.runs import files
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed
+
+
+def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
+    """An image file as people see it: uint8 [H, W, 3].
+
+    Raises:
+        OSError, ValueError: where it cannot be read, or has more pixels.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_FORMATS) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, and at most {max_pixels:,} are read")
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # 16 bits of grey
+            grey = np.asarray(image)
+            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                raise ValueError(f"its pixels are not of 8 or 16 bits (mode {image.mode})")
+            image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
+def read_npz(path: Path) -> np.ndarray:
+    """The images of an `.npz`.
+
+    Raises:
+        OSError, ValueError: where it cannot be read, or does not say which array they are.
+    """
+    arrays = np.load(path, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):  # an .npy by another name
+        return arrays
+    with arrays:
+        names = arrays.files
+        if "images" not in names and len(names) != 1:
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name the images' array images")
+        return np.asarray(arrays["images" if "images" in names else names[0]])
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend that, or leave it out") from error
+
+
+def listed(arguments: Sequence[str]) -> list[Path]:
+    """The files that arguments name.
+
+    Raises:
+        UserError: where one names none.
+    """
+    files: list[Path] = []
+    for argument in arguments:
+        path = Path(os.path.expanduser(argument))
+        if path.is_dir():
+            inside = [Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names]
+            found = sorted(p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file())
+        else:
+            found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(
+                f"{argument} names no image: give PNG, JPEG or WebP files, a folder of them, a pattern, or an .npz"
+            )
+        files += found
+    return files
+
+
+def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[list[str], list[np.ndarray], int]:
+    """The images of files, each as `as_batch` gives it; a file that cannot be read is named on stderr.
+
+    Returns:
+        Their names ("cat.png", "images.npz[0]"), the batches of one, and how many files could not be read.
+    """
+    names: list[str] = []
+    batches: list[np.ndarray] = []
+    unreadable = 0
+    for path in files:
+        try:
+            if path.suffix.lower() == ".npz":
+                found = as_batch(read_npz(path))
+                names += [f"{path}[{i}]" for i in range(len(found))]
+            else:
+                found = as_batch(read_image(path))
+                names.append(str(path))
+            batches.append(found)
+        except Exception as error:  # what a decoder raises on hostile bytes is of every kind
+            unreadable += 1
+            report(f"{path} cannot be read ({error or type(error).__name__}): skipped")
+    return names, batches, unreadable
+
+
+def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A line a file: its likeliest classes, with their probabilities."""
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, top in rows:
+        out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
+
+
+def write_csv(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A line a file and class."""
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["file", "rank", "class", "probability"])
+    table.writerows((name, i, *entry) for name, top in rows for i, entry in enumerate(top, start=1))
+
+
+def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+    """A list of {"file", "predictions": [{"class", "probability"}]}."""
+    listed_rows = [
+        {"file": name, "predictions": [{"class": label, "probability": p} for label, p in top]} for name, top in rows
+    ]
+    out.write(json.dumps(listed_rows, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser("resnet_jax.inference.predict", __doc__)
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or an export of it")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="images")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--top", type=int, metavar="K", help="how many classes to show of each (default: 3)")
+    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror")
+    parser.set_defaults(write=write_table)
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_const", const=write_json, dest="write", help="print JSON")
+    style.add_argument("--csv", action="store_const", const=write_csv, dest="write", help="print CSV")
+    parser.add_argument(
+        "--unlabelled", type=Path, metavar="FILE", help="pickled dict of data and ids, or an .npz, instead"
+    )
+    parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write of --unlabelled")
+    arguments = parser.parse_args(argv)
+    with exit_on_user_error():
+        if bool(arguments.unlabelled) != bool(arguments.output):
+            raise UserError("--unlabelled FILE and --output CSV go together: give both")
+        if bool(arguments.files) == bool(arguments.unlabelled):
+            raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
+        if arguments.top is not None and arguments.top < 1:
+            raise UserError(f"--top {arguments.top}: give 1 or more")
+        if arguments.unlabelled and (arguments.top or arguments.write is not write_table):
+            raise UserError("--top, --json and --csv are of FILES: leave them out with --unlabelled")
+        if arguments.unlabelled:
+            submit(arguments)
+        else:
+            show(arguments)
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    """Write the labels of unlabelled images."""
+    from resnet_jax.inference import (
+        trained_model,  # only now that the arguments are checked, for importing JAX takes seconds
+    )
+
+    if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
+        raise UserError(f"--output {arguments.output} is --unlabelled too, and would be lost: give another file")
+    data, ids = unlabelled.read(arguments.unlabelled)
+    model = trained_model.load(arguments.run, arguments.checkpoint)
+    try:
+        labels = model.predict(data, arguments.flip).labels
+    except ValueError as error:
+        raise UserError(f"--unlabelled {arguments.unlabelled} cannot be used ({error}): give images") from error
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([("ID", "Labels"), *zip(ids, labels.tolist(), strict=True)])
+    files.write_text(arguments.output, text.getvalue())
+    print(f"{arguments.output}: {len(ids)} images")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the likeliest classes of image files.
+
+    Raises:
+        UserError: after that, where some could not be read.
+    """
+    from resnet_jax.inference import trained_model
+
+    files = listed(arguments.files)
+    model = trained_model.load(arguments.run, arguments.checkpoint)
+    names, images, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
+    rows = []
+    for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
+        likeliest = np.argsort(-row, kind="stable")[: arguments.top or 3]
+        rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
+    arguments.write(sys.stdout, rows)
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(files)} files could not be read: mend them, or leave them out")
+
+
+if __name__ == "__main__":
+    run_tool(main)

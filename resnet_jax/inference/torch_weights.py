@@ -1,0 +1,275 @@
+"""Weights to and from PyTorch: a state dict of the report's own model, with its names (conv1, bn1, layer1.0.conv1 ... fc).
+
+    python -m resnet_jax.inference.torch_weights --config configs/final.py --workdir runs/torch --load model.pt
+    python -m resnet_jax.inference.torch_weights --config configs/final.py --workdir runs/final --save model.safetensors
+
+`--load` makes a workdir whose checkpoint is of step 0: `launch.py --mode eval` evaluates it, and without `--mode` trains on
+from it. `--save` writes a checkpoint's weights. The file's suffix says its kind: .safetensors, .npz, or .pt and .pth, which
+need PyTorch and are read with `weights_only=True`. Weights are copied to the bit, so back and forth changes none; batch
+norm's running variance too, though PyTorch's is of the unbiased estimate and ours of the biased one.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from resnet_jax import cli
+from resnet_jax.errors import UserError
+
+flags.declare_key_flag("config")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: a new one to --load into, or the one to --save from."
+)
+LOAD = flags.DEFINE_string("load", None, "File of weights to read.")
+SAVE = flags.DEFINE_string("save", None, "File of weights to write.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Checkpoint to save: best, latest or a step.")
+
+_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+_MODULES = {
+    "stem_conv": "conv1",
+    "stem_norm": "bn1",
+    "shortcut_conv": "shortcut.0",
+    "shortcut_norm": "shortcut.1",
+    "norm1": "bn1",
+    "norm2": "bn2",
+    "norm3": "bn3",
+    "classifier": "fc",
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # HWIO -> OIHW, [in, out] -> [out, in]
+_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+_COUNTER = "num_batches_tracked"  # PyTorch's batch norm counts its steps, and reads the count only without a momentum
+_NAMED = 10  # names of a kind that a message lists before it counts the rest
+
+Weights = dict[str, np.ndarray]
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """PyTorch's name of a leaf: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
+    *modules, leaf = path[1:]
+    names = [
+        f"layer{stage[1]}.{int(stage[2]) - 1}"
+        if (stage := re.fullmatch(r"stage(\d+)_block(\d+)", module))
+        else _MODULES.get(module, module)
+        for module in modules
+    ]
+    return ".".join([*names, _LEAVES.get(leaf, leaf)])
+
+
+def to_torch(variables: Mapping[str, Any], step: int) -> Weights:
+    """The state dict of a network's variables.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...}, as `ResNet` takes them.
+        step: number of steps done, which batch norm's counters are set to.
+
+    Returns:
+        PyTorch's name -> array: convolutions OIHW, the classifier [out, in], counters int64 [].
+    """
+    weights: Weights = {}
+    for path, leaf in _leaves(variables):
+        name = torch_name(path)
+        weights[name] = np.ascontiguousarray(np.asarray(leaf).transpose(_TO_TORCH[leaf.ndim]))
+        if path[-1] == "var":
+            weights[f"{name.rpartition('.')[0]}.{_COUNTER}"] = np.array(step, np.int64)
+    return weights
+
+
+def from_torch(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a state dict holds.
+
+    Args:
+        weights: as `to_torch` returns them; counters may be missing. Names may all have a prefix in common, as
+            DataParallel's "module.".
+        like: variables of the same network, of which the structure, shapes and dtypes are taken.
+
+    Raises:
+        UserError: naming what is missing, not of this network, of another shape, or not finite.
+    """
+    from flax import traverse_util
+
+    weights = _without_prefix({name: array for name, array in weights.items() if not name.endswith(_COUNTER)})
+    expected = {torch_name(path): (path, leaf) for path, leaf in _leaves(like)}
+    wrong = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "not of this network": sorted(weights.keys() - expected.keys()),
+    }
+    shapes, values = [], []
+    variables = {}
+    for name in expected.keys() & weights.keys():
+        path, leaf = expected[name]
+        array = weights[name]
+        shape = tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
+        if array.shape != shape:
+            shapes.append(f"{name} {list(array.shape)} instead of {list(shape)}")
+        elif not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+            values.append(name)
+        else:
+            variables[path] = array.transpose(_FROM_TORCH[leaf.ndim]).astype(leaf.dtype)
+    wrong |= {"of another shape": sorted(shapes), "no finite floating-point numbers": sorted(values)}
+    if any(wrong.values()):
+        raise UserError("; ".join(f"{kind}: {_listed(names)}" for kind, names in wrong.items() if names))
+    return traverse_util.unflatten_dict(variables)
+
+
+def _leaves(variables: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+    from flax import traverse_util
+
+    return list(traverse_util.flatten_dict(dict(variables)).items())
+
+
+def _without_prefix(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Drop what wrappers put before every name: `DataParallel` "module.", `torch.compile` "_orig_mod."."""
+    for prefix in ("module.", "_orig_mod."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            return _without_prefix({name.removeprefix(prefix): array for name, array in weights.items()})
+    return weights
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def read(path: Path) -> Weights:
+    """Read a state dict; nothing in the file is run.
+
+    A `.pt` or `.pth` may hold it as the one dictionary of tensors in a larger one, as training scripts save it.
+
+    Raises:
+        UserError: where it cannot be read, or PyTorch is needed and not installed.
+    """
+    try:
+        if path.suffix == ".npz":
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                return dict(file)
+        if path.suffix == ".safetensors":
+            import safetensors.numpy
+
+            return safetensors.numpy.load_file(path)
+        torch = _torch(path)
+        return {
+            name: _as_array(tensor) for name, tensor in _state_dict(torch, torch.load(path, "cpu", weights_only=True))
+        }
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen kinds, from three libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} cannot be read ({reason}): give a state dict") from error
+
+
+def _state_dict(torch: Any, loaded: Any) -> list[tuple[str, Any]]:
+    """The items of the state dict that a file holds, itself or as one of its values."""
+    candidates = [loaded, *(loaded.values() if isinstance(loaded, Mapping) else ())]
+    dicts = [c for c in candidates if isinstance(c, Mapping) and c and all(map(torch.is_tensor, c.values()))]
+    if len(dicts) != 1:
+        raise ValueError(f"it holds {len(dicts)} dictionaries of tensors")
+    return list(dicts[0].items())
+
+
+def _as_array(tensor: Any) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} needs PyTorch: install it, or use .safetensors or .npz") from error
+    return torch
+
+
+def write(path: Path, weights: Weights) -> None:
+    """Write a state dict, whole or not at all.
+
+    Raises:
+        UserError: where it cannot be written, or PyTorch is needed and not installed.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
+            new = Path(scratch) / path.name
+            if path.suffix == ".npz":
+                np.savez(new, **weights)  # type: ignore[arg-type]
+            elif path.suffix == ".safetensors":
+                import safetensors.numpy
+
+                safetensors.numpy.save_file(weights, new, metadata={"format": "pt"})
+            else:
+                torch = _torch(path)
+                torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, new)
+            os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"--save {path} cannot be written ({error.strerror}): give another file") from error
+
+
+def load(config: ConfigDict, directory: Path, path: Path) -> None:
+    """Make the workdir of a run of this config that starts from the weights of a file.
+
+    Raises:
+        UserError: where the folder is there already, or the weights are not of `config.model`.
+    """
+    from resnet_jax.runs import files, workdir
+    from resnet_jax.runs.checkpoints import Checkpoints
+    from resnet_jax.setup import make_meta, setup
+
+    if directory.exists():
+        raise UserError(f"--workdir {directory} is there already: choose another")
+    weights = read(path)
+    start = setup(config)
+    try:
+        variables = from_torch(weights, {"params": start.state.params, "batch_stats": start.state.batch_stats})
+    except UserError as error:
+        raise UserError(f"{path} does not fit config.model: {error}") from error
+    state = start.state.replace(**variables)
+    workdir.check(directory, config)
+    with files.atomic_directory(directory) as scratch, workdir.opened(scratch, config):
+        files.write_json(scratch / workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
+        with closing(Checkpoints(scratch / "checkpoints", {})) as checkpoints:
+            checkpoints.save(state, make_meta(config, start.dataset, seconds=0.0))
+            checkpoints.wait()
+    print(f"{directory}: the weights of {path}, as step 0: evaluate it with --mode eval, or train on from it")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(config: ConfigDict, directory: Path, which: str, path: Path) -> None:
+    """Write the weights of a run's checkpoint."""
+    from resnet_jax import evaluate
+
+    _, state, step = evaluate.restored(config, directory, which)
+    write(path, to_torch({"params": state.params, "batch_stats": state.batch_stats}, step))
+    print(f"{path}: the weights of {directory}, step {step}")
+
+
+def main(config: ConfigDict) -> None:
+    """Run what the flags say."""
+    flag, file = ("load", LOAD.value) if LOAD.value is not None else ("save", SAVE.value)
+    if file is None or None not in (LOAD.value, SAVE.value) or WORKDIR.value is None:
+        raise UserError("give --workdir, and either --load FILE or --save FILE")
+    path, directory = Path(os.path.expanduser(file)), Path(os.path.expanduser(WORKDIR.value)).absolute()
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"--{flag} {file}: its suffix must be one of {', '.join(_SUFFIXES)}")
+    if path.suffix in (".pt", ".pth"):
+        _torch(path)
+    if flag == "load":
+        load(config, directory, path)
+    elif not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"--save {path}: give a file in a folder that is there")
+    else:
+        save(config, directory, CHECKPOINT.value, path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What a run reports: pages, figures, evaluation, model card."""

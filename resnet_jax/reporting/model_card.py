@@ -1,0 +1,145 @@
+"""A model card of a run: its data, recipe, figures, limits and digests, read from what the run wrote.
+
+    python launch.py --config configs/final.py --mode eval       # figures by class, and how well probabilities are meant
+    python -m resnet_jax.reporting.model_card runs/final                   # -> runs/final/MODEL_CARD.md
+
+Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is the one that Hugging Face's hub reads.
+"""
+
+import json
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from scipy import stats
+
+from resnet_jax import config as config_lib
+from resnet_jax import host
+from resnet_jax.command_line import ArgumentParser, run_tool
+from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.reporting import pages
+from resnet_jax.reporting.analysis import RESULT_KEYS
+from resnet_jax.runs import files
+
+_CONFUSIONS = 5  # that are named
+
+
+def _name_of_data(name: str) -> str:
+    """The name of a data set without the folders that a file of one's own lies in: "folder:/home/me/birds" -> "folder:birds"."""
+    kind, colon, path = name.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else name
+
+
+def _escaped(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(value: object) -> str:
+    """A value as JSON, in a cell of a table."""
+    text = json.dumps(value, ensure_ascii=False).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each class its name, how many test images it has, how many of them were known, and what it was most taken for.
+
+    Args:
+        test: that part of `eval.json`.
+
+    Returns:
+        [{"name", "count", "accuracy", "taken_for": a name or None, "taken": a share of its images}], the worst last.
+    """
+    names, confusion = list(test["accuracy_per_class"]), np.array(test["confusion"])
+    found = []
+    for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
+        others = np.delete(row, i)
+        most = int(np.argmax(others)) if others.size else 0
+        other = names[most + (most >= i)] if others.any() else None
+        count = int(row.sum())
+        share = int(others.max(initial=0)) / max(count, 1)
+        found.append(
+            {"name": name, "count": count, "accuracy": row[i] / max(count, 1), "taken_for": other, "taken": share}
+        )
+    return sorted(found, key=lambda of: -of["accuracy"])
+
+
+def card(directory: Path) -> str:
+    """The card of a complete run that was evaluated.
+
+    Raises:
+        UserError: where it is not complete, its result was not evaluated, or its checkpoint is damaged.
+    """
+    if not (directory / "result.json").exists():
+        raise UserError(f"{directory} holds no complete run: give one that has a result.json, or go on with it first")
+    if not (directory / "eval.json").exists():
+        raise UserError(f"{directory} was not evaluated: run launch.py with its config and --mode eval first")
+    result = files.read_json(directory / "result.json", (*RESULT_KEYS, "checkpoint_step"), "give another run")
+    hint = "evaluate the run again, with --mode eval --checkpoint best, and without --flip"
+    evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "flip", "dataset", "test"), hint)
+    for key, wanted in (
+        ("checkpoint_step", result["checkpoint_step"]),
+        ("dataset", result["dataset"]),
+        ("flip", False),
+    ):
+        if evaluation[key] != wanted:
+            raise UserError(f"{directory / 'eval.json'} is of another {key.replace('_', ' ')} than result.json: {hint}")
+    from resnet_jax import train_state  # only now, for importing JAX takes seconds
+    from resnet_jax.inference import trained_model
+
+    model = trained_model.load(directory, result["checkpoint_step"])
+    templates = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(host.TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    to_json = partial(json.dumps, ensure_ascii=False)
+    templates.filters |= {"md": _escaped, "json": to_json, "code": _code, "percent": "{:.2%}".format}
+    try:
+        test, config = evaluation["test"], config_lib.deciding(result["config"])
+        config["data.name"] = _name_of_data(config["data.name"])
+        classes = by_class(test)
+        confusion = np.array(test["confusion"])
+        count, correct = int(confusion.sum()), int(np.trace(confusion))
+        if count != result["dataset"]["splits"]["test"] or correct / count != test["accuracy"]:
+            raise ValueError("the confusion matrix is not that of the accuracy and the test split")
+        return templates.get_template("model_card.md").render(
+            name=directory.resolve().name,
+            data=config["data.name"],
+            model=model,
+            digest=train_state.digest(model.variables),
+            result=result,
+            evaluation=evaluation,
+            interval=stats.binomtest(correct, count).proportion_ci(0.95, "wilson"),
+            confidence=sum(b["count"] * b["confidence"] for b in test["calibration"]["bins"]) / count,
+            classes=classes,
+            confusions=[c for c in sorted(classes, key=lambda c: -c["taken"]) if c["taken_for"]][:_CONFUSIONS],
+            config=config,
+            machine=pages.machine(result["environment"]),
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
+        raise UserError(f"{directory}: result.json or eval.json is damaged ({error!r}): {hint}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser("resnet_jax.reporting.model_card", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a complete run that was evaluated")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/MODEL_CARD.md")
+    arguments = parser.parse_args(argv)
+    path = arguments.output or arguments.run / "MODEL_CARD.md"
+    with exit_on_user_error():
+        if os.path.lexists(path):  # perhaps edited, or something else
+            raise UserError(f"{path} is there and is not written over: move it away, or give another --output")
+        files.write_text(path, card(arguments.run))
+        print(path)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,226 @@
+"""A page about runs: their curves, their networks, their confusions and mistakes.
+
+    python -m resnet_jax.reporting.report RUN [RUN ...] --output DIR
+
+Each RUN is the workdir of a complete run, or the summary of one: `python -m resnet_jax.reporting.report RUN --summary FILE` writes it,
+for a workdir alone, so that the page can be built again without data and checkpoints. Runs that differ in their seed alone
+are one group. DIR/index.html holds all that it shows, and DIR/figures each figure as PNG and SVG.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from resnet_jax import config as config_lib
+from resnet_jax.command_line import ArgumentParser, run_tool
+from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.reporting import figures, pages, statistics
+from resnet_jax.reporting.analysis import SUMMARY_KEYS, summarise
+from resnet_jax.reporting.figures import Group, Summary
+from resnet_jax.reporting.pages import Picture
+from resnet_jax.runs import files
+
+_ROWS = {  # what each row of a run's metrics has
+    "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
+    "validation": ("loss", "accuracy"),
+    "test": ("loss", "accuracy"),
+}
+
+
+def read_run(path: Path) -> tuple[str, Summary]:
+    """The name and summary of a run: of a workdir, which is analysed, or of a file.
+
+    Raises:
+        UserError: where there is no complete run, or the file is no summary.
+    """
+    if path.is_dir():
+        with redirect_stdout(StringIO()):  # what a run says of itself
+            return path.absolute().name, summarise(path)
+    summary = files.read_json(path, SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
+    try:
+        config_lib.from_json(summary["config"])
+        _check(summary)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the summary of a run ({error!r}): write it again with --summary") from error
+    return path.stem, summary
+
+
+def _check(summary: Summary) -> None:
+    """Touch all that is drawn, so that a file of something else is found before anything is written."""
+    analysis, classes = summary["analysis"], len(summary["analysis"]["class_names"])
+    if np.array(analysis["confusion"]).shape != (classes, classes):
+        raise ValueError("the confusion matrix has another size than the classes")
+    for row in summary["metrics"]:
+        for name in ("epoch", "step", *_ROWS[row["split"]]):
+            _ = float(row[name])
+    if not analysis["stages"]:
+        raise ValueError("the network has no stages")
+    for stage in analysis["stages"]:
+        _ = stage["name"], stage["blocks"], int(stage["num_params"]), list(stage["shape"])
+    for mistake in analysis["mistakes"]:
+        _ = analysis["class_names"][mistake["label"]], analysis["class_names"][mistake["prediction"]]
+        _ = mistake["index"], float(mistake["probability"]), base64.b64decode(mistake["png"], validate=True)
+    _ = (
+        float(summary["test_accuracy"]),
+        float(summary["test_loss"]),
+        float(summary["seconds"]),
+        pages.machine(summary["environment"]),
+    )
+
+
+def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
+    """The runs by config, in the order in which they were given; a seed given twice counts once.
+
+    Raises:
+        UserError: where two groups would have the same name, or one seed has two results.
+    """
+    found: dict[str, dict[int, tuple[str, Summary]]] = {}
+    for name, run in runs:
+        fields = config_lib.deciding(run["config"])
+        seed = fields.pop("seed")
+        of_seed = found.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
+        if seed in of_seed:
+            raise UserError(f"{name} and {of_seed[seed][0]} are of the same config and seed: give one of them")
+        of_seed[seed] = name, run
+    groups = []
+    for by_seed in found.values():
+        name = re.sub(r"[-_.]?seed[-_]?\d+$", "", min(by_seed.items())[1][0]) or "run"
+        groups.append(Group(name, [run for _, (_, run) in sorted(by_seed.items())]))
+    names = [group.name for group in groups]
+    return [
+        group if names.count(group.name) == 1 else group._replace(name=f"{group.name} ({i + 1})")
+        for i, group in enumerate(groups)
+    ]
+
+
+def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Groups (SGD, AdamW) that differ in optimizer and schedule alone."""
+
+    def rest(group: Group) -> dict[str, Any]:
+        fields = config_lib.deciding(group.config)
+        return {k: v for k, v in fields.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
+
+    by_name = {name: [g for g in groups if g.config["optim"]["name"] == name] for name in ("sgd", "adamw")}
+    return [(sgd, adamw) for sgd in by_name["sgd"] for adamw in by_name["adamw"] if rest(sgd) == rest(adamw)]
+
+
+def pictures(groups: Sequence[Group]) -> list[Picture]:
+    """The figures that can be drawn of these groups."""
+    drawn = [
+        Picture("accuracy", "Accuracy (the report's figure 5).", partial(figures.draw_accuracy, groups)),
+        Picture("loss", "Loss (figure 4).", partial(figures.draw_loss, groups)),
+        Picture("learning_rate", _schedule_caption(groups), partial(figures.draw_learning_rate, groups)),
+        Picture("grad_norm", "Means over the logged steps.", partial(figures.draw_grad_norm, groups)),
+        Picture("scale", "Activations on the test images, by stage.", partial(figures.draw_scale, groups)),
+        Picture(
+            "relus",
+            "A dead channel is 0 everywhere on every test image.",
+            partial(figures.draw_relus, groups),
+        ),
+        *_by_data(groups),
+    ]
+    if pairs := optimizer_pairs(groups):
+        caption = "SGD against AdamW, all else alike (figures 1 and 2)."
+        drawn.insert(0, Picture("optimizers", caption, partial(figures.draw_optimizers, pairs)))
+    architectures: dict[str, tuple[list[str], Any]] = {}
+    for group in groups:
+        stages = group.runs[0]["analysis"]["stages"]
+        shown = json.dumps([[s["name"], s["blocks"], s["shape"], s["num_params"]] for s in stages])
+        architectures.setdefault(shown, ([], stages))[0].append(group.name)
+    for i, (names, stages) in enumerate(architectures.values(), start=1):
+        caption = f"The network, output's shape and parameters by stage (figure 6): {', '.join(names)}."
+        drawn.append(Picture(f"architecture{i}", caption, partial(figures.draw_architecture, stages)))
+    for i, group in enumerate(groups, start=1):
+        caption = "Shares of each label's test images, over all seeds."
+        drawn.append(Picture(f"confusion{i}", caption, partial(figures.draw_confusion, group)))
+    return drawn
+
+
+def _by_data(groups: Sequence[Group]) -> list[Picture]:
+    """A figure of accuracy by class for each set of classes."""
+    by_classes: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        by_classes.setdefault(tuple(group.runs[0]["analysis"]["class_names"]), []).append(group)
+    return [
+        Picture(f"per_class{i}", "Over all seeds.", partial(figures.draw_per_class, alike))
+        for i, alike in enumerate(by_classes.values(), start=1)
+    ]
+
+
+def _schedule_caption(groups: Sequence[Group]) -> str:
+    """How far the rates that were logged are from the report's formula."""
+    farthest = 0.0
+    for group in groups:
+        config = group.config
+        for run in group.runs:
+            for row in run["metrics"]:
+                if row["split"] == "train":
+                    epoch = row["epoch"] * (row["step"] - 1) / row["step"]  # at which the row's last step began
+                    wanted = figures.learning_rate(config, epoch)
+                    farthest = max(farthest, abs(row["learning_rate"] - wanted) / config["optim"]["learning_rate"])
+    return f"Learning rate (figure 3); logged and formula differ by at most {farthest:.1e} of the highest rate."
+
+
+def build(
+    runs: Sequence[tuple[str, Summary]],
+    directory: Path,
+    claims: Callable[[Sequence[Group]], Sequence[Any]] = lambda groups: (),
+) -> None:
+    """Write the page and its figures into a new or empty folder, or over an earlier report, all or nothing.
+
+    Args:
+        runs: (name, summary) of each.
+        directory: to write to.
+        claims: what somebody claims, beside what these groups measured: rows of `claim`, `measured`, `basis`, `verdict`.
+    """
+    groups = grouped(runs)
+    with pages.writing(directory) as folder:
+        (folder / "index.html").write_text(_page(groups, claims(groups), folder / "figures"))
+
+
+def _page(groups: Sequence[Group], claims: Sequence[Any], folder: Path) -> str:
+    """The page, whose figures are drawn into a folder."""
+    return pages.render(
+        "report.html",
+        pictures(groups),
+        [run["environment"] for group in groups for run in group.runs],
+        folder,
+        groups=groups,
+        spread=statistics.mean_and_spread,
+        mean=np.mean,
+        claims=claims,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser("resnet_jax.reporting.report", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")
+    target.add_argument("--summary", type=Path, metavar="FILE", help="write the one RUN's summary instead")
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
+    with exit_on_user_error():
+        if arguments.summary:
+            if len(arguments.runs) > 1:
+                raise UserError("--summary is of one run: give one RUN")
+            files.write_json(arguments.summary, read_run(arguments.runs[0])[1])
+            print(arguments.summary)
+            return
+        pages.check_output(arguments.output)
+        build([read_run(path) for path in arguments.runs], arguments.output)
+        print(arguments.output / "index.html")
+
+
+if __name__ == "__main__":
+    run_tool(main)

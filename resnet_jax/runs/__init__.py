@@ -1,0 +1,1 @@
+"""The run's folder and its process: files, checkpoints, signals, progress."""

@@ -1,0 +1,45 @@
+"""What a network costs, from shapes alone: no array is made and nothing is compiled."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from resnet_jax import models, train_state
+
+
+class Cost(NamedTuple):
+    """What a network costs.
+
+    Attributes:
+        num_params: trainable parameters.
+        gflops: of the forward pass of one image, in 1e9 operations: convolutions and classifier, by their definition, a
+            multiplication and an addition counted as two. A training step takes about three times as many an image.
+    """
+
+    num_params: int
+    gflops: float
+
+
+def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...]) -> Cost:
+    """The cost of the network that `config.model` describes.
+
+    Args:
+        config: `config.model` of a run.
+        num_classes: size of its output.
+        image_shape: (H, W, C) of its images.
+    """
+    counted: list[int] = []
+
+    def conv(images: jax.Array, kernel: jax.Array, *arguments: Any, **settings: Any) -> jax.Array:
+        result = jax.lax.conv_general_dilated(images, kernel, *arguments, **settings)
+        counted.append(2 * result.size * math.prod(kernel.shape[:-1]))
+        return result
+
+    model = models.from_config(config, num_classes, conv)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)["params"]
+    counted.append(2 * params["classifier"]["kernel"].size)
+    return Cost(train_state.num_params(params), sum(counted) / 1e9)

@@ -1,0 +1,161 @@
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import ROOT
+
+from resnet_jax import steps
+from resnet_jax.data import augment_tf, pipelines, sampling
+from resnet_jax.data.datasets import Split
+from resnet_jax.errors import UserError
+from resnet_jax.host import usable_cores
+
+
+@pytest.fixture(scope="module")
+def split():
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (100, 16, 16, 3), np.uint8), rng.integers(0, 10, 100, np.int32))
+
+
+@pytest.fixture
+def config(final_config):
+    final_config.batch_size = 24  # does not divide the 100 examples
+    return final_config
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert np.array_equal(ours[name], theirs[name]), name
+
+
+def test_a_batch_holds_the_sampled_examples_augmented(split, config):
+    (batch,) = pipelines.train_batches(split, config, 7, 8)
+    where = (config.seed, 7 * 24, 8 * 24, 100)
+    chosen, draws = sampling.indices(*where), sampling.draws(*where, config.augment, (16, 16))
+    expected = augment_tf.augment(tf.constant(split.images), tf.constant(chosen), draws._asdict(), config.augment)
+    assert_equal(batch, {"images": expected.numpy(), "labels": split.labels[chosen]})
+
+
+@pytest.mark.parametrize("start", [0, 3, 11])  # steps 4, 8 and 12 end an epoch, 96 of whose 100 examples they begin in
+@pytest.mark.parametrize("policy", ["", "cifar10"])
+def test_both_pipelines_give_the_same_batches(split, config, start, policy):
+    config.augment.policy = policy
+    streamed = list(pipelines.train_batches(split, config, start, start + 6))
+    build_batch = jax.jit(functools.partial(steps.build_batch, config=config))
+    draws = pipelines.train_draws(split, config, start, 6)
+    for step, batch in enumerate(streamed):
+        on_device = build_batch(split._asdict(), {name: drawn[step] for name, drawn in draws.items()})
+        assert_equal(jax.device_get(on_device), batch)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, processes):
+    whole = pipelines.train_draws(split, config, 2, 5)
+    parts = [pipelines.train_draws(split, config, 2, 5, i, processes) for i in range(processes)]
+    assert_equal({name: np.concatenate([part[name] for part in parts], axis=1) for name in whole}, whole)
+
+
+def test_free_memory_is_that_of_the_fullest_device(split):
+    def device(in_use):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100_000, "bytes_in_use": in_use})
+
+    def mesh(*in_use):
+        return types.SimpleNamespace(local_devices=[device(bytes_in_use) for bytes_in_use in in_use])
+
+    pipelines.check_fits(split, mesh(0, 22_800))
+    with pytest.raises(UserError, match="needs 77,200 bytes for the training images, and 77,199 are free: set it to"):
+        pipelines.check_fits(split, mesh(0, 22_801))
+
+
+def test_a_step_is_the_same_wherever_the_stream_starts(split, config):
+    whole = list(pipelines.train_batches(split, config, 0, 12))
+    assert len(whole) == 12
+    for start in (1, 4, 5, 11):
+        for ours, theirs in zip(pipelines.train_batches(split, config, start, 12), whole[start:], strict=True):
+            assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_slices_of_processes_make_up_the_batch(split, config, processes):
+    whole = list(pipelines.train_batches(split, config, 3, 6))
+    parts = [list(pipelines.train_batches(split, config, 3, 6, i, processes)) for i in range(processes)]
+    for step, batch in enumerate(whole):
+        assert_equal({name: np.concatenate([part[step][name] for part in parts]) for name in batch}, batch)
+
+
+def test_two_runs_of_a_seed_are_equal_and_another_seed_is_not(split, config):
+    (first,), (again,) = (list(pipelines.train_batches(split, config, 2, 3)) for _ in range(2))
+    assert_equal(first, again)
+    config.seed = 1
+    (other,) = pipelines.train_batches(split, config, 2, 3)
+    assert not np.array_equal(first["labels"], other["labels"])
+
+
+def test_the_stream_starts_at_any_step_in_well_under_a_second(config):
+    big = Split(np.zeros((50_000, 32, 32, 3), np.uint8), np.zeros(50_000, np.int32))
+    next(pipelines.train_batches(big, config, 0, 1))  # TensorFlow's own first-time costs
+
+    def first_batch(step):
+        start = time.perf_counter()
+        next(pipelines.train_batches(big, config, step, step + 1))
+        return time.perf_counter() - start
+
+    early, late = (min(first_batch(step) for _ in range(3)) for step in (1, 1_000_000))
+    assert late < 2 * early + 0.2
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 100, 128])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_covers_every_example_once(split, batch_size, processes):
+    batch_size *= processes
+    seen = []
+    for index in range(processes):
+        batches = list(pipelines.eval_batches(split, batch_size, index, processes))
+        assert {len(b["labels"]) for b in batches} == {batch_size // processes}
+        seen += [
+            (image.tobytes(), label)
+            for b in batches
+            for image, label in zip(b["images"][b["mask"]], b["labels"][b["mask"]], strict=True)
+        ]
+    assert sorted(seen) == sorted((image.tobytes(), label) for image, label in zip(*split, strict=True))
+
+
+def test_tensorflow_takes_the_threads_it_is_given_and_those_it_has_when_it_runs(split, config):
+    """In a process of its own, for the threads are made once: the second pipeline asks for others, and goes on with those."""
+    script = """
+import sys, pickle, hashlib
+from resnet_jax import input_pipeline
+split, config = pickle.load(sys.stdin.buffer)
+seen = set()
+for config.data.num_threads in (1, 3, 0):
+    (batch,) = input_pipeline.train_batches(split, config, 7, 8)
+    seen.add(hashlib.sha256(batch["images"].tobytes()).hexdigest())
+import tensorflow as tf
+threading = tf.config.threading
+print(len(seen), threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps((split, config)), cwd=ROOT, capture_output=True
+    )
+    assert done.stdout.split() == [b"1", b"1", b"1"], done.stderr
+
+
+def test_tensorflow_may_use_the_cores_that_this_process_may(monkeypatch):
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
+
+
+def test_tensorflow_sees_no_gpu(split, config):
+    next(pipelines.train_batches(split, config, 0, 1))
+    assert tf.config.get_visible_devices("GPU") == []

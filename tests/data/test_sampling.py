@@ -1,0 +1,172 @@
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from resnet_jax.data import sampling
+
+N = 1000
+
+GOLDEN_INDICES = [47848, 34552, 24994, 32827, 31943, 24289]
+GOLDEN_FLIP = [False, False, True]
+GOLDEN_CROP = [[6, 6], [8, 6], [0, 7]]
+GOLDEN_JITTER = [[4068, 4432, 3724], [4323, 3846, 4105], [4404, 4578, 3992]]  # times 4096
+GOLDEN_ORDER = [[2, 0, 1], [0, 2, 1], [0, 1, 2]]
+GOLDEN_ROTATION = [
+    [65500, -2158, 66760, 2158, 65500, -123],
+    [65052, 7952, -82986, -7952, 65052, 163534],
+    [65350, 4929, -40756, -4929, 65350, 112046],
+]
+GOLDEN_SPLIT = [2, 22, 36, 37, 44]
+
+
+@pytest.fixture
+def augment(final_config):
+    return final_config.augment
+
+
+def draws(augment, start, stop, seed=0, num_examples=N):
+    return sampling.draws(seed, start, stop, num_examples, augment, (32, 32))
+
+
+def degrees(rotation):
+    return np.degrees(np.arctan2(-rotation[:, 1], rotation[:, 0]))
+
+
+def test_the_first_draws_are_pinned(augment):
+    """If this fails, every run of every user changes: do not update it without saying so in the release."""
+    assert sampling.indices(0, 0, 6, 50_000).tolist() == GOLDEN_INDICES
+    d = draws(augment, 0, 3, num_examples=50_000)
+    assert d.flip.tolist() == GOLDEN_FLIP
+    assert d.crop.tolist() == GOLDEN_CROP
+    assert (d.jitter * 4096).astype(int).tolist() == GOLDEN_JITTER
+    assert d.order.tolist() == GOLDEN_ORDER
+    assert d.rotation.tolist() == GOLDEN_ROTATION
+
+
+def test_every_image_comes_once_an_epoch_across_batches_that_straddle_epochs():
+    batch = 96  # does not divide N
+    stream = np.concatenate([sampling.indices(3, s * batch, (s + 1) * batch, N) for s in range(40)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * N : (epoch + 1) * N]) == list(range(N))
+
+
+def test_a_batch_longer_than_an_epoch_is_the_same_stream():
+    assert np.array_equal(
+        sampling.indices(0, 5, 5 + 3 * N, N),
+        np.concatenate([sampling.indices(0, i, i + 1, N) for i in range(5, 5 + 3 * N)]),
+    )
+
+
+def test_successive_epochs_and_seeds_are_uncorrelated():
+    n = 50_000
+    orders = [sampling.permutation(0, epoch, n) for epoch in range(6)] + [sampling.permutation(1, 0, n)]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)  # 5 standard deviations
+    # A fixed point is as rare as chance: one an epoch on average.
+    assert max((a == b).sum() for i, a in enumerate(orders) for b in orders[:i]) < 10
+
+
+def test_draws_are_a_function_of_position_alone(augment):
+    whole = draws(augment, 0, 2500)
+    parts = [draws(augment, a, b) for a, b in ((0, 1), (1, 700), (700, 1300), (1300, 2500))]
+    for name in sampling.Draws._fields:
+        assert np.array_equal(getattr(whole, name), np.concatenate([getattr(p, name) for p in parts])), name
+
+
+def test_switching_one_augmentation_off_leaves_the_draws_of_the_others(augment):
+    before = draws(augment, 0, 100)
+    changed = ConfigDict(augment)
+    changed.brightness = changed.flip_probability = changed.rotation_degrees = 0.0
+    after = draws(changed, 0, 100)
+    assert not after.flip.any()
+    assert (after.jitter[:, 0] == 1.0).all()
+    assert np.array_equal(after.jitter[:, 1:], before.jitter[:, 1:])
+    assert np.array_equal(after.crop, before.crop)
+    assert np.array_equal(after.order, before.order)
+    identity = [65536, 0, 32768, 0, 65536, 32768]
+    assert (after.rotation == identity).all()
+
+
+def test_each_draw_has_its_distribution(augment):
+    n = 100_000
+    d = draws(augment, 0, n, num_examples=n)
+    assert abs(d.flip.mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
+    for axis in range(2):
+        counts = np.bincount(d.crop[:, axis], minlength=9)
+        assert len(counts) == 9
+        assert np.abs(counts - n / 9).max() < 5 * np.sqrt(n / 9)
+    assert (d.jitter * 4096 == np.round(d.jitter * 4096)).all()
+    for kind in range(3):
+        factor = d.jitter[:, kind]
+        assert factor.min() >= np.float32(0.8) - 1 / 4096
+        assert factor.max() <= np.float32(1.2) + 1 / 4096
+        assert abs(factor.mean() - 1.0) < 5 * (0.4 / np.sqrt(12)) / np.sqrt(n)
+        assert abs(factor.std() - 0.4 / np.sqrt(12)) < 0.001
+    orders, counts = np.unique(d.order, axis=0, return_counts=True)
+    assert sorted(map(tuple, orders)) == sorted(map(tuple, sampling.JITTER_ORDERS))
+    assert np.abs(counts - n / 6).max() < 5 * np.sqrt(n / 6)
+    angle = degrees(d.rotation)
+    assert np.abs(angle).max() <= 15.01
+    assert np.abs(angle).max() > 14.9
+    assert abs(angle.mean()) < 5 * (30 / np.sqrt(12)) / np.sqrt(n)
+    assert abs(angle.std() - 30 / np.sqrt(12)) < 0.1
+
+
+def test_draws_are_independent_of_each_other_of_the_next_image_and_of_the_next_epoch(augment):
+    n = 20_000
+    d = draws(augment, 0, 2 * n, num_examples=n)
+    order = (d.order == np.array([[0, 1, 2]])).all(axis=1)
+    columns = np.column_stack([d.flip, d.crop, d.jitter, order, degrees(d.rotation)]).astype(float)
+    first, second = columns[:n], columns[n:]
+    limit = 5.5 / np.sqrt(n)
+    k = columns.shape[1]
+    within = np.corrcoef(first.T)
+    assert np.abs(within[~np.eye(k, dtype=bool)]).max() < limit
+    assert np.abs(np.corrcoef(first[:-1].T, first[1:].T)[:k, k:]).max() < limit
+    assert np.abs(np.corrcoef(first.T, second.T)[:k, k:]).max() < limit
+    # nor do they depend on which image they fall on
+    assert np.abs(np.corrcoef(sampling.permutation(0, 0, n), first.T)[0, 1:]).max() < limit
+
+
+def test_any_step_costs_one_epochs_permutation(augment):
+    n, batch = 50_000, 128
+
+    def cost(step):
+        sampling.permutation.cache_clear()
+        start = time.perf_counter()
+        sampling.indices(0, step * batch, (step + 1) * batch, n)
+        sampling.draws(0, step * batch, (step + 1) * batch, n, augment, (32, 32))
+        return time.perf_counter() - start
+
+    early, late = (min(cost(step) for _ in range(5)) for step in (10, 10_000_000))
+    assert late < 5 * early
+    sampling.permutation.cache_clear()
+    sampling.indices(0, 10_000_000 * batch, 10_000_001 * batch, n)
+    assert sampling.permutation.cache_info().misses <= 2  # at most two epochs meet in a batch
+
+
+def test_a_permutation_is_shared_and_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        sampling.permutation(0, 0, N)[0] = 1
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.333, 0.9])
+def test_the_split_is_stratified_and_complete(ratio):
+    labels = np.random.default_rng(0).choice(4, size=1003, p=[0.5, 0.3, 0.15, 0.05])
+    first, second = sampling.stratified_split(labels, ratio, seed=7)
+    assert np.array_equal(np.sort(np.concatenate([first, second])), np.arange(1003))
+    assert len(second) == round(ratio * 1003)
+    counts = np.bincount(labels[second], minlength=4)
+    assert np.abs(counts - ratio * np.bincount(labels)).max() < 1
+    assert np.array_equal(second, np.sort(second))
+
+
+def test_the_split_depends_on_its_seed_and_on_nothing_else():
+    labels = np.arange(1000) % 10
+    a, b, c = (sampling.stratified_split(labels, 0.1, seed)[1] for seed in (0, 0, 1))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+    assert a[:5].tolist() == GOLDEN_SPLIT

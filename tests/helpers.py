@@ -1,0 +1,112 @@
+"""What several tests share: a tiny config, the program as a user starts it, and what it leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+ROOT = Path(__file__).parent.parent
+SEARCH = ("-m", "resnet_jax.search")
+
+
+def make_tiny_config(cache_dir: str) -> ConfigDict:
+    """What `tiny_config` is, for fixtures that live longer than a test."""
+    config = quickstart.get_config()
+    config.num_epochs = 2.0
+    config.schedule.warmup_epochs = 0.5
+    config.eval_every_epochs = 1
+    config.log_every_steps = 10
+    config.model.channel_list = (8, 16)
+    config.model.block_list = (1, 1)
+    config.data.cache_dir = cache_dir
+    return config
+
+
+def launch(
+    *arguments: object,
+    program: Sequence[str] = (str(ROOT / "launch.py"),),
+    prefix: Sequence[str] = (),
+    timeout: float = 300,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run `launch.py`, or another program, as a user does; `prefix` is a command that starts it."""
+    return subprocess.run(
+        [*prefix, sys.executable, *program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+    )
+
+
+def start(
+    *arguments: object,
+    program: Sequence[str] = (str(ROOT / "launch.py"),),
+    prefix: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Start `launch.py`, or another program, without waiting for its end."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it: nohup would have it ignored
+    try:
+        return subprocess.Popen(
+            [*prefix, sys.executable, *program, *map(str, arguments)],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> str:
+    """What a process prints up to the first line with this beginning."""
+    seen = []
+    assert process.stdout
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(beginning):
+            break
+    return "".join(seen)
+
+
+def saved_by_signal(process: subprocess.Popen[str], signum: signal.Signals, directory: Path, seconds: float) -> int:
+    """Send a run a signal: it ends within so many seconds, says so in one line, and has saved the step that is returned."""
+    sent = time.monotonic()
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < seconds
+    assert process.returncode == 128 + signum
+    (line,) = stderr.splitlines()
+    found = re.search(rf"stopped by {signum.name} at step (\d+) of", line)
+    assert found, line
+    assert (directory / "checkpoints" / found[1]).is_dir()
+    return int(found[1])
+
+
+def rows(directory: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without the speeds, which differ from run to run."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k != "images_per_second"} for row in found if split in (None, row["split"])
+    ]
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line on stderr, with these words in it."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]

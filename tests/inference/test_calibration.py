@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+from scipy import special
+
+from resnet_jax.errors import UserError
+from resnet_jax.inference import calibration
+from resnet_jax.reporting import figures
+
+
+def logits_of(probabilities):
+    return np.log(np.asarray(probabilities, np.float32))
+
+
+def sampled(temperature, count=20_000):
+    """Logits that are `temperature` times too sharp, and labels that follow the right ones."""
+    rng = np.random.default_rng(0)
+    right = rng.normal(size=(count, 4)).astype(np.float32) * 2
+    labels = (special.softmax(right, axis=1).cumsum(axis=1) < rng.random((count, 1))).sum(axis=1)
+    return right * temperature, np.minimum(labels, 3)
+
+
+def test_the_expected_calibration_error_by_hand():
+    logits = logits_of([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.35, 0.65]])
+    found = calibration.describe(logits, np.array([0, 0, 0, 1, 1]))
+    assert found["expected_calibration_error"] == pytest.approx((4 * abs(0.75 - 0.9) + abs(1 - 0.65)) / 5, abs=1e-6)
+    assert [(b["count"], b["accuracy"]) for b in found["bins"]] == [(1, 1.0), (4, 0.75)]
+    for b, confidence in zip(found["bins"], (0.65, 0.9), strict=True):
+        assert b["low"] < confidence <= b["high"]
+        assert b["confidence"] == pytest.approx(confidence)
+
+
+def test_certainty_and_chance_are_in_the_last_and_in_some_bin():
+    found = calibration.describe(np.array([[99.0, -99.0], [-99.0, 99.0]], np.float32), np.array([0, 0]))
+    assert found["bins"] == [{"low": 14 / 15, "high": 1.0, "count": 2, "confidence": 1.0, "accuracy": 0.5}]
+    assert sum(b["count"] for b in calibration.describe(np.zeros((7, 3), np.float32), np.zeros(7, int))["bins"]) == 7
+
+
+def test_the_likelihood():
+    logits = logits_of([[0.9, 0.1], [0.35, 0.65]])
+    expected = -(np.log(0.9) + np.log(0.35)) / 2
+    assert calibration.negative_log_likelihood(logits, np.array([0, 0])) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_was_put_in_is_found_and_calibrates(temperature):
+    logits, labels = sampled(temperature)
+    found = calibration.fit_temperature(logits, labels)
+    assert found == pytest.approx(temperature, rel=0.03)  # of 20,000 samples
+    after = calibration.describe(logits / found, labels)["expected_calibration_error"]
+    assert after < 0.012
+    if temperature != 1:
+        assert calibration.describe(logits, labels)["expected_calibration_error"] > 4 * after
+
+
+def test_a_reliability_plot_has_a_curve_for_each():
+    found = calibration.describe(*sampled(2.0))
+    figure = figures.draw_reliability({"one": found, "other": found})
+    (axes,) = figure.axes
+    assert len(axes.lines) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"{name}, error {100 * found['expected_calibration_error']:.2f} %" for name in ("one", "other")
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0, -1, 1e-300, float("nan"), float("inf"), True, "warm", None, [1]])
+def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path, temperature):
+    path = tmp_path / "temperature.json"
+    path.write_text(json.dumps({"checkpoint_step": 7, "temperature": {"plain": temperature}}))
+    with pytest.raises(UserError, match=r"temperature\.json cannot be used \(.*: fit it again, or remove it"):
+        calibration.temperatures(tmp_path, 7)
+    calibration.keep_temperature(tmp_path, 7, True, 1.5)
+    assert calibration.temperatures(tmp_path, 7) == {True: 1.5}
+    calibration.keep_temperature(tmp_path, 7, False, 0.5)
+    assert calibration.temperatures(tmp_path, 7) == {True: 1.5, False: 0.5}

@@ -1,0 +1,397 @@
+import base64
+import contextlib
+import http.client
+import io
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import browser
+import numpy as np
+import psutil
+import pytest
+import werkzeug.serving
+from helpers import assert_user_error, launch, make_tiny_config, start
+from PIL import Image
+
+from resnet_jax.data import datasets
+from resnet_jax.errors import UserError
+from resnet_jax.inference import export, serve, trained_model
+
+pytest.importorskip("flask", reason="Flask is not installed here: there is no page to try a network")
+DEMO = ("-m", "resnet_jax.inference.serve")
+NO_PICTURE = "This is no PNG, JPEG or WebP picture that can be read."
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return trained_model.load(run)
+
+
+@pytest.fixture(scope="module")
+def digits(cache_dir):
+    """The test split of digits."""
+    return datasets.load(make_tiny_config(cache_dir).data).test
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    """Asks the page without a server."""
+    return serve.make_app(model, "run", serve.samples(model)).test_client()
+
+
+@contextlib.contextmanager
+def served(run, *flags):
+    """A server of the page, as a user starts it: its process and address."""
+    process = start(run, "--port=0", *flags, program=DEMO)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("http://"), process.stderr.read()
+        yield process, line.split()[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    with served(run) as (_, url):
+        yield url
+
+
+def file_of(image, kind="PNG", **more):
+    """The bytes of an image's file."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, **more)
+    return stream.getvalue()
+
+
+def answered(url, method, path, data=None, **headers):
+    """The status and the body that the server answers with."""
+    with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
+        connection.request(method, path, data, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+# What it answers
+
+
+def test_it_answers_what_the_model_predicts(client, model, digits):
+    found = client.post("/predict", data=file_of(digits.images[0])).json
+    expected = model.predict(digits.images[0]).probabilities[0]
+    order = np.argsort(-expected)[:5]
+    assert [entry["class"] for entry in found["predictions"]] == [str(i) for i in order]
+    assert [entry["probability"] for entry in found["predictions"]] == pytest.approx(expected[order], abs=1e-6)
+    seen, saliency = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(found[name].partition(",")[2]))))
+        for name in ("seen", "saliency")
+    )
+    assert (seen == digits.images[0]).all()
+    assert saliency.shape == (8, 8, 3)
+    brightest = saliency.astype(int).sum(axis=2).argmax()
+    assert brightest == model.saliency(digits.images[0])[0].argmax()
+
+
+def test_the_samples_are_the_first_test_image_of_each_class(client, model, digits):
+    shown = serve.samples(model)
+    assert [sample.label for sample in shown] == [str(i) for i in range(10)]
+    for label, sample in enumerate(shown):
+        image = np.asarray(Image.open(io.BytesIO(client.get(f"/samples/{label}.png").data)))
+        assert (image == digits.images[digits.labels.tolist().index(label)]).all()
+        assert sample.png == file_of(image)
+    assert client.get("/samples/10.png").status_code == 404
+
+
+def png_of_size(width, height):
+    """A PNG that says it has this size, and has no pixels."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"]
+    whole = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+HOSTILE = {
+    "empty": (b"", NO_PICTURE),
+    "text": (b"<html>not a picture</html>", NO_PICTURE),
+    "cut": (file_of(NOISE)[:2000], NO_PICTURE),
+    "noise after the head": (file_of(NOISE, "JPEG")[:20] + bytes(range(256)) * 9, NO_PICTURE),
+    "larger than memory": (
+        png_of_size(60_000, 60_000),
+        "This picture is not read: it has more than 50,000,000 pixels.",
+    ),
+    "too many pixels": (
+        png_of_size(9_000, 9_000),
+        "This picture is not read: it has 9000 x 9000 pixels, and at most 50,000,000 are read.",
+    ),
+    "long and thin": (
+        file_of(np.zeros((1, 5000, 3), np.uint8)),
+        "This picture is not read: an image has shape (1, 5000, 3): one side may be 1000 times as long as the other.",
+    ),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n%%EOF\n", NO_PICTURE),
+    "another kind": (file_of(NOISE, "TIFF"), NO_PICTURE),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_gets_a_message_and_the_next_one_an_answer(client, digits, kind):
+    upload, message = HOSTILE[kind]
+    refused = client.post("/predict", data=upload)
+    assert refused.status_code == 400
+    assert refused.json == {"error": message}
+    assert client.post("/predict", data=file_of(digits.images[0])).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_of_each_kind_and_size_are_read(client, kind):
+    assert client.post("/predict", data=file_of(NOISE, kind)).status_code == 200
+
+
+def test_names_are_shown_as_text(model):
+    names = ("<script>alert(1)</script>", *map(str, range(1, 10)))
+    named = trained_model.Model(model.config, names, model.image_shape, model.variables, model.step)
+    page = serve.make_app(named, "<b>run</b>", [serve.Sample("<i>", b"")]).test_client().get("/").text
+    assert "&lt;script&gt;alert(1)" in page
+    assert "&lt;b&gt;run&lt;/b&gt;" in page
+    assert "<i>" not in page
+
+
+# The server
+
+
+def test_an_upload_that_is_too_large_is_refused(address):
+    size = {"Content-Length": str(serve.MAX_BYTES + 1)}
+    status, body = answered(address, "POST", "/predict", b"the beginning", **size)  # it does not wait for the rest
+    assert status == 413
+    assert b"Too Large" in body
+    whole = file_of(NOISE)
+    largest = whole + bytes(serve.MAX_BYTES - len(whole))  # a PNG may be followed by anything
+    assert answered(address, "POST", "/predict", largest)[0] == 200
+
+
+def test_other_sites_cannot_ask_through_a_browser(address):
+    port = address.rpartition(":")[2]
+    for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
+        assert answered(address, "GET", "/", Host=host)[0] == status
+
+
+def test_many_requests_at_once_are_answered_and_nothing_is_said(run):
+    with served(run) as (process, url):
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: answered(url, "POST", "/predict", file_of(NOISE)), range(40)))
+        assert {status for status, _ in answers} == {200}
+        assert len({body for _, body in answers}) == 1
+        process.kill()
+        assert process.stderr.read() == ""
+
+
+def test_it_listens_to_this_machine_alone_unless_told_otherwise_and_ctrl_c_ends_it(run):
+    with served(run, "--no-samples") as (process, url):
+        assert url.startswith("http://127.0.0.1:")
+        listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]
+        assert listening == ["127.0.0.1"]
+        assert b"test images" not in answered(url, "GET", "/")[1]
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert time.monotonic() - sent < 10
+        assert (process.returncode, stderr) == (-signal.SIGINT, "")
+    with served(run, "--host=0.0.0.0", "--no-samples") as (process, url):
+        assert url.startswith("http://0.0.0.0:")
+        process.kill()
+        assert process.stderr.read() == "warning: 0.0.0.0 is open to whoever reaches this machine\n"
+
+
+def test_mistakes_are_one_line_and_loading_does_not_come_first(run, tmp_path, address):
+    begun = time.monotonic()
+    port = address.rpartition(":")[2]
+    assert_user_error(launch(run, f"--port={port}", program=DEMO), f"--port {port}", "in use", "--port=0")
+    assert time.monotonic() - begun < 20
+    assert_user_error(launch(tmp_path / "nowhere", "--port=0", program=DEMO), "holds no run with checkpoints")
+
+
+MISTAKES = {
+    "a port that there is not": (["{run}", "--port=99999"], "--port 99999"),
+    "a host that there is not": (["{run}", "--host=no.such.host.invalid"], "--host no.such.host.invalid"),
+    "a host that is none": (["{run}", "--host=" + "a" * 300], "give an address of this machine, as 127.0.0.1"),
+    "no such checkpoint": (["{run}", "--port=0", "--checkpoint=7"], "no checkpoint of step 7"),
+    "no weights": (["{run}/model.stablehlo", "--port=0"], "a .stablehlo holds a program and no weights"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(run, model, capsys, mistake):
+    export.write(model, "stablehlo", run / "model.stablehlo")
+    capsys.readouterr()
+    arguments, words = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stop:
+        serve.main([argument.format(run=run) for argument in arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_data_that_are_gone_are_named(model, tmp_path):
+    config = model.config.copy_and_resolve_references()
+    config.data.name = f"npz:{tmp_path}/gone.npz"
+    with pytest.raises(UserError, match=r"gone\.npz is not a file.*--no-samples"):
+        serve.samples(SimpleNamespace(config=config))
+
+
+def test_data_of_other_classes_are_refused(model):
+    other = SimpleNamespace(config=model.config, class_names=("cat", "dog"))
+    with pytest.raises(
+        UserError, match=r"digits has changed since the run began: its classes are others.*--no-samples"
+    ):
+        serve.samples(other)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0])
+def test_ctrl_c_while_it_loads_ends_it_without_a_word(run, seconds):
+    process = start(run, "--port=0", program=DEMO)
+    deadline = time.monotonic() + 60
+    while not psutil.Process(process.pid).net_connections():  # it has begun
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert stderr == ""
+
+
+def test_without_flask_the_message_says_what_to_install(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "waitress", None)
+    with pytest.raises(SystemExit) as stop:
+        serve.main([str(run)])
+    assert stop.value.code == 2
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+# In a browser
+
+
+def shown_rows(page):
+    """The classes and shares that are shown, once they are."""
+    page.wait_for_selector("#result:not([hidden]):not([aria-busy=true]) li")
+    return [row.split("\n") for row in page.locator("#result li").all_inner_texts()]
+
+
+@browser.needed
+@pytest.mark.parametrize(("width", "scheme"), [(1000, "light"), (390, "dark")])
+def test_a_picture_is_uploaded_and_its_result_shown(address, model, tmp_path, width, scheme):
+    (tmp_path / "noise.png").write_bytes(file_of(NOISE))
+    with browser.opened(address, scheme, width) as (page, said):
+        assert browser.width_of(page) == width
+        assert not page.is_visible("#result")
+        page.set_input_files("input[type=file]", tmp_path / "noise.png")
+        rows = shown_rows(page)
+        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert len(browser.images_loaded(page)) == 12
+        assert browser.width_of(page) == width
+        side = [page.locator(f"#{name}").bounding_box() for name in ("seen", "saliency")]
+        bars = page.locator("#result ol").bounding_box()
+        assert (side[0]["y"] > bars["y"] + bars["height"]) == (width == 390)  # under the bars, or beside them
+    probabilities = model.predict(NOISE).probabilities[0]
+    order = np.argsort(-probabilities)[:5]
+    assert [row[0] for row in rows] == [str(i) for i in order]
+    assert [row[1] for row in rows] == [f"{100 * p:.1f} %" for p in probabilities[order]]
+    assert all(line.startswith(address) for line in said), said  # nothing else is asked for, nothing fails
+
+
+@browser.needed
+def test_test_images_are_clicked_and_pictures_dropped(address, model, digits):
+    with browser.opened(address) as (page, _):
+        page.click(".samples button:nth-child(4)")
+        image = digits.images[digits.labels.tolist().index(3)]
+        assert shown_rows(page)[0][0] == model.predict(image).names[0]
+        page.evaluate("document.querySelector('#result').hidden = true")
+        data = base64.b64encode(file_of(NOISE)).decode()
+        page.evaluate(
+            """async data => {
+                const dropped = new DataTransfer();
+                const bytes = await (await fetch("data:image/png;base64," + data)).blob();
+                dropped.items.add(new File([bytes], "noise.png"));
+                document.querySelector(".drop").dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, bubbles: true}));
+            }""",
+            data,
+        )
+        assert shown_rows(page)[0][0] == model.predict(NOISE).names[0]
+
+
+@browser.needed
+def test_a_file_that_is_no_picture_or_too_large_gets_a_message(address, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "large.png").write_bytes(bytes(serve.MAX_BYTES + 1))
+    with browser.opened(address, width=390) as (page, _):
+        for name, message in (("notes.txt", NO_PICTURE), ("large.png", "This file is larger than 10 MB.")):
+            page.set_input_files("input[type=file]", tmp_path / name)
+            page.wait_for_function("text => document.querySelector('#error').textContent === text", arg=message)
+            assert page.is_visible("#error")
+            assert not page.is_visible("#result")
+            assert not page.is_visible("#busy")
+            assert browser.width_of(page) == 390
+        page.click(".samples button")
+        shown_rows(page)
+        assert not page.is_visible("#error")
+
+
+@browser.needed
+def test_a_server_that_has_ended_is_told(run, tmp_path):
+    (tmp_path / "noise.png").write_bytes(file_of(NOISE))
+    with served(run, "--no-samples") as (process, url), browser.opened(url) as (page, _):
+        process.kill()
+        process.wait()
+        page.set_input_files("input[type=file]", tmp_path / "noise.png")
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.inner_text("#error") == "The server does not answer: is it still running?"
+
+
+@browser.needed
+def test_it_shows_that_it_is_at_work_and_no_older_error(model, tmp_path, monkeypatch):
+    answers = threading.Semaphore(0)
+
+    def slowly(*arguments, answer=serve.answer):
+        answers.acquire()
+        return answer(*arguments)
+
+    monkeypatch.setattr(serve, "answer", slowly)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "noise.png").write_bytes(file_of(NOISE))
+    server = werkzeug.serving.make_server("127.0.0.1", 0, serve.make_app(model, "run", []), threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with browser.opened(f"http://127.0.0.1:{server.port}") as (page, _):
+            page.set_input_files("input[type=file]", tmp_path / "notes.txt")
+            page.wait_for_selector("#error:not([hidden])")
+            page.set_input_files("input[type=file]", tmp_path / "noise.png")
+            page.wait_for_selector("#busy:not([hidden])")
+            assert not page.is_visible("#error")
+            answers.release()
+            shown_rows(page)
+            assert not page.is_visible("#busy")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@browser.needed
+@pytest.mark.parametrize("width", [320, 1400])
+def test_long_names_do_not_widen_the_page(model, tmp_path, width):
+    names = ("a" * 250, *map(str, range(1, 10)))
+    named = trained_model.Model(model.config, names, model.image_shape, model.variables, model.step)
+    shown = [serve.Sample(names[0], file_of(NOISE))] * 3
+    page = serve.make_app(named, "adamw_lr0.0030_wd0.0100_warm0.55_seed1" * 3, shown).test_client().get("/").text
+    (tmp_path / "page.html").write_text(page)
+    with browser.opened((tmp_path / "page.html").as_uri(), width=width) as (opened, _):
+        assert browser.width_of(opened) == width
+        heights = {round(button.bounding_box()["height"]) for button in opened.locator(".samples button").all()}
+        assert max(heights) < 180

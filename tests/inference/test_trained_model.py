@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import make_tiny_config
+from PIL import Image
+
+import resnet_jax
+from resnet_jax import evaluate, models, steps, train_state
+from resnet_jax.data import datasets
+from resnet_jax.errors import UserError
+from resnet_jax.inference import trained_model
+
+SHAPE = (8, 8, 3)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return trained_model.load(run)
+
+
+@pytest.fixture(scope="module")
+def images(cache_dir):
+    """The test images of digits."""
+    return datasets.load(make_tiny_config(cache_dir).data).test.images
+
+
+def test_it_says_what_evaluation_counted(run, model, images, cache_dir):
+    predicted = model.predict(images)
+    labels = datasets.load(make_tiny_config(cache_dir).data).test.labels
+    result = json.loads((run / "result.json").read_text())
+    assert (predicted.labels == labels).mean() == result["test_accuracy"]
+    losses = -np.log(predicted.probabilities[np.arange(len(labels)), labels])
+    assert losses.mean() == pytest.approx(result["test_loss"], rel=1e-4)  # float32, batches of another size
+    assert model.step == result["checkpoint_step"]
+    assert model.class_names == tuple("0123456789")
+    assert model.image_shape == SHAPE
+
+
+def test_probabilities_and_names_belong_to_the_labels(model, images):
+    predicted = model.predict(images[:7])
+    assert predicted.probabilities.shape == (7, 10)
+    assert predicted.probabilities.dtype == np.float32
+    np.testing.assert_allclose(predicted.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert (predicted.probabilities.argmax(axis=1) == predicted.labels).all()
+    assert predicted.names == [str(label) for label in predicted.labels]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 128, 129, 300])
+def test_any_number_of_images_gives_each_the_same(model, images, count):
+    together = model.predict(images[:count])
+    assert together.probabilities.shape == (count, 10)
+    for i in range(0, count, 50):
+        one = model.predict(images[i])
+        np.testing.assert_allclose(
+            one.probabilities[0], together.probabilities[i], atol=1e-5
+        )  # other batch, other sums
+
+
+def test_few_sizes_are_compiled(run, images):
+    model = trained_model.load(run)
+    for count in (1, 2, 3, 4, 5, 7, 8, 120, 128, 256, 360):
+        model.predict(images[:count])
+    assert model._logits._cache_size() <= 8
+
+
+def test_floats_and_grey_and_lists_say_the_same(model, images):
+    few = images[:5]
+    expected = model.predict(few).probabilities
+    for same in (
+        few / 255,
+        (few / 255).astype(np.float32),
+        [*few],
+        [few[0], few[1:] / 255],
+        few[..., :1],
+        [few[:2], few[2:]],
+    ):
+        np.testing.assert_allclose(model.predict(same).probabilities, expected, atol=1e-5)
+
+
+def test_flip_averages_the_logits_of_an_image_and_its_mirror(model, images):
+    few = images[:6]
+    expected = (model.logits(few) + model.logits(few[:, :, ::-1])) / 2
+    np.testing.assert_allclose(model.logits(few, flip=True), expected, atol=1e-5)
+    both = [model.predict(view, flip=True).probabilities for view in (few, few[:, :, ::-1])]
+    np.testing.assert_allclose(*both, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 9), (9, 24), (3, 5), (8, 40)])
+def test_other_sizes_are_scaled_to_cover_and_cut_at_the_centre(model, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    height, width = shape
+    scale = 8 / min(shape)
+    scaled = Image.fromarray(image).resize(
+        (max(8, round(width * scale)), max(8, round(height * scale))), Image.BILINEAR
+    )
+    left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
+    expected = np.asarray(scaled)[top : top + 8, left : left + 8]
+    assert (trained_model.as_batch(image, SHAPE) == expected[None]).all()
+    floats = trained_model.as_batch(image / 255, SHAPE)
+    assert (
+        np.abs(floats * 255 - expected).max() < 1.001
+    )  # Pillow rounds bytes after each of its two passes, by 0.5 at most
+
+
+# Which pixels matter
+
+
+def test_saliency_is_the_size_of_the_likeliest_logits_gradient(model, images):
+    pixels = images[:1].astype(np.float32)
+    apply = models.from_config(model.config.model, 10, train_state.make_mesh(1)).apply
+    of_all = jax.jacrev(lambda x: steps.eval_logits(apply, model.variables, x, model.config.data)[0])(pixels)
+    slopes = np.abs(of_all[model.predict(images[0]).labels[0], 0]).max(axis=2)
+    found = model.saliency(images[0])
+    assert found.shape == (1, 8, 8)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], slopes / slopes.max(), atol=1e-4)
+
+
+def test_a_pixel_that_matters_more_changes_the_likeliest_logit_more(model, images):
+    base = 0.25 + images[0] / np.float32(510)  # so that no change leaves 0..1
+    step = np.float32(1e-3)
+    changes = np.eye(base.size, dtype=np.float32).reshape(-1, *base.shape) * step
+    likeliest = model.predict(base).labels[0]
+    above, below = (model.logits(base + sign * changes)[:, likeliest] for sign in (1, -1))
+    changed = np.abs(above - below).reshape(base.shape).max(axis=2)
+    # Not equal: a step may cross a ReLU's kink, and logits of float32 differ by little.
+    assert np.corrcoef(model.saliency(base)[0].ravel(), changed.ravel())[0, 1] > 0.99
+
+
+def test_saliency_takes_what_predict_takes(model, images):
+    few = images[:3]
+    maps = model.saliency(few)
+    assert maps.shape == (3, 8, 8)
+    np.testing.assert_allclose(model.saliency([few[0], few[1:] / 255]), maps, atol=1e-4)
+    assert model.saliency(few[:0]).shape == (0, 8, 8)
+    assert model.saliency(np.zeros((20, 30, 3), np.uint8)).shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="must be"):
+        model.saliency(np.zeros((8, 8), np.uint8))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((8, 8), np.uint8), "must be"),
+        (np.zeros((2, 8, 8, 4), np.uint8), "with C 3 or 1"),
+        (np.zeros((0, 0, 3), np.uint8), "must be"),
+        (np.full((8, 8, 3), 255.0), "run from 255 to 255: they must be in 0..1, or uint8"),
+        (np.full((8, 8, 3), np.nan), "must be in 0..1"),
+        (np.full((8, 8, 3), 1e300), "run from 1e\\+300 to 1e\\+300"),
+        (np.zeros((8, 8, 3), np.int64), "images are int64: they must be uint8 in 0..255 or floats in 0..1"),
+        ("cat.png", "must be"),
+        ([np.zeros((8, 8))], "must be"),
+        (np.zeros((1, 1001, 3), np.uint8), "one side may be 1000 times as long as the other"),
+        (None, "must be"),
+    ],
+)
+def test_what_is_no_image_is_refused(model, images, words):
+    with pytest.raises(ValueError, match=words):
+        model.predict(images)
+
+
+def test_logits_take_what_predict_takes(model, images):
+    np.testing.assert_allclose(model.logits([*images[:3]]), model.logits(images[:3] / 255), atol=1e-4)
+    with pytest.raises(ValueError, match="images are int64: they must be uint8"):
+        model.logits(images[:3].astype(int))
+
+
+def test_any_checkpoint_can_be_loaded(run):
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    assert {trained_model.load(run, step).step for step in steps} == set(steps)
+    assert trained_model.load(str(run), "latest").step == steps[-1]
+
+
+def test_the_parameters_are_those_of_the_checkpoint(run, model, cache_dir):
+    _, state, step = evaluate.restored(make_tiny_config(cache_dir), run, "best")
+    assert step == model.step
+    jax.tree.map(
+        np.testing.assert_array_equal, model.variables, {"params": state.params, "batch_stats": state.batch_stats}
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"), [("7", "no checkpoint of step 7"), ("newest", "must be best, latest or a step")]
+)
+def test_a_checkpoint_that_is_not_there_is_refused(run, checkpoint, words):
+    with pytest.raises(UserError, match=words):
+        trained_model.load(run, checkpoint)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no run with checkpoints: give the workdir of one"):
+            trained_model.load(path)
+
+
+THREE_LINES = """
+import sys
+import numpy as np
+from resnet_jax import load
+model = load(sys.argv[1])
+print(model.predict(np.zeros((1, 8, 8, 3), np.uint8)).names)
+loaded = [name for name in ("tensorflow", "tensorflow_datasets") if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_it_takes_three_lines_and_no_tensorflow(run, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", THREE_LINES, str(run)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("['")
+
+
+def test_the_package_gives_nothing_else():
+    assert set(resnet_jax.__all__) == {"Model", "load"}
+    assert resnet_jax.load is trained_model.load
+    with pytest.raises(AttributeError, match="has no attribute 'lead'"):
+        resnet_jax.lead  # noqa: B018

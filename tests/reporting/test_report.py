@@ -1,0 +1,358 @@
+import base64
+import io
+import json
+import re
+import shutil
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from helpers import ROOT, make_tiny_config
+from PIL import Image
+
+from configs import final, narrow, sgd
+from reproduction import claims
+from resnet_jax import config as config_lib
+from resnet_jax import evaluate, optim, train
+from resnet_jax.data import datasets
+from resnet_jax.reporting import analysis, figures, pages, report, statistics
+from resnet_jax.reporting.figures import Group
+
+
+def trained(folder, cache_dir, seed, optimizer="adamw"):
+    """A complete run of some seconds."""
+    config = make_tiny_config(cache_dir)
+    config.seed = seed
+    if optimizer == "sgd":
+        config.optim, config.schedule = sgd.get_config().optim, sgd.get_config().schedule
+    directory = folder / f"tiny-{optimizer}-seed{seed}"
+    train.train(config, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache_dir):
+    """Two seeds by AdamW and one by SGD."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        trained(folder, cache_dir, 0),
+        trained(folder, cache_dir, 1),
+        trained(folder, cache_dir, 0, "sgd"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def summaries(runs, tmp_path_factory):
+    """Their summaries, as files."""
+    folder = tmp_path_factory.mktemp("summaries")
+    paths = [folder / f"{run.name}.json" for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        report.main([str(run), "--summary", str(path)])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def page(summaries, tmp_path_factory):
+    """The folder of their report."""
+    directory = tmp_path_factory.mktemp("page") / "report"
+    report.main([*map(str, summaries), "--output", str(directory)])
+    return directory
+
+
+# What a summary holds
+
+
+def test_a_summary_is_the_result_with_what_the_run_logged_and_its_network(runs, summaries):
+    summary = json.loads(summaries[0].read_text())
+    result = json.loads((runs[0] / "result.json").read_text())
+    assert result.items() <= summary.items()
+    assert [json.dumps(row) for row in summary["metrics"]] == (runs[0] / "metrics.jsonl").read_text().splitlines()
+    confusion = np.array(summary["analysis"]["confusion"])
+    assert np.trace(confusion) / confusion.sum() == result["test_accuracy"]
+    assert confusion.sum() == result["dataset"]["splits"]["test"]
+    stages = summary["analysis"]["stages"]
+    assert [stage["name"] for stage in stages] == ["stem", "stage1", "stage2", "classifier"]
+    assert [stage["shape"] for stage in stages] == [[8, 8, 8], [8, 8, 8], [4, 4, 16], [10]]
+    assert sum(stage["num_params"] for stage in stages) == result["num_params"]
+
+
+def test_the_most_confident_mistakes_are_those_of_the_test_split(runs, summaries):
+    found = json.loads(summaries[0].read_text())["analysis"]
+    config = config_lib.from_json(json.loads((runs[0] / "config.json").read_text()))
+    split = datasets.load(config.data).test
+    mistakes = found["mistakes"]
+    wrong = np.sum(found["confusion"]) - np.trace(found["confusion"])
+    assert len(mistakes) == min(16, wrong)
+    probabilities = [mistake["probability"] for mistake in mistakes]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0.1 < probabilities[-1] <= probabilities[0] <= 1
+    for mistake in mistakes:
+        assert mistake["label"] == split.labels[mistake["index"]] != mistake["prediction"]
+        with Image.open(io.BytesIO(base64.b64decode(mistake["png"]))) as image:
+            assert np.array_equal(np.asarray(image), split.images[mistake["index"]])
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_activations_are_those_of_every_relu(tiny_config, tmp_path, block):
+    """Half of the inner channels of stage 1 are shut, and all of them in stage 2."""
+    tiny_config.num_epochs, tiny_config.schedule.warmup_epochs, tiny_config.model.block = 0.1, 0.05, block
+    train.train(tiny_config, tmp_path)
+    setup, state, _ = evaluate.restored(tiny_config, tmp_path, "latest")
+    params = state.params
+    for stage, shut in (("stage1_block1", 4), ("stage2_block1", 16)):
+        norm = params[stage]["norm1"]
+        norm["scale"] = norm["scale"].at[:shut].set(0.0)
+        norm["bias"] = norm["bias"].at[:shut].set(-1.0)
+    expansion = {"basic": 1, "bottleneck": 4}[block]
+    inner = {"basic": 1, "bottleneck": 2}[block]
+    for name in ("norm2", "norm3")[inner - 1 : inner]:  # the block adds nothing to its shortcut
+        for stage in ("stage1_block1", "stage2_block1"):
+            params[stage][name] = {key: value * 0 for key, value in params[stage][name].items()}
+    found = analysis.analyse(tiny_config, state.replace(params=params), setup.dataset)
+    stem, first, second, _ = found["stages"]
+    assert second["shape"] == [4, 4, 16 * expansion]
+    relus = inner + expansion  # in units of the stage's channels
+    assert first["dead"] >= 4 / (8 * relus)
+    assert second["dead"] >= 16 / (16 * relus)
+    assert 0 < stem["rms"] < 10
+    for stage in (stem, first, second):
+        assert stage["dead"] <= stage["zeros"] < 1
+    if block == "basic":  # the first stage's shortcut is the identity, of what the stem's ReLU gives
+        assert first["rms"] == pytest.approx(stem["rms"], rel=1e-5)
+        assert first["dead"] == pytest.approx((4 + 8 * stem["dead"]) / 16)
+
+
+# The page
+
+
+def test_the_page_shows_every_figure_and_needs_nothing_else(page, summaries):
+    text = (page / "index.html").read_text()
+    shown = set(re.findall(r'<figure id="(\w+)">', text))
+    expected = {"accuracy", "loss", "learning_rate", "grad_norm", "scale", "relus", "optimizers"}
+    assert shown == expected | {"per_class1", "architecture1", "confusion1", "confusion2"}
+    assert {path.name for path in (page / "figures").iterdir()} == {f"{n}.{s}" for n in shown for s in ("png", "svg")}
+    assert not re.search(r"(src|href|srcset)=\"(?!data:)|url\(|@import|<script", text)
+    for name in shown:
+        with Image.open(page / "figures" / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 50  # something is drawn
+    for path in summaries:
+        assert path.stem.rpartition("-seed")[0] in text
+    accuracies = [json.loads(path.read_text())["test_accuracy"] for path in summaries[:2]]
+    assert statistics.mean_and_spread(accuracies) in text
+    assert "claims" not in text.partition("</style>")[2]  # these runs are of other data than the report's
+
+
+def test_a_report_is_made_of_workdirs_too_and_over_an_earlier_one(runs, page, tmp_path):
+    shutil.copytree(page, tmp_path / "report")
+    (tmp_path / "report" / "figures" / "stale.png").touch()
+    report.main([str(runs[0]), "--output", str(tmp_path / "report")])
+    assert not (tmp_path / "report" / "figures" / "stale.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_the_same_summaries_give_the_same_figures(page, summaries, tmp_path):
+    report.main([*map(str, summaries), "--output", str(tmp_path / "again")])
+    for path in (page / "figures").glob("*.svg"):
+        assert path.read_bytes() == (tmp_path / "again" / "figures" / path.name).read_bytes()
+
+
+def test_names_from_the_data_are_text(summaries, tmp_path):
+    summary = json.loads(summaries[0].read_text())
+    summary["analysis"]["class_names"][0] = "<script>alert(1)</script> $\\frac{$ & \u03b1"
+    summary["analysis"]["mistakes"][0]["label"] = 0
+    (tmp_path / "hostile.json").write_text(json.dumps(summary))
+    report.main([str(tmp_path / "hostile.json"), "--output", str(tmp_path / "page")])
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_run_without_validation_or_mistakes_is_drawn(summaries, tmp_path):
+    summary = json.loads(summaries[0].read_text())
+    summary["metrics"] = [row for row in summary["metrics"] if row["split"] != "validation"]
+    summary["analysis"]["mistakes"] = []
+    (tmp_path / "run.json").write_text(json.dumps(summary))
+    report.main([str(tmp_path / "run.json"), "--output", str(tmp_path / "page")])
+    assert "mistakes" not in (tmp_path / "page" / "index.html").read_text().partition("</style>")[2]
+
+
+@browser.needed
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_chromium_shows_the_page(page, scheme, width):
+    assert browser.images_shown(page / "index.html", scheme, width) >= 11
+
+
+# Its figures and claims
+
+
+@pytest.mark.parametrize("get_config", [final.get_config, sgd.get_config, partial(narrow.get_config, "sgd")])
+def test_the_formula_that_is_drawn_is_the_schedule_that_runs(get_config):
+    config = get_config()
+    per_epoch = 45_000 / 128
+    schedule = optim.make_schedule(config, per_epoch)
+    for step in range(0, int(config.num_epochs * per_epoch), 97):
+        wanted = figures.learning_rate(config.to_dict(), step / per_epoch)
+        assert schedule(step) == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+
+
+def group(name, config, accuracies):
+    runs = [{"config": config_lib.to_json(config), "test_accuracy": accuracy} for accuracy in accuracies]
+    return Group(name, runs)
+
+
+def verdicts(groups, comparison=None):
+    return [claim.verdict for claim in claims.table(groups, comparison)]
+
+
+def test_accuracy_is_claimed_of_runs_of_the_reports_own_recipe_alone():
+    reached, missed = group("final", final.get_config(), [0.92, 0.93]), group("final", final.get_config(), [0.90, 0.91])
+    assert verdicts([reached])[0] == "holds"
+    assert verdicts([missed])[0] == "does not hold: 1.30 points short"
+    assert claims.table([missed], None)[0].measured == "90.50 ± 0.71 %"
+    for field in ({"num_epochs": 10.0}, {"augment.policy": "cifar10"}, {"data.image_size": 16}):
+        other = group("other", config_lib.replaced(final.get_config(), field), [0.95, 0.95])
+        assert verdicts([other])[0] == "not measured"
+    authors = config_lib.replaced(final.get_config("full"), {"augment.policy": "cifar10"})
+    assert verdicts([group("authors", authors, [0.95])])[:2] == ["not measured", "holds"]
+
+
+@pytest.mark.parametrize(
+    ("adamw", "sgd_accuracies", "verdict"),
+    [
+        ([0.80, 0.81, 0.82], [0.70, 0.71, 0.72], "holds in this protocol"),
+        ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "the opposite holds in this protocol"),
+        ([0.70, 0.75, 0.80], [0.71, 0.74, 0.79], "undecided: within the seeds' noise"),
+        ([0.80], [0.70], "undecided: one seed tells no spread"),
+    ],
+)
+def test_optimizers_are_compared_where_all_else_is_alike(adamw, sgd_accuracies, verdict):
+    groups = [group("adamw", final.get_config(), adamw), group("sgd", sgd.get_config(), sgd_accuracies)]
+    assert verdicts(groups)[2] == verdict
+    groups[1] = group("sgd", config_lib.replaced(sgd.get_config(), {"batch_size": 64}), sgd_accuracies)
+    assert verdicts(groups)[2] == "not measured"
+
+
+def test_a_difference_has_welchs_interval():
+    """Of 3 values each: variances 1e-4 and 4e-4, so a standard error of sqrt(5e-4 / 3) with 2.94 degrees of freedom."""
+    difference, low, high = statistics.compare([0.70, 0.71, 0.72], [0.78, 0.80, 0.82])
+    assert difference == pytest.approx(0.09)
+    assert (low + high) / 2 == pytest.approx(0.09)
+    assert (high - low) / 2 == pytest.approx(3.2204 * np.sqrt(5e-4 / 3), rel=1e-3)
+    assert statistics.compare([0.7], [0.8, 0.9]) is None
+
+
+def comparison(ours, theirs):
+    """What `reproduction.reproduce resnet18` writes, of (parameters, seconds)."""
+    figures_of = [{"num_params": n, "seconds_per_epoch": s, "train_flops_per_image": 1e9} for n, s in (ours, theirs)]
+    less = {name: 1 - figures_of[0][name] / figures_of[1][name] for name in figures_of[0]}
+    case = {"dtype": "float32", "batch_size": 128}
+    environment = {"backend": "cpu", "cpu_count": 2, "devices": ["cpu"]}
+    return {
+        "final": figures_of[0],
+        "resnet18": figures_of[1],
+        "final_has_less_by": less | {"seconds_per_epoch_by_round": [less["seconds_per_epoch"] - 0.02, 0.25]},
+        "benchmarks": {"final": {"cases": [case], "environment": environment}},
+    }
+
+
+def test_size_and_speed_are_claimed_beside_resnet18():
+    assert verdicts([], comparison((4_918_602, 78), (11_173_962, 100)))[-3:] == [
+        "holds",
+        "does not hold: 56 % less",
+        "holds",
+    ]
+    (*_, speed) = claims.table([], comparison((4_918_602, 78), (11_173_962, 100)))
+    assert (
+        speed.measured
+        == "78 s against 100 s, 22 % less (by round 25 % less to 20 % less); 1.00 against 1.00 GFLOP an image"
+    )
+    assert speed.basis == "2 CPU cores, float32, batch 128, in turns, 2 rounds"
+    assert verdicts([], comparison((7_400_000, 120), (10_000_000, 100)))[-3:] == [
+        "does not hold",
+        "holds",
+        "does not hold: 20 % more",
+    ]
+    assert verdicts([])[-3:] == ["not measured"] * 3
+
+
+def test_runs_of_one_config_are_one_group(summaries):
+    read = [report.read_run(path) for path in summaries]
+    groups = report.grouped(read[::-1])
+    assert [(g.name, [run["seed"] for run in g.runs]) for g in groups] == [("tiny-sgd", [0]), ("tiny-adamw", [0, 1])]
+    assert [g.name for g in report.grouped([("a", read[0][1]), ("a", read[2][1])])] == ["a (1)", "a (2)"]
+
+
+# Mistakes
+
+SMALL = {"config": {}, "dataset": {}, "environment": {}, "num_params": 1, "test_accuracy": 1, "test_loss": 1}
+MISTAKES = {
+    "no run": (["nowhere", "--output", "page"], "nowhere"),
+    "a run under way": (["unfinished", "--output", "page"], "holds no complete run"),
+    "a file of something else": (["other.json", "--output", "page"], "lacks metrics, analysis"),
+    "a file that only looks like one": (["fake.json", "--output", "page"], "config.seed is missing"),
+    "no JSON": (["text.json", "--output", "page"], "text.json cannot be used"),
+    "the same run twice": (["good.json", "twin.json", "--output", "page"], "are of the same config and seed"),
+    "a folder of something else": (["good.json", "--output", "unfinished"], "something else than a report"),
+    "a file as folder": (["good.json", "--output", "text.json"], "something else than a report"),
+    "a folder in a file": (["good.json", "--output", "text.json/page"], "cannot be written"),
+    "a summary of two": (["good.json", "twin.json", "--summary", "x.json"], "give one RUN"),
+    "a summary nowhere": (["good.json", "--summary", "nowhere/x.json"], "cannot be written"),
+    "no comparison": (["good.json", "--resnet18", "nowhere", "--output", "page"], "reproduction.reproduce resnet18"),
+    "another comparison": (["good.json", "--resnet18", "good.json", "--output", "page"], "is something else"),
+    "a report with a file of the user's": (["good.json", "--output", "kept"], "a report, mine.txt: give a new folder"),
+    "a page that is no report": (["good.json", "--output", "site"], "something else than a report"),
+    "no rate": (["rate.json", "--output", "page"], "is not the summary of a run"),
+    "no stages": (["stages.json", "--output", "page"], "the network has no stages"),
+    "no devices": (["devices.json", "--output", "page"], "is not the summary of a run"),
+    "broken rows": (["rows.json", "--output", "page"], "is not the summary of a run"),
+    "a broken picture": (["picture.json", "--output", "page"], "is not the summary of a run"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    good = json.loads(summaries[0].read_text())
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "metrics.jsonl").touch()
+    for folder in ("kept", "site"):
+        (tmp_path / folder / "figures").mkdir(parents=True)
+    (tmp_path / "kept" / "index.html").write_text(pages._GENERATOR)
+    (tmp_path / "kept" / "mine.txt").touch()
+    (tmp_path / "site" / "index.html").write_text("<html>")
+    picture = good["analysis"] | {"mistakes": [good["analysis"]["mistakes"][0] | {"png": "!"}]}
+    files = {
+        "good": good,
+        "twin": good,
+        "other": SMALL | {"seconds": 1, "steps": 1},
+        "fake": SMALL | {"seconds": 1, "steps": 1, "metrics": [], "analysis": {}},
+        "rows": good | {"metrics": [{"step": 1}]},
+        "picture": good | {"analysis": picture},
+        "rate": good | {"metrics": [good["metrics"][0] | {"learning_rate": None}]},
+        "stages": good | {"analysis": good["analysis"] | {"stages": []}},
+        "devices": good | {"environment": {}},
+    }
+    for name, content in files.items():
+        Path(f"{name}.json").write_text(json.dumps(content))
+    Path("text.json").write_text("no JSON")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, words = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_page_comes_with_the_package():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for path in (ROOT / "resnet_jax").rglob("*.html"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert package in packaged["packages"]
+        assert path.name in packaged["package-data"][package]

@@ -1,0 +1,145 @@
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags as absl_flags
+from helpers import ROOT, assert_user_error
+from ml_collections import config_flags
+
+from reproduction import claims, reproduce
+from resnet_jax import config as config_lib
+from resnet_jax.reporting import report
+
+
+def results_of(folder, *arguments, epochs=1):
+    """Run `reproduction.reproduce` on a tiny config, and return the results that it wrote."""
+    results = folder / "results"
+    results.mkdir(exist_ok=True)
+    flags = ["--config=configs/final.py:smoke", "--data=digits", f"--epochs={epochs}", "--seconds=0.05", "--no-torch"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "reproduction.reproduce",
+            *arguments,
+            *flags,
+            f"--runs={folder / 'runs'}",
+            f"--results={results}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name: json.loads(path.read_text()) for path in results.iterdir()}
+
+
+def test_each_seed_is_a_run_with_its_speed_and_its_share_of_the_peak(tmp_path):
+    ((name, result),) = results_of(tmp_path, "final", "--seeds", "3", "--peak-tflops=2").items()
+    assert name == "final-cpu-seed3.json"
+    assert (result["seed"], result["steps"]) == (3, 11)
+    assert (result["config"]["pipeline"], result["config"]["model"]["dtype"]) == ("device", "float32")
+    assert report.read_run(tmp_path / "results" / name) == (name.removesuffix(".json"), result)
+    assert 0 < result["seconds_after_startup"] < result["seconds"]
+    flops = result["images_per_second"] * result["train_flops_per_image"]
+    assert result["share_of_peak"] == pytest.approx(flops / 2e12)
+
+
+def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
+    first = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    before = first | {"cases": [{"batch_size": 64, "old": 1}, {"batch_size": 32, "old": 1}]}
+    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before))
+    joined = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    assert [case["batch_size"] for case in joined["cases"]] == [32, 64]
+    assert ["old" in case for case in joined["cases"]] == [False, True]
+    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before | {"config": {}}))
+    anew = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    assert [case["batch_size"] for case in anew["cases"]] == [32]
+
+
+MISTAKES = {
+    "no GPU, and no CPU asked for": ({"JAX_PLATFORMS": ""}, [], ["no GPU", "JAX_PLATFORMS=cpu"]),
+    "a part that is none": ({}, ["stepp"], ["no part 'stepp'", "resnet18"]),
+    "a folder that cannot be made": ({"JAX_PLATFORMS": "cpu"}, ["--results=README.md/x"], ["--results README.md/x"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_measured(mistake):
+    environment, flags, words = MISTAKES[mistake]
+    command = [sys.executable, "-m", "reproduction.reproduce", "--data=digits", *flags, "step"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert_user_error(done, *words)
+
+
+PARTS = {  # by name of the results: is it SGD, AutoAugment, all images for training, float32, one seed
+    "final": (False, False, False, False, False),
+    "final-f32": (False, False, False, True, True),
+    "sgd": (True, False, False, False, False),
+    "final-autoaugment": (False, True, True, False, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
+    trained = {}
+
+    def train_with_speed(arguments, name, flags, one_seed=False):
+        values = absl_flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
+        values(sys.argv)
+        config_lib.validate(values.config)
+        trained[name] = (values.config, one_seed)
+
+    monkeypatch.setattr(reproduce, "train_with_speed", train_with_speed)
+    monkeypatch.chdir(ROOT)
+    for part in (reproduce.final, reproduce.final_f32, reproduce.sgd, reproduce.autoaugment):
+        part(argparse.Namespace(config="configs/final.py", data="digits", dtype="bfloat16"))
+    assert set(trained) == set(PARTS)
+    for name, (config, one_seed) in trained.items():
+        assert PARTS[name] == (
+            config.optim.name == "sgd",
+            config.augment.policy == "cifar10",
+            config.data.validation_ratio == 0,
+            config.model.dtype == "float32",
+            one_seed,
+        )
+        assert (config.data.name, config.pipeline) == ("digits", "device")
+
+
+@pytest.mark.slow
+def test_the_cpus_protocol_is_four_runs_a_seed_that_the_report_takes(tmp_path):
+    results = results_of(tmp_path, "narrow", "--seeds", "0", epochs=2)
+    variants = ("adamw", "adamw_plain", "sgd", "sgd_plain")
+    assert sorted(results) == [f"cpu-narrow-{variant}-seed0.json" for variant in variants]
+    for variant, (name, result) in zip(variants, sorted(results.items()), strict=True):
+        config = result["config"]
+        assert (config["num_epochs"], config["data"]["name"]) == (2, "digits")
+        assert config["optim"]["name"] == variant.removesuffix("_plain")
+        assert (config["augment"]["crop_padding"] == 0) == variant.endswith("plain")
+        assert report.read_run(tmp_path / "results" / name)[1] == result
+
+
+@pytest.mark.slow
+def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
+    channels = ("--channels", "8", "16", "16", "16")
+    result = results_of(tmp_path, "resnet18", *channels, "--rounds=2")["resnet18-cpu.json"]
+    ours, theirs, less = result["final"], result["resnet18"], result["final_has_less_by"]
+    assert ours["num_params"] == 5266
+    assert theirs["num_params"] > 20_000
+    for name in ("num_params", "train_flops_per_image"):
+        assert less[name] == 1 - ours[name] / theirs[name]
+    by_round = "seconds_per_epoch_by_round"
+    assert less[by_round] == [1 - our / their for our, their in zip(ours[by_round], theirs[by_round], strict=True)]
+    assert less["seconds_per_epoch"] == sum(less[by_round]) / 2
+    for name in ("final", "resnet18"):
+        (case,) = result["benchmarks"][name]["cases"]
+        seconds = case["dataset"]["splits"]["train"] / case["figures"]["end_to_end"]["median"]
+        assert result[name][by_round][1] == seconds
+        assert result[name]["seconds_per_epoch"] == pytest.approx(sum(result[name][by_round]) / 2)
+    assert claims.table([], result)[-1].basis.endswith("2 rounds")
