@@ -58,14 +58,14 @@ def main(config: ConfigDict) -> None:
     if DISTRIBUTED.value:
         processes.join()
     try:
-        with processes.all_end_with_this():
+        with processes.abort_all_on_error():
             if MODE.value == "eval":
                 from resnet_jax.reporting import evaluation  # only here, for Matplotlib takes a second
 
                 evaluation.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
             else:
                 train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
-    except preemption.Interrupted as stop:
+    except preemption.TrainingInterrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
 

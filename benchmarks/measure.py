@@ -130,11 +130,11 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
         request = preemption.StopRequest()
         with (
             tempfile.TemporaryDirectory() as scratch,
-            workdir.opened(directory := Path(scratch), config) as check_held,
+            workdir.open_workdir(directory := Path(scratch), config) as check_lock,
             closing(Checkpoints(directory / "checkpoints", {})) as checkpoints,
             closing(
                 _MeasuredRun(
-                    seconds, config, directory, run_start, time.monotonic(), request, check_held, checkpoints, {}
+                    seconds, config, directory, run_start, time.monotonic(), request, check_lock, checkpoints, {}
                 )
             ) as run,
         ):

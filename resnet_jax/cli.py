@@ -14,7 +14,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_jax.config import ALL_FIELDS, Field, check_name, validate
-from resnet_jax.errors import UserError, exit_on_user_error, hide_closed_loops, is_out_of_memory, leave, report
+from resnet_jax.errors import (
+    UserError,
+    exit_immediately,
+    exit_on_user_error,
+    hide_closed_loops,
+    is_out_of_memory,
+    report,
+)
 
 with exit_on_user_error():
     try:
@@ -40,10 +47,10 @@ def run(main: Callable[[ConfigDict], None], extra_fields: Mapping[str, Field] = 
             sys.exit(128 + signal.SIGINT)  # outside the training loop there is nothing to save
         except UserError as error:
             report(error)
-            leave(2)
+            exit_immediately(2)
         except OSError as error:  # the machine's: a full disk under the standard output, say
             report(f"{error}: mend that, and start the same command again")
-            leave(2)
+            exit_immediately(2)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -51,7 +58,7 @@ def run(main: Callable[[ConfigDict], None], extra_fields: Mapping[str, Field] = 
                 f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or make the model "
                 "smaller"
             )
-            leave(2)
+            exit_immediately(2)
 
     sys.unraisablehook = hide_closed_loops
     app.run(guarded, flags_parser=partial(_parse_flags, extra_fields=extra_fields))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from resnet_jax.errors import exit_on_user_error, hide_closed_loops, leave, report
+from resnet_jax.errors import exit_immediately, exit_on_user_error, hide_closed_loops, report
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -38,5 +38,5 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
             main()
             sys.stdout.flush()
     except SystemExit as stop:
-        leave(stop.code if isinstance(stop.code, int) else 0)
-    leave(0)
+        exit_immediately(stop.code if isinstance(stop.code, int) else 0)
+    exit_immediately(0)

@@ -129,7 +129,7 @@ ALL_FIELDS = FIELDS | {
 }
 
 # Fields that say where, how often, how fast or how far, and leave the steps as they are: a resumed run may change them.
-NEUTRAL_FIELDS = frozenset(
+RESUMABLE_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
         *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
@@ -259,7 +259,7 @@ def _tuples(value: Any) -> Any:
 
 def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config as JSON holds it that decide the result, flat: all but the neutral ones."""
-    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in NEUTRAL_FIELDS}
+    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
 
 
 def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from resnet_jax.setup import Setup
 from resnet_jax.train_state import TrainState
 
 
-def describe(config: ConfigDict, start: Setup, state: TrainState) -> dict[str, Any]:
+def diagnose_step(config: ConfigDict, start: Setup, state: TrainState) -> dict[str, Any]:
     """Describe the step that comes after a state: its examples, loss and gradient, and the norms layer by layer.
 
     The state and the config decide all of it, so a run started again from this state comes to the same step.

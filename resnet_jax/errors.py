@@ -12,7 +12,7 @@ class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says what to change."""
 
 
-class Diverged(UserError):
+class TrainingDiverged(UserError):
     """A step of training whose loss or gradient is not to be gone on with."""
 
 
@@ -26,7 +26,7 @@ def report(error: object) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def leave(exit_code: int) -> NoReturn:
+def exit_immediately(exit_code: int) -> NoReturn:
     """End this process at once.
 
     The usual way out waits for threads and processes that a failure has left waiting themselves: those of a save for ten

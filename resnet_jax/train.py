@@ -17,7 +17,7 @@ from resnet_jax import diagnose, optim, steps, train_state
 from resnet_jax.data import datasets, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.data.feed import make_feed
-from resnet_jax.errors import Diverged, UserError, leave
+from resnet_jax.errors import TrainingDiverged, UserError, exit_immediately
 from resnet_jax.evaluate import evaluate
 from resnet_jax.runs import environment, files, preemption, processes, profiling, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
@@ -52,9 +52,9 @@ def train(
         What `result.json` holds.
 
     Raises:
-        Diverged: where a step cannot be taken.
+        TrainingDiverged: where a step cannot be taken.
         UserError: where the config, the data or the folder does not allow the run.
-        preemption.Interrupted: after a signal or `max_seconds`, with the state saved.
+        preemption.TrainingInterrupted: after a signal or `max_seconds`, with the state saved.
     """
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
@@ -72,15 +72,17 @@ def train(
             print(f"{directory} is complete: {summary}")
         return result
     stop_request = stop_request or preemption.StopRequest(None if max_seconds is None else started + max_seconds)
-    with stop_request.noted():
+    with stop_request.capture_signals():
         start = setup(config)
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         if profile:
             profile.check(0, start.total_steps)
         if code := stop_request.exit_code():
-            raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} before the first step")
-        with workdir.opened(directory, config, 4 * train_state.num_bytes(start.state)) as check_held:  # 3 kept, 1 new
+            raise preemption.TrainingInterrupted(code, f"stopped by {preemption.reason(code)} before the first step")
+        with workdir.open_workdir(
+            directory, config, 4 * train_state.num_bytes(start.state)
+        ) as check_lock:  # 3 kept, 1 new
             accuracies = workdir.validation_accuracies(directory)
             with (
                 closing(Checkpoints(directory / "checkpoints", accuracies)) as checkpoints,
@@ -91,14 +93,14 @@ def train(
                         start,
                         started,
                         stop_request,
-                        check_held,
+                        check_lock,
                         checkpoints,
                         accuracies,
                         profile,
                         on_validation,
                     )
                 ) as run,
-                processes.all_end_with_this(),  # before anything is closed, for closing waits for the others
+                processes.abort_all_on_error(),  # before anything is closed, for closing waits for the others
             ):
                 run.loop()
                 return run.finish(test)
@@ -122,7 +124,7 @@ class Run:
         start: what it starts from.
         started: the `time.monotonic()` from which this session's seconds count.
         stop_request: asked after each step and each batch of evaluation.
-        check_held: from `workdir.opened`.
+        check_lock: from `workdir.open_workdir`.
         checkpoints: of the run; the newest is restored.
         accuracies: step -> validation accuracy, shared with `checkpoints`; validations to come are added.
         profile: of some of the steps to come.
@@ -136,14 +138,14 @@ class Run:
         start: Setup,
         started: float,
         stop_request: preemption.StopRequest,
-        check_held: Callable[[], None],
+        check_lock: Callable[[], None],
         checkpoints: Checkpoints,
         accuracies: dict[int, float],
         profile: profiling.Profile | None = None,
         on_validation: Callable[[int, float], None] | None = None,
     ) -> None:
         self.config, self.directory, self.start, self.started = config, directory, start, started
-        self.stop_request, self.check_held = stop_request, check_held
+        self.stop_request, self.check_lock = stop_request, check_lock
         self.checkpoints, self.accuracies, self.profile = checkpoints, accuracies, profile
         self.on_validation = on_validation
         self.state = start.state
@@ -243,7 +245,7 @@ class Run:
     def stop(self, exit_code: int, step: int) -> NoReturn:
         """End this session, once all that it saved is written."""
         self.checkpoints.wait()
-        raise preemption.Interrupted(
+        raise preemption.TrainingInterrupted(
             exit_code,
             f"stopped by {preemption.reason(exit_code)} at step {step} of {self.start.total_steps}, saved in "
             f"{self.directory}: the same command goes on",
@@ -255,7 +257,7 @@ class Run:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row of `metrics.jsonl`."""
-        self.check_held()
+        self.check_lock()
         self.log.write(row)
 
     def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
@@ -290,13 +292,13 @@ class Run:
         if step - 1 > (self.checkpoints.latest or 0):
             self.save()
         self.checkpoints.wait()
-        report = diagnose.describe(self.config, self.start, self.state)
+        report = diagnose.diagnose_step(self.config, self.start, self.state)
         path = self.directory / "failed_step.json"
         if jax.process_index() == 0:
-            self.check_held()
+            self.check_lock()
             files.write_json(path, report)
         limit = self.config.abort_grad_norm
-        raise Diverged(
+        raise TrainingDiverged(
             f"step {step} has loss {report['loss']} and gradient norm {report['grad_norm']}"
             + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
             + f", see {path}; "
@@ -331,17 +333,17 @@ class Run:
         def end_at_once(exit_code: int) -> None:
             try:
                 self.stop(exit_code, step)
-            except (preemption.Interrupted, UserError) as stop:
+            except (preemption.TrainingInterrupted, UserError) as stop:
                 print(stop, file=sys.stderr)
-                leave(exit_code)
+                exit_immediately(exit_code)
 
         batch_size, mesh = self.config.eval_batch_size, self.start.mesh
-        with self.stop_request.heeded_within(_GRACE_SECONDS, end_at_once):
+        with self.stop_request.exit_within(_GRACE_SECONDS, end_at_once):
             return evaluate(self.eval_step, state, split, batch_size, mesh, before_batch=stop_if_asked)
 
     def save(self) -> None:
         """Start saving the state."""
-        self.check_held()
+        self.check_lock()
         self.checkpoints.save(self.state, make_meta(self.config, self.start.dataset, self.seconds()))
 
     def finish(self, test: bool = True) -> dict[str, Any]:
@@ -372,7 +374,7 @@ class Run:
             "environment": environment.collect(),
         }
         if jax.process_index() == 0:
-            self.check_held()
+            self.check_lock()
             files.write_json(self.directory / "result.json", result)
             self.progress.note(f"{self.directory} is complete: {_summary(result)}")
         return result

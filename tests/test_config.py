@@ -14,8 +14,8 @@ from resnet_jax.config import (
     ALL_FIELDS,
     FIELDS,
     LATER_FIELDS,
-    NEUTRAL_FIELDS,
     OPTIMIZER_FIELDS,
+    RESUMABLE_FIELDS,
     SCHEDULE_FIELDS,
 )
 from resnet_jax.errors import UserError
@@ -287,7 +287,7 @@ def test_a_config_older_than_a_field_is_one_that_does_what_was_done_before(name)
 def test_a_changed_field_is_a_difference_unless_it_is_neutral(name):
     config = with_value(name, "something else")
     stored = config_lib.to_json(with_value(name, "as it was"))
-    expected = [] if name in NEUTRAL_FIELDS else [f"{name}: 'as it was' -> 'something else'"]
+    expected = [] if name in RESUMABLE_FIELDS else [f"{name}: 'as it was' -> 'something else'"]
     assert config_lib.differences(config, stored) == expected
 
 
@@ -307,7 +307,7 @@ def test_differences_name_old_and_new_and_fields_that_only_one_has():
 
 
 def test_fields_that_leave_the_result_are_known_fields():
-    assert set(FIELDS | SEARCH_FIELDS) >= NEUTRAL_FIELDS
+    assert set(FIELDS | SEARCH_FIELDS) >= RESUMABLE_FIELDS
 
 
 def test_checking_a_config_imports_neither_jax_nor_tensorflow():

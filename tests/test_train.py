@@ -128,7 +128,9 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
     for step, signum in ((13, signal.SIGTERM), (22, signal.SIGUSR1), (30, signal.SIGINT)):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda signum=signum: os.kill(os.getpid(), signum))
-            with pytest.raises(preemption.Interrupted, match=f"at step {of_call.get(step, step)} of 41") as stop:
+            with pytest.raises(
+                preemption.TrainingInterrupted, match=f"at step {of_call.get(step, step)} of 41"
+            ) as stop:
                 train.train(config, tmp_path / "parts")
         assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
@@ -159,7 +161,7 @@ def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_pa
         end = die if signum is None else lambda: os.kill(os.getpid(), signum)
         with monkeypatch.context() as patch:
             at_evaluation_after(patch, step, end)
-            with pytest.raises(Died if signum is None else preemption.Interrupted):
+            with pytest.raises(Died if signum is None else preemption.TrainingInterrupted):
                 train.train(tiny_config, tmp_path / "parts")
         assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
         assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
@@ -177,7 +179,7 @@ def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_end
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "validate", lambda *_: None)
         at_evaluation_after(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(preemption.Interrupted, match="at step 41 of 41"):
+        with pytest.raises(preemption.TrainingInterrupted, match="at step 41 of 41"):
             train.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
     assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
@@ -194,7 +196,7 @@ def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
 def test_another_config_is_refused_and_neutral_fields_are_not(tmp_path, tiny_config, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(preemption.Interrupted):
+        with pytest.raises(preemption.TrainingInterrupted):
             train.train(tiny_config, tmp_path)
     tiny_config.seed = 1
     with pytest.raises(UserError, match="seed: 0 -> 1"):
@@ -215,7 +217,7 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
     np.savez(tmp_path / "data.npz", **arrays)
     tiny_config.data.name = f"npz:{tmp_path / 'data.npz'}"
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(preemption.Interrupted):
+    with pytest.raises(preemption.TrainingInterrupted):
         train.train(tiny_config, tmp_path / "run")
     arrays["train_images"] = np.roll(arrays["train_images"], 1, axis=1)
     np.savez(tmp_path / "data.npz", **arrays)
@@ -262,7 +264,7 @@ def test_a_resumed_run_may_switch_its_pipeline(tmp_path, tiny_config, rows_of_si
         tiny_config.pipeline = pipeline
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            with pytest.raises(preemption.Interrupted):
+            with pytest.raises(preemption.TrainingInterrupted):
                 train.train(tiny_config, tmp_path)
     tiny_config.pipeline = "tf_data"
     train.train(tiny_config, tmp_path)
@@ -400,7 +402,7 @@ def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_p
         return setup(config)
 
     monkeypatch.setattr(train, "setup", interrupted_setup)
-    with pytest.raises(preemption.Interrupted, match="stopped by SIGINT before the first step") as stop:
+    with pytest.raises(preemption.TrainingInterrupted, match="stopped by SIGINT before the first step") as stop:
         train.train(tiny_config, tmp_path / "run")
     assert stop.value.exit_code == 130
     assert not (tmp_path / "run").exists()
@@ -451,7 +453,9 @@ def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tm
 def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, tiny_config):
     whole = train.train(tiny_config, tmp_path / "whole")
     for step in (1, 2, 3):
-        with pytest.raises(preemption.Interrupted, match=f"stopped by its time limit at step {step} of 41") as stop:
+        with pytest.raises(
+            preemption.TrainingInterrupted, match=f"stopped by its time limit at step {step} of 41"
+        ) as stop:
             train.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
         assert stop.value.exit_code == 124
     assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
@@ -464,7 +468,7 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     whole = train.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(preemption.Interrupted):
+        with pytest.raises(preemption.TrainingInterrupted):
             train.train(tiny_config, tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "17" / "meta" / "metadata").unlink()
     parts = train.train(tiny_config, tmp_path / "parts")
@@ -479,7 +483,7 @@ def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, tiny_config
     whole = train.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(preemption.Interrupted):
+        with pytest.raises(preemption.TrainingInterrupted):
             train.train(tiny_config, directory)
     forget_later_fields(directory)
     assert train.train(tiny_config, directory)["state_digest"] == whole["state_digest"]
@@ -499,7 +503,7 @@ def forget_later_fields(directory):
 
 def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, tiny_config, monkeypatch):
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(preemption.Interrupted):
+    with pytest.raises(preemption.TrainingInterrupted):
         train.train(tiny_config, tmp_path / "run")
     tiny_config.seed = 1
     (tmp_path / "run" / "config.json").write_text(json.dumps(config_lib.to_json(tiny_config)))

@@ -29,7 +29,7 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.Draws` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
+        draws: the fields of `sampling.AugmentParams` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
         config: `config.augment`; static.
 
     Returns:

@@ -25,7 +25,7 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.Draws` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
+        draws: the fields of `sampling.AugmentParams` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
         config: `config.augment`.
 
     Returns:

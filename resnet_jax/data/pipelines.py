@@ -43,7 +43,7 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.Draws`, each [count, B, ...], and where the config has a
+        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], and where the config has a
         policy its "operations", int32 [count, B, 2, 8]} with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
@@ -51,7 +51,7 @@ def train_draws(
     where = (config.seed, start_step * batch_size, (start_step + count) * batch_size, num_examples)
     first, last = process_slice(batch_size, process_index, process_count)
 
-    draws = sampling.draws(*where, config.augment, (height, width))._asdict()
+    draws = sampling.augment_params(*where, config.augment, (height, width))._asdict()
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
         draws["operations"] = auto_augment.operations(*where, (height, width))

@@ -23,7 +23,7 @@ JITTER_BITS = 12  # factors are multiples of 1/4096, so that they are whole numb
 JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
 
 
-class Draws(NamedTuple):
+class AugmentParams(NamedTuple):
     """What augments B examples.
 
     Attributes:
@@ -41,7 +41,7 @@ class Draws(NamedTuple):
     rotation: np.ndarray
 
 
-def _bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndarray:
+def random_bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndarray:
     """`count` words of 64 raw bits from word `start`, a multiple of 4, of one epoch of a stream."""
     counter = np.array([start // 4, 0, epoch, 0], np.uint64)
     key = np.array([seed, STREAMS[stream]], np.uint64)
@@ -61,7 +61,7 @@ def below(bits: np.ndarray, n: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, num_examples: int, stream: str = "order") -> np.ndarray:
     """The order in which an epoch visits its examples: int64 [num_examples], read-only."""
-    order = np.argsort(_bits(seed, stream, epoch, 0, num_examples), kind="stable")
+    order = np.argsort(random_bits(seed, stream, epoch, 0, num_examples), kind="stable")
     order.flags.writeable = False
     return order
 
@@ -86,15 +86,15 @@ def indices(seed: int, start: int, stop: int, num_examples: int) -> np.ndarray:
 def words(seed: int, stream: str, start: int, stop: int, num_examples: int) -> np.ndarray:
     """Raw bits for global positions [start, stop): uint64 [stop - start, 8]."""
     pieces = [
-        _bits(seed, stream, epoch, first * _WORDS, (last - first) * _WORDS)
+        random_bits(seed, stream, epoch, first * _WORDS, (last - first) * _WORDS)
         for epoch, first, last in _by_epoch(start, stop, num_examples)
     ]
     return np.concatenate(pieces).reshape(-1, _WORDS)
 
 
-def draws(
+def augment_params(
     seed: int, start: int, stop: int, num_examples: int, augment: ConfigDict, image_shape: tuple[int, int]
-) -> Draws:
+) -> AugmentParams:
     """The augmentation of global positions [start, stop).
 
     Args:
@@ -109,7 +109,7 @@ def draws(
     strength = np.array([augment.brightness, augment.contrast, augment.saturation])
     factors = 1.0 + strength * (2.0 * uniform(bits[:, 3:6]) - 1.0)
     degrees = augment.rotation_degrees * (2.0 * uniform(bits[:, 7]) - 1.0)
-    return Draws(
+    return AugmentParams(
         flip=uniform(bits[:, 0]) < augment.flip_probability,
         crop=below(bits[:, 1:3], 2 * augment.crop_padding + 1),
         jitter=(np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32),

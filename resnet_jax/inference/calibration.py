@@ -24,7 +24,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     return -float(log_probabilities[np.arange(len(labels)), labels].mean())
 
 
-def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def calibration_report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The calibration of a network on a split, by the probability of its prediction, in 15 bins of equal width.
 
     Args:

@@ -231,7 +231,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         raise UserError(f"{path} does not fit config.model: {error}") from error
     state = start.state.replace(**variables)
     workdir.check(directory, config)
-    with files.atomic_directory(directory) as scratch, workdir.opened(scratch, config):
+    with files.atomic_directory(directory) as scratch, workdir.open_workdir(scratch, config):
         files.write_json(scratch / workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
         with closing(Checkpoints(scratch / "checkpoints", {})) as checkpoints:
             checkpoints.save(state, make_meta(config, start.dataset, seconds=0.0))

@@ -73,14 +73,14 @@ def _describe(
         "accuracy": result["accuracy"],
         "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
         "confusion": result["confusion"].tolist(),
-        "calibration": calibration.describe(result["logits"], labels),
+        "calibration": calibration.calibration_report(result["logits"], labels),
     }
     if temperature is not None:
         logits = result["logits"] / temperature
         described["calibrated"] = {
             "temperature": temperature,
             "loss": calibration.negative_log_likelihood(logits, labels),
-            "calibration": calibration.describe(logits, labels),
+            "calibration": calibration.calibration_report(logits, labels),
         }
     return described
 

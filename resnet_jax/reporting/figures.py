@@ -254,7 +254,7 @@ def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_reliability(curves: Mapping[str, dict[str, Any]]) -> Figure:
-    """Accuracy by confidence, a curve for each of what `calibration.describe` gives, by name; a calibrated network's is the diagonal."""
+    """Accuracy by confidence, a curve for each of what `calibration.calibration_report` gives, by name; a calibrated network's is the diagonal."""
     figure, axes = new_axes("Reliability on the test split")
     axes.plot([0, 1], [0, 1], ":", color=COLOURS[7])
     for (name, found), colour in zip(curves.items(), COLOURS, strict=False):

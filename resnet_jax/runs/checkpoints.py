@@ -22,7 +22,7 @@ from resnet_jax.runs import processes
 from resnet_jax.train_state import TrainState
 
 
-class Damaged(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that cannot be read, or does not hold what was saved.
 
     Attributes:
@@ -81,7 +81,7 @@ class Checkpoints:
 
     @contextmanager
     def _readable(self, step: int | None = None) -> Iterator[None]:
-        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `Damaged`."""
+        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `CorruptCheckpointError`."""
         try:
             yield
         except UserError:
@@ -90,7 +90,7 @@ class Checkpoints:
             if processes.is_lost_peer(error):
                 raise
             what = self._directory if step is None else self._directory / str(step)
-            raise Damaged(f"{what} is damaged ({_reason(error)})") from error
+            raise CorruptCheckpointError(f"{what} is damaged ({_reason(error)})") from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class Checkpoints:
         """The `meta` that a checkpoint was saved with.
 
         Raises:
-            Damaged: where it cannot be read.
+            CorruptCheckpointError: where it cannot be read.
         """
         with self._readable(step):
             meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
@@ -181,7 +181,7 @@ class Checkpoints:
             The state, and the `meta` it was saved with.
 
         Raises:
-            Damaged: where it cannot be read, or its state has not the digest it was saved with.
+            CorruptCheckpointError: where it cannot be read, or its state has not the digest it was saved with.
         """
         meta = self.meta(step)
         with self._readable(step):
@@ -207,13 +207,13 @@ class Checkpoints:
             As `restore`, or None where there is no checkpoint at all.
 
         Raises:
-            Damaged: where there are checkpoints and none is whole; all are left as they are.
+            CorruptCheckpointError: where there are checkpoints and none is whole; all are left as they are.
         """
-        damaged: dict[int, Damaged] = {}
+        damaged: dict[int, CorruptCheckpointError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self.restore(step, like, check)
-            except Damaged as error:
+            except CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
             if damaged:
@@ -222,10 +222,10 @@ class Checkpoints:
             return found
         if damaged:
             newest = next(iter(damaged.values()))
-            raise Damaged(f"no checkpoint of {self._directory} is whole; the newest: {newest.finding}")
+            raise CorruptCheckpointError(f"no checkpoint of {self._directory} is whole; the newest: {newest.finding}")
         return None
 
-    def _set_aside(self, damaged: dict[int, Damaged]) -> None:
+    def _set_aside(self, damaged: dict[int, CorruptCheckpointError]) -> None:
         """Move steps aside, each with the reason that is printed; process 0 does, and all wait for it."""
         if jax.process_index() == 0:
             for step, why in damaged.items():

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
 
 
-class Interrupted(Exception):
+class TrainingInterrupted(Exception):
     """The run was asked to stop; its state is saved.
 
     Attributes:
@@ -52,7 +52,7 @@ class StopRequest:
         self._clock_runs = True
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def capture_signals(self) -> Iterator[None]:
         """Note the first signal that arrives in this block; a second one acts at once."""
         previous = {s: signal.getsignal(s) for s in SIGNALS}
         if previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
@@ -72,7 +72,7 @@ class StopRequest:
                 signal.signal(s, handler)
 
     @contextmanager
-    def heeded_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
+    def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
         """See to it that a signal is heeded in this block, though its thread be inside XLA for minutes.
 
         Args:

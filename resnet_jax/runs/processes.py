@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from resnet_jax.errors import UserError, leave, report
-from resnet_jax.runs.preemption import Interrupted
+from resnet_jax.errors import UserError, exit_immediately, report
+from resnet_jax.runs.preemption import TrainingInterrupted
 
 _LOST_AFTER_SECONDS = 30  # without a sign of life of another process
 
@@ -55,14 +55,14 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 @contextmanager
-def all_end_with_this() -> Iterator[None]:
+def abort_all_on_error() -> Iterator[None]:
     """In a run of several processes, end this one at once where the block fails, so that the others end too.
 
     The usual way out would wait for them, and they for this one. A process alone is left to it.
     """
     try:
         yield
-    except Interrupted:
+    except TrainingInterrupted:
         raise  # which all raise
     except Exception as error:
         if not jax.distributed.is_initialized():
@@ -77,4 +77,4 @@ def all_end_with_this() -> Iterator[None]:
             )
         else:
             traceback.print_exc()
-        leave(2 if isinstance(error, UserError) else 1)
+        exit_immediately(2 if isinstance(error, UserError) else 1)

@@ -56,7 +56,7 @@ def refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) ->
 
 
 @contextmanager
-def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterator[Callable[[], None]]:
+def open_workdir(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterator[Callable[[], None]]:
     """Make the folder of a run, lock it, and note the config and the environment of this session.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
@@ -102,7 +102,7 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
         files.write_json(directory / "config.json", config_lib.to_json(config))
         files.write_json(directory / "environment.json", environment.collect())
 
-        def check_held() -> None:
+        def check_lock() -> None:
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise UserError(f"{directory} was deleted or replaced under way: start the run again")
 
@@ -112,7 +112,7 @@ def opened(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterat
             lock.flush()
             os.fsync(lock.fileno())
             _from_the_first(token)
-        yield check_held
+        yield check_lock
 
 
 def _from_the_first(token: str) -> str:

@@ -47,22 +47,22 @@ def main(config: ConfigDict) -> None:
     where = STORAGE.value or str(default_storage(root))
 
     from resnet_jax.search import (  # only now that the config is checked, for importing takes seconds
-        fleet,
+        local_workers,
         space,
         studies,
     )
 
     space.check(config)
     if not DRY_RUN.value:
-        gpus = fleet.local_gpus() if WORKERS.value != 1 else []
+        gpus = local_workers.local_gpus() if WORKERS.value != 1 else []
         count = WORKERS.value or max(1, len(gpus))
-        fleet.check(count, gpus)
+        local_workers.check(count, gpus)
         check_folder(root)
         if count > 1:
             with studies.opened(where, create=True):
                 pass  # so that what is wrong with it is told once
             command = [sys.executable, "-m", "resnet_jax.search", *sys.argv[1:], "--workers=1"]
-            sys.exit(fleet.run(command, count, gpus))
+            sys.exit(local_workers.run(command, count, gpus))
 
     from resnet_jax.runs import preemption
     from resnet_jax.search import worker
@@ -74,7 +74,7 @@ def main(config: ConfigDict) -> None:
     with studies.opened(where, create=True) as storage:
         try:
             worker.Worker(config, name, storage, root).run(STAGES if STAGE.value == "all" else (STAGE.value,))
-        except preemption.Interrupted as stop:
+        except preemption.TrainingInterrupted as stop:
             print(f"{stop}; the same command goes on with the search", file=sys.stderr)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from resnet_jax import config as config_lib
 from resnet_jax import train
 from resnet_jax.data import datasets
-from resnet_jax.errors import Diverged, UserError, is_out_of_memory
+from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
 from resnet_jax.runs import environment, preemption, workdir
 from resnet_jax.search import check_folder, cost, space, stages, studies
 from resnet_jax.search.locks import lock
@@ -101,9 +101,9 @@ class Worker:
         """Take part in stages, one after the other, until each is done.
 
         Raises:
-            preemption.Interrupted: after a signal, with the trial under way saved.
+            preemption.TrainingInterrupted: after a signal, with the trial under way saved.
         """
-        with self.stop_request.noted():
+        with self.stop_request.capture_signals():
             for stage in names:
                 self.take_part(stage)
 
@@ -114,7 +114,7 @@ class Worker:
             study = self.study(stage, token)
         while True:
             if code := self.stop_request.exit_code():
-                raise preemption.Interrupted(code, f"stopped by {preemption.reason(code)} between trials")
+                raise preemption.TrainingInterrupted(code, f"stopped by {preemption.reason(code)} between trials")
             with self.claiming():
                 claim = self.adopt(study, stage) or self.ask(study, stage)
                 running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -282,7 +282,7 @@ class Worker:
             )
         except _Pruned:
             return Early("pruned", f"behind after {rung} of its validations")
-        except Diverged as error:
+        except TrainingDiverged as error:
             return Early("diverged", str(error))
         except Exception as error:
             if not is_out_of_memory(error):

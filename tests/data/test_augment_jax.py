@@ -25,7 +25,7 @@ def some_images(shape, count=B):
 
 
 def draws_for(config, shape, start=0):
-    return sampling.draws(0, start, start + B, 1000, config.augment, shape)
+    return sampling.augment_params(0, start, start + B, 1000, config.augment, shape)
 
 
 def assert_same(ours, theirs):

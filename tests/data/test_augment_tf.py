@@ -22,7 +22,7 @@ def images():
 
 @pytest.fixture
 def draws(final_config):
-    return sampling.draws(0, 0, B, B, final_config.augment, (32, 32))
+    return sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
 
 
 def each(images, transform):
@@ -93,10 +93,10 @@ def test_all_together_equal_pillow_in_the_reports_order(images, draws, final_con
 @pytest.mark.parametrize("off", ["flip_probability", "crop_padding", "jitter", "rotation_degrees"])
 def test_each_augmentation_can_be_switched_off(images, final_config, off):
     augment = final_config.augment
-    everything = sampling.draws(0, 0, B, B, augment, (32, 32))
+    everything = sampling.augment_params(0, 0, B, B, augment, (32, 32))
     for name in ("brightness", "contrast", "saturation") if off == "jitter" else (off,):
         augment[name] = type(augment[name])()
-    draws = sampling.draws(0, 0, B, B, augment, (32, 32))
+    draws = sampling.augment_params(0, 0, B, B, augment, (32, 32))
     ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws._asdict(), augment)
     step = images
     if off == "flip_probability":
@@ -115,7 +115,7 @@ def test_each_augmentation_can_be_switched_off(images, final_config, off):
 def test_everything_off_gives_the_images(images, final_config):
     for name in final_config.augment:
         final_config.augment[name] = type(final_config.augment[name])()
-    draws = sampling.draws(0, 0, B, B, final_config.augment, (32, 32))
+    draws = sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
     indices = np.arange(B)[::-1].copy()
     ours = augment_tf.augment(tf.constant(images), tf.constant(indices), draws._asdict(), final_config.augment)
     assert np.array_equal(ours, images[indices])

@@ -27,7 +27,7 @@ def augment(final_config):
 
 
 def draws(augment, start, stop, seed=0, num_examples=N):
-    return sampling.draws(seed, start, stop, num_examples, augment, (32, 32))
+    return sampling.augment_params(seed, start, stop, num_examples, augment, (32, 32))
 
 
 def degrees(rotation):
@@ -72,7 +72,7 @@ def test_successive_epochs_and_seeds_are_uncorrelated():
 def test_draws_are_a_function_of_position_alone(augment):
     whole = draws(augment, 0, 2500)
     parts = [draws(augment, a, b) for a, b in ((0, 1), (1, 700), (700, 1300), (1300, 2500))]
-    for name in sampling.Draws._fields:
+    for name in sampling.AugmentParams._fields:
         assert np.array_equal(getattr(whole, name), np.concatenate([getattr(p, name) for p in parts])), name
 
 
@@ -138,7 +138,7 @@ def test_any_step_costs_one_epochs_permutation(augment):
         sampling.permutation.cache_clear()
         start = time.perf_counter()
         sampling.indices(0, step * batch, (step + 1) * batch, n)
-        sampling.draws(0, step * batch, (step + 1) * batch, n, augment, (32, 32))
+        sampling.augment_params(0, step * batch, (step + 1) * batch, n, augment, (32, 32))
         return time.perf_counter() - start
 
     early, late = (min(cost(step) for _ in range(5)) for step in (10, 10_000_000))

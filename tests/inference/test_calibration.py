@@ -23,7 +23,7 @@ def sampled(temperature, count=20_000):
 
 def test_the_expected_calibration_error_by_hand():
     logits = logits_of([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.35, 0.65]])
-    found = calibration.describe(logits, np.array([0, 0, 0, 1, 1]))
+    found = calibration.calibration_report(logits, np.array([0, 0, 0, 1, 1]))
     assert found["expected_calibration_error"] == pytest.approx((4 * abs(0.75 - 0.9) + abs(1 - 0.65)) / 5, abs=1e-6)
     assert [(b["count"], b["accuracy"]) for b in found["bins"]] == [(1, 1.0), (4, 0.75)]
     for b, confidence in zip(found["bins"], (0.65, 0.9), strict=True):
@@ -32,9 +32,12 @@ def test_the_expected_calibration_error_by_hand():
 
 
 def test_certainty_and_chance_are_in_the_last_and_in_some_bin():
-    found = calibration.describe(np.array([[99.0, -99.0], [-99.0, 99.0]], np.float32), np.array([0, 0]))
+    found = calibration.calibration_report(np.array([[99.0, -99.0], [-99.0, 99.0]], np.float32), np.array([0, 0]))
     assert found["bins"] == [{"low": 14 / 15, "high": 1.0, "count": 2, "confidence": 1.0, "accuracy": 0.5}]
-    assert sum(b["count"] for b in calibration.describe(np.zeros((7, 3), np.float32), np.zeros(7, int))["bins"]) == 7
+    assert (
+        sum(b["count"] for b in calibration.calibration_report(np.zeros((7, 3), np.float32), np.zeros(7, int))["bins"])
+        == 7
+    )
 
 
 def test_the_likelihood():
@@ -48,14 +51,14 @@ def test_the_temperature_that_was_put_in_is_found_and_calibrates(temperature):
     logits, labels = sampled(temperature)
     found = calibration.fit_temperature(logits, labels)
     assert found == pytest.approx(temperature, rel=0.03)  # of 20,000 samples
-    after = calibration.describe(logits / found, labels)["expected_calibration_error"]
+    after = calibration.calibration_report(logits / found, labels)["expected_calibration_error"]
     assert after < 0.012
     if temperature != 1:
-        assert calibration.describe(logits, labels)["expected_calibration_error"] > 4 * after
+        assert calibration.calibration_report(logits, labels)["expected_calibration_error"] > 4 * after
 
 
 def test_a_reliability_plot_has_a_curve_for_each():
-    found = calibration.describe(*sampled(2.0))
+    found = calibration.calibration_report(*sampled(2.0))
     figure = figures.draw_reliability({"one": found, "other": found})
     (axes,) = figure.axes
     assert len(axes.lines) == 3

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
-from resnet_jax.runs.checkpoints import Checkpoints, Damaged
+from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
 
 
 @pytest.fixture
@@ -157,7 +157,10 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, state, damage):
     save_all(tmp_path, state, [0.5]).close()
     damage(tmp_path / "1")
-    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints, pytest.raises(Damaged) as refusal:
+    with (
+        closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
+        pytest.raises(CorruptCheckpointError) as refusal,
+    ):
         checkpoints.restore(1, state, accept)
     assert str(refusal.value).startswith(f"{tmp_path / '1'} is damaged")
     assert "\n" not in str(refusal.value)
@@ -196,7 +199,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
         try:
             with closing(Checkpoints(copy, {}, read_only=True)) as checkpoints:
                 restored, _ = checkpoints.restore(1, state, accept)
-        except Damaged:
+        except CorruptCheckpointError:
             continue
         assert train_state.digest(restored) == expected, file
 
@@ -207,7 +210,7 @@ def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noti
         save_all(tmp_path, state, [0.5]).close()
     with (
         closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
-        pytest.raises(Damaged, match="its state is not the one that was saved"),
+        pytest.raises(CorruptCheckpointError, match="its state is not the one that was saved"),
     ):
         checkpoints.restore(1, state, accept)
 
@@ -239,7 +242,7 @@ def test_where_no_checkpoint_is_whole_all_stay(tmp_path, state):
         DAMAGE["no state"](directory / step)
     with (
         closing(Checkpoints(directory, {})) as checkpoints,
-        pytest.raises(Damaged, match=r"no checkpoint of .* is whole"),
+        pytest.raises(CorruptCheckpointError, match=r"no checkpoint of .* is whole"),
     ):
         checkpoints.restore_newest(state, accept)
     assert {"1", "2"} <= {p.name for p in directory.iterdir()}
@@ -258,5 +261,5 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(tmp_pa
         pytest.raises(UserError, match="of another run") as refusal,
     ):
         checkpoints.restore_newest(state, refuse)
-    assert not isinstance(refusal.value, Damaged)
+    assert not isinstance(refusal.value, CorruptCheckpointError)
     assert not (tmp_path / "damaged").exists()

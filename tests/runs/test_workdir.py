@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tiny_config):
     workdir.check(tmp_path, tiny_config)
     assert list(tmp_path.iterdir()) == []
-    with workdir.opened(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config):
         pass
     tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
     workdir.check(tmp_path, tiny_config)
@@ -110,25 +110,25 @@ def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_co
         "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)\n"
         "sys.stdin.read()"
     )
-    with workdir.opened(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config):
         pass
     command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match="another process is training in it"):
-            workdir.opened(tmp_path, tiny_config).__enter__()
+            workdir.open_workdir(tmp_path, tiny_config).__enter__()
         other.kill()
-    with workdir.opened(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config):
         pass
 
 
 def test_the_disk_must_have_room_for_what_the_checkpoints_do_not_take_yet(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30_000_000))
     with pytest.raises(UserError, match=r"has 30\.0 MB free, and the run's checkpoints take 40\.0 MB more"):
-        workdir.opened(tmp_path, tiny_config, 40_000_000).__enter__()
+        workdir.open_workdir(tmp_path, tiny_config, 40_000_000).__enter__()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "data").write_bytes(bytes(11_000_000))
-    with workdir.opened(tmp_path, tiny_config, 40_000_000):
+    with workdir.open_workdir(tmp_path, tiny_config, 40_000_000):
         pass
 
 

@@ -309,7 +309,7 @@ def test_a_signal_in_a_trial_that_ends_by_itself_ends_the_worker(run):
         signal.raise_signal(signal.SIGTERM)  # which `train` notes, and is done before it looks
         return [0.1, 0.2, 0.3]
 
-    with pytest.raises(preemption.Interrupted, match="stopped by SIGTERM between trials") as stop:
+    with pytest.raises(preemption.TrainingInterrupted, match="stopped by SIGTERM between trials") as stop:
         run(accuracies, "grid")
     assert stop.value.exit_code == 128 + signal.SIGTERM
     assert len(run.pretended.configs) == 1
@@ -339,7 +339,7 @@ def test_confirmation_prunes_nothing(run, config):
 
 
 def test_a_trial_that_diverges_or_has_no_memory_is_told_so_and_the_search_goes_on(run):
-    failures = iter([errors.Diverged("step 3 has loss nan"), ValueError("RESOURCE_EXHAUSTED: 9 GB")])
+    failures = iter([errors.TrainingDiverged("step 3 has loss nan"), ValueError("RESOURCE_EXHAUSTED: 9 GB")])
     study = run(lambda c: next(failures, [0.5, 0.6, 0.7]), "grid")["grid"]
     assert [study.trials[i].user_attrs["diverged"] for i in states(study, "diverged")] == ["step 3 has loss nan"]
     assert [study.trials[i].user_attrs["out_of_memory"] for i in states(study, "out_of_memory")]
