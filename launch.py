@@ -64,7 +64,7 @@ def main(config: ConfigDict) -> None:
 
                 evaluation.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
             else:
-                train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
+                train.train(config, directory, STARTED, MAX_SECONDS.value, hooks=[profile] if profile else [])
     except preemption.TrainingInterrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -3,6 +3,7 @@
 The first four measure throughput, in images/s, and can be interleaved; the rest take seconds or bytes of single events.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -26,8 +27,10 @@ from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train, train_state
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.errors import UserError
+from resnet_jax.plan import Call
 from resnet_jax.runs import files, preemption, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
+from resnet_jax.runs.hooks import Hook
 from resnet_jax.setup import Setup
 
 ROOT = Path(__file__).parent.parent
@@ -92,56 +95,54 @@ class _Measured(Exception):
     """Ends a run that was measured for long enough.
 
     Attributes:
-        steps_per_second: of it.
+        steps_per_second: of the run.
     """
 
     def __init__(self, steps_per_second: float) -> None:
         self.steps_per_second = steps_per_second
 
 
-class _MeasuredRun(train.Run):
-    """A run without evaluations that is ended by `_Measured`, so many seconds after its first call."""
+class _Measure(Hook):
+    """Times a run from the end of its first call, and ends it with `_Measured` after at least so many seconds."""
 
-    def __init__(self, seconds: float, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.min_seconds, self.first_end = seconds, (0, 0.0)
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._first: tuple[int, float] | None = None
+        self.newest: Any = None  # the metrics of the newest call
 
-    def evaluates_after(self, step: int) -> bool:
-        """Never."""
-        return False
+    def after_dispatch(self, call: Call, metrics: Any) -> str:
+        """Keep what the end of the call can be waited for by."""
+        self.newest = metrics
+        return ""
 
-    def end_call(self, last_step: int, count: int, metrics: train_state.TrainMetrics) -> None:
-        """Read the clock where the steps of a call have ended."""
-        super().end_call(last_step, count, metrics)
+    def after_call(self, call: Call) -> None:
+        """Read the clock."""
         now = time.perf_counter()
-        first, began = self.first_end
-        if not first:
-            self.first_end = last_step, now
-        elif now - began >= self.min_seconds:
-            raise _Measured((last_step - first) / (now - began))
+        if self._first is None:
+            self._first = call.last, now
+        elif now - self._first[1] >= self._seconds:
+            raise _Measured((call.last - self._first[0]) / (now - self._first[1]))
 
 
 def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The loop of `launch.py` with all that it does for a step, from the end of its first call to that of its last."""
-    config = config_lib.replaced(config, {"checkpoint_every_steps": 0})
+    """The training loop with all that it does for a step, evaluations and saves aside."""
+    endless = 2**31 - 1
+    plan = dataclasses.replace(
+        train.make_plan(config, start), total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0
+    )
 
     def measure(seconds: float) -> float:
-        run_start = start._replace(state=jax.tree.map(jnp.copy, start.state), total_steps=2**31 - 1)
-        request = preemption.StopRequest()
+        state, hook = jax.tree.map(jnp.copy, start.state), _Measure(seconds)
         with (
             tempfile.TemporaryDirectory() as scratch,
-            workdir.open_workdir(directory := Path(scratch), config) as check_lock,
-            closing(Checkpoints(directory / "checkpoints", {})) as checkpoints,
-            closing(
-                _MeasuredRun(
-                    seconds, config, directory, run_start, time.monotonic(), request, check_lock, checkpoints, {}
-                )
-            ) as run,
+            workdir.open_workdir(Path(scratch), config, start.meta) as folder,
         ):
+            state, _ = folder.restore(state)
+            run = train.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0, [hook])
             try:
-                run.loop()
+                train.take_steps(run, state)
             except _Measured as measured:
-                jax.block_until_ready(run.state)  # the call under way would slow down whatever is measured next
+                jax.block_until_ready(hook.newest)  # the call under way would slow down whatever is measured next
                 return measured.steps_per_second * config.batch_size
         raise AssertionError("the loop ended by itself")
 

@@ -1,4 +1,4 @@
-"""What is said of a step that was not taken, so that it can be looked at and taken again."""
+"""Diagnostics for a rejected step, from which it can be examined and repeated."""
 
 import math
 from functools import partial
@@ -16,19 +16,18 @@ from resnet_jax.train_state import TrainState
 
 
 def diagnose_step(config: ConfigDict, start: Setup, state: TrainState) -> dict[str, Any]:
-    """Describe the step that comes after a state: its examples, loss and gradient, and the norms layer by layer.
+    """The content of `failed_step.json`: the examples, loss, gradient and layer norms of the step after a state.
 
-    The state and the config decide all of it, so a run started again from this state comes to the same step.
+    The state and the config determine all of it, so a run resumed from this state comes to the same step.
 
     Args:
         config: of the run.
         start: of the run.
         state: before the step.
 
-    Returns:
-        What `failed_step.json` holds: {"step", "epoch", "checkpoint_step", "loss", "grad_norm", "examples": positions in
+    Returns: {"step", "epoch", "checkpoint_step", "loss", "grad_norm", "examples": positions in
         the source's training split, in the batch's order, "labels", "layers": {name: {"param_norm", "grad_norm",
-        "non_finite_grads"}}}. A number that is not finite is text, for JSON has none.
+        "non_finite_grads"}}}. A number that is not finite is text, because JSON has none.
     """
     step = int(state.step)
     here = jax.process_index(), jax.process_count()

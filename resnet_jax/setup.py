@@ -4,7 +4,6 @@ import json
 import math
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import host, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
-from resnet_jax.runs import processes, workdir
+from resnet_jax.runs import processes
 
 
 class Setup(NamedTuple):
@@ -30,6 +29,7 @@ class Setup(NamedTuple):
         state: of step 0.
         steps_per_epoch: len(train) / batch_size, not rounded.
         total_steps: ceil(num_epochs * len(train) / batch_size).
+        meta: kept with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 
     dataset: datasets.Dataset
@@ -39,82 +39,59 @@ class Setup(NamedTuple):
     state: train_state.TrainState
     steps_per_epoch: float
     total_steps: int
+    meta: dict[str, Any]
 
 
 def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
-    """Load the data and build the state, checking what can be wrong before the first step.
+    """Load the data and build the state; everything that can be wrong is checked before the first step.
 
     Args:
         config: of the run.
-        num_devices: how many devices to use; all of them if not given.
+        num_devices: how many devices to use; all of them if None.
 
     Raises:
-        UserError: where the data or the devices are not to be had, the batch does not divide over the devices, or the
-            model has more parameters than `config.model.max_params`.
+        UserError: if the data or the devices are missing, the batch does not divide over the devices, or the model has
+            more parameters than `config.model.max_params`.
     """
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla"),
-    )
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla")
+    jax.config.update("jax_compilation_cache_dir", cache)
     mesh = train_state.make_mesh(num_devices)
     config_lib.check_batch_size(config.batch_size, mesh.size)
-    alike = {
-        name: value
-        for name, value in config_lib.flatten(config).items()
-        if name not in ("data.data_dir", "data.cache_dir")
-    }
-    processes.check_agreement("config", json.dumps(alike))
+    own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own
+    shared = {name: value for name, value in config_lib.flatten(config).items() if name not in own_paths}
+    processes.check_agreement("config", json.dumps(shared))
     dataset = datasets.load(config.data)
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:
-        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: 2**31 - 1 is the most")
-    create = partial(
-        train_state.create, config, len(dataset.class_names), train.images.shape[1:], steps_per_epoch, mesh
-    )
-    traced = jax.jit(create).trace()
-    params = traced.out_info.params  # the shapes alone: a model over its budget is never built
-    if jax.process_index() == 0:
-        print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
-    check_budget(train_state.num_params(params), config.model.max_params)
+        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps, and 2**31 - 1 is the limit")
+    image_shape = train.images.shape[1:]
+    create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
+    traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
+    _check_budget(train_state.num_params(traced.out_info.params), config.model.max_params)
     state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
-    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps)
-
-
-def check_budget(num_params: int, max_params: int) -> None:
-    """Refuse a model over its budget; 0 is no budget."""
-    budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
-    if max_params and num_params > max_params:
-        raise UserError(
-            f"the model has {num_params:,} parameters{budget}: make config.model.channel_list or block_list smaller, or "
-            "raise the budget (0 for none)"
-        )
-    if jax.process_index() == 0:
-        print(f"{num_params:,} trainable parameters{budget}", flush=True)
-
-
-def make_meta(config: ConfigDict, dataset: datasets.Dataset, seconds: float) -> dict[str, Any]:
-    """What a checkpoint holds beside the state: what it belongs to, what it takes to use it, and the seconds spent on it."""
-    return {
+    meta = {
         "config": config_lib.to_json(config),
         "fingerprint": dataset.fingerprint,
         "class_names": list(dataset.class_names),
-        "image_shape": list(dataset.train.images.shape[1:]),
-        "seconds": seconds,
+        "image_shape": list(image_shape),
     }
+    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
 
 
-def check_meta(directory: Path, config: ConfigDict, dataset: datasets.Dataset, meta: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another config, or of data other than these.
-
-    Raises:
-        UserError: naming the fields, or both fingerprints.
-    """
-    workdir.refuse_differences(f"{directory}/checkpoints", config, meta["config"])
-    if meta["fingerprint"] != dataset.fingerprint:
+def _check_budget(num_params: int, max_params: int) -> None:
+    """Refuse a model that is over its budget; 0 is no budget."""
+    if max_params and num_params > max_params:
         raise UserError(
-            f"{dataset.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
-            f"{dataset.fingerprint[:12]} now): give the run's own data, or choose another --workdir"
+            f"the model has {num_params:,} parameters, but config.model.max_params allows {max_params:,}: make "
+            "config.model.channel_list or block_list smaller, or raise the budget (0 for none)"
         )
+
+
+def describe_model(params: Any, max_params: int, table: bool) -> str:
+    """The number of parameters in a line, below a table of all of them if asked for."""
+    budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
+    line = f"{train_state.num_params(params):,} trainable parameters{budget}"
+    return parameter_overview.get_parameter_overview(params, include_stats=False) + "\n" + line if table else line

@@ -6,14 +6,12 @@ batch norm, the loss and the gradient are those of the global batch.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import metrics
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -59,19 +57,29 @@ def loss_and_gradient(
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
 
-def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, TrainMetrics]:
+class StepMetrics(NamedTuple):
+    """What a training step reports.
+
+    Attributes:
+        means: over the steps since the last row of `metrics.jsonl`.
+        rejected: bool [], whether the step was not taken.
+    """
+
+    means: TrainMetrics
+    rejected: jax.Array
+
+
+def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, StepMetrics]:
     """One step of training.
 
-    A step whose loss is not finite, or whose gradient's norm is not or is above `config.abort_grad_norm`, is not taken,
-    nor is any after it: the state stays as it was before, `failed` apart, until the host comes to look.
+    A step is rejected if its loss is not finite, or if its gradient's norm is not finite or is above
+    `config.abort_grad_norm`. The state then stays as it was, with `failed` set, and every later step is rejected too,
+    until the host looks at `StepMetrics.rejected`.
 
     Args:
         state: before the step.
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
-        config: a whole config; static.
-
-    Returns:
-        The state after the step, and the means of its metrics since the last logged step, the loss NaN if it was not taken.
+        config: the whole config; static.
     """
     (loss, (logits, batch_stats)), grads = loss_and_gradient(state, batch, config)
     grad_norm = optax.tree.norm(grads)
@@ -92,13 +100,12 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
     )
     taken = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))
     state = jax.tree.map(partial(jnp.where, taken), after, state).replace(failed=~taken)
-    loss_since_row = since_row.loss.replace(total=jnp.where(taken, since_row.loss.total, jnp.nan))
-    return state, since_row.replace(loss=loss_since_row)
+    return state, StepMetrics(since_row, ~taken)
 
 
 def train_steps(
     state: TrainState, data: Batch, draws: Batch, *, config: ConfigDict, build_batch: BuildBatch
-) -> tuple[TrainState, TrainMetrics]:
+) -> tuple[TrainState, StepMetrics]:
     """Several steps of training on data that lie on the devices.
 
     Args:
@@ -112,7 +119,7 @@ def train_steps(
         The state after the last step, and what `train_step` returns of each, stacked [steps].
     """
 
-    def one_step(state: TrainState, draws: Batch) -> tuple[TrainState, TrainMetrics]:
+    def one_step(state: TrainState, draws: Batch) -> tuple[TrainState, StepMetrics]:
         return train_step(state, build_batch(data, draws), config=config)
 
     if len(draws["indices"]) == 1:  # without a loop, in which XLA compiles convolutions 20 times slower for a CPU
@@ -121,37 +128,18 @@ def train_steps(
     return jax.lax.scan(one_step, state, draws)
 
 
-@flax.struct.dataclass
-class ConfusionMatrix(metrics.Metric):
-    """Counts of examples: int32 [num_classes, num_classes], row the label, column the prediction."""
+class EvalMetrics(NamedTuple):
+    """What a batch of evaluation reports.
 
-    counts: jax.Array
+    Attributes:
+        loss: float32 [], the sum over the examples that count.
+        confusion: int32 [num_classes, num_classes], their number by label (row) and prediction (column).
+        logits: float32 [B, num_classes], of all examples.
+    """
 
-    @classmethod
-    def from_model_output(
-        cls, logits: jax.Array, labels: jax.Array, mask: jax.Array, **_: jax.Array
-    ) -> "ConfusionMatrix":
-        """Count the examples that `mask`, bool [B], keeps."""
-        num_classes = logits.shape[-1]
-        cell = labels * num_classes + jnp.argmax(logits, axis=-1)
-        counts = jnp.zeros(num_classes**2, jnp.int32).at[cell].add(mask.astype(jnp.int32))
-        return cls(counts.reshape(num_classes, num_classes))
-
-    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        """Add two counts."""
-        return type(self)(self.counts + other.counts)
-
-    def compute(self) -> jax.Array:
-        """The counts."""
-        return self.counts
-
-
-@flax.struct.dataclass
-class EvalMetrics(metrics.Collection):
-    """The mean loss and the confusion matrix of the examples seen so far."""
-
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    confusion: ConfusionMatrix
+    loss: jax.Array
+    confusion: jax.Array
+    logits: jax.Array
 
 
 def eval_logits(
@@ -174,24 +162,22 @@ def eval_logits(
     return (logits + apply(variables, x[:, :, ::-1], train=False)) / 2 if flip else logits
 
 
-def eval_step(
-    state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False
-) -> tuple[EvalMetrics, jax.Array]:
-    """The metrics and the logits [B, num_classes] of one batch, with the running statistics of batch norm.
+def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False) -> EvalMetrics:
+    """Evaluate a batch with the running statistics of batch norm.
 
     Args:
         state: reads `params` and `batch_stats`.
-        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; examples that `mask` leaves out do
-            not count.
-        config: a whole config; static.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; only the examples in `mask` count.
+        config: the whole config; static.
         flip: as in `eval_logits`; static.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = eval_logits(state.apply_fn, variables, batch["images"], config.data, flip)
-    metrics = EvalMetrics.single_from_model_output(
-        loss=cross_entropy(logits, batch["labels"]), logits=logits, labels=batch["labels"], mask=batch["mask"]
-    )
-    return metrics, logits
+    labels, mask, num_classes = batch["labels"], batch["mask"], logits.shape[-1]
+    loss = jnp.where(mask, cross_entropy(logits, labels), jnp.zeros_like(mask, jnp.float32)).sum()
+    cell = labels * num_classes + jnp.argmax(logits, axis=-1)
+    counts = jnp.zeros(num_classes**2, jnp.int32).at[cell].add(mask.astype(jnp.int32))
+    return EvalMetrics(loss, counts.reshape(num_classes, num_classes), logits)
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
@@ -207,40 +193,30 @@ def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` compiled for a mesh: state replicated and donated, batch sharded."""
-    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    return jax.jit(
-        partial(train_step, config=config),
-        in_shardings=(replicated, sharded),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-        compiler_options=_compiler_options(mesh),
-    )
+    return _jit(partial(train_step, config=config), mesh, (P(), P("data")), donate_argnums=0)
 
 
-def jit_train_steps(
-    config: ConfigDict, mesh: Mesh, build_batch: BuildBatch
-) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, TrainMetrics]]:
-    """`train_steps` compiled for a mesh: state replicated and donated, data replicated, draws sharded as batches are."""
-    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
-    return jax.jit(
-        partial(train_steps, config=config, build_batch=build_batch),
-        in_shardings=(replicated, replicated, sharded),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-        compiler_options=_compiler_options(mesh),
-    )
+def jit_train_steps(config: ConfigDict, mesh: Mesh, build_batch: BuildBatch) -> jax.stages.Wrapped:
+    """`train_steps` compiled for a mesh: state replicated and donated, data replicated, draws sharded like batches."""
+    function = partial(train_steps, config=config, build_batch=build_batch)
+    return _jit(function, mesh, (P(), P(), P(None, "data")), donate_argnums=0)
 
 
-def jit_eval_step(
-    config: ConfigDict, mesh: Mesh, flip: bool = False
-) -> Callable[[TrainState, Batch], tuple[EvalMetrics, jax.Array]]:
+def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> jax.stages.Wrapped:
     """`eval_step` compiled for a mesh: state replicated, batch sharded."""
-    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    return _jit(partial(eval_step, config=config, flip=flip), mesh, (P(), P("data")))
+
+
+def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **settings: Any) -> jax.stages.Wrapped:
+    """Compile a function for a mesh, its arguments sharded by `specs`, its results replicated."""
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    options = _compiler_options(mesh)
     return jax.jit(
-        partial(eval_step, config=config, flip=flip),
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-        compiler_options=_compiler_options(mesh),
+        function,
+        in_shardings=shardings,
+        out_shardings=NamedSharding(mesh, P()),
+        compiler_options=options,
+        **settings,
     )
 
 

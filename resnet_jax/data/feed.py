@@ -1,10 +1,9 @@
-"""The steps of a run, a call at a time: each pipeline joined to the compiled step that it feeds."""
+"""Each pipeline joined to the compiled training step that it feeds."""
 
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -14,29 +13,33 @@ from ml_collections import ConfigDict
 from resnet_jax import steps
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.data.datasets import Split
-from resnet_jax.train_state import TrainMetrics, TrainState
+from resnet_jax.plan import Call
+from resnet_jax.steps import StepMetrics
+from resnet_jax.train_state import TrainState
 
 _STEPS_PER_CALL = 50  # on accelerators, so that dispatching a call, milliseconds, is little beside running it
 
 
-class Feed(NamedTuple):
-    """What takes the steps of a run.
-
-    Attributes:
-        steps_per_call: the most steps of a call.
-        take: (state, step, count) -> (state, metrics). Dispatches the `count` steps after `step`, 1 or `steps_per_call`,
-            where the calls follow one another; what it returns is not waited for. The state is donated; the metrics are
-            those of `steps.train_step` for each step, stacked [count], or of the one step.
-    """
-
-    steps_per_call: int
-    take: Callable[[TrainState, int, int], tuple[TrainState, TrainMetrics]]
+StepFn = Callable[[TrainState, Call], tuple[TrainState, StepMetrics]]
 
 
-def make_feed(
+def make_step(
     config: ConfigDict, train: Split, mesh: Mesh, state: TrainState, first_step: int, total_steps: int
-) -> Feed:
-    """The feed of `config.pipeline` from `first_step` on; `state` has the shapes of the run's, its values are not read."""
+) -> tuple[StepFn, int]:
+    """The function that takes the steps of a run, fed by `config.pipeline`, and the most steps of one call of it.
+
+    The function is called with the state and a `Call` of 1 or that many steps; calls follow one another from `first_step`
+    on. It dispatches the steps and does not wait for them. It consumes the state, and returns the next with the metrics of
+    each step, stacked [steps], or of the one step.
+
+    Args:
+        config: of the run.
+        train: the training examples.
+        mesh: the devices.
+        state: has the shapes of the run's state; its values are not read.
+        first_step: steps done so far.
+        total_steps: of the run.
+    """
     if config.pipeline == "device":
         return _device(config, train, mesh)
     return _tf_data(config, train, mesh, state, first_step, total_steps)
@@ -44,7 +47,7 @@ def make_feed(
 
 def _tf_data(
     config: ConfigDict, train: Split, mesh: Mesh, state: TrainState, first_step: int, total_steps: int
-) -> Feed:
+) -> tuple[StepFn, int]:
     here = jax.process_index(), jax.process_count()
     batches = pipelines.train_batches(train, config, first_step, total_steps, *here)
     sharded = NamedSharding(mesh, P("data"))
@@ -57,19 +60,19 @@ def _tf_data(
         train_step = steps.jit_train_step(config, mesh).lower(state, batch).compile()
         batches = itertools.chain([first_batch.result()], batches)
 
-    def take(state: TrainState, step: int, count: int) -> tuple[TrainState, TrainMetrics]:
+    def step_fn(state: TrainState, call: Call) -> tuple[TrainState, StepMetrics]:
         return train_step(state, steps.shard_batch(next(batches), mesh))
 
-    return Feed(1, take)
+    return step_fn, 1
 
 
-def _device(config: ConfigDict, train: Split, mesh: Mesh) -> Feed:
+def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
     here = jax.process_index(), jax.process_count()
     data = steps.put(train._asdict(), mesh, P())
     train_steps = steps.jit_train_steps(config, mesh, partial(augment_jax.build_batch, config=config.augment))
 
-    def take(state: TrainState, step: int, count: int) -> tuple[TrainState, TrainMetrics]:
-        draws = pipelines.train_draws(train, config, step, count, *here)
+    def step_fn(state: TrainState, call: Call) -> tuple[TrainState, StepMetrics]:
+        draws = pipelines.train_draws(train, config, call.first, call.count, *here)
         return train_steps(state, data, steps.put(draws, mesh, P(None, "data")))
 
-    return Feed(config.steps_per_call or (1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL), take)
+    return step_fn, config.steps_per_call or (1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL)

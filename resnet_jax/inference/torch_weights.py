@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +217,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         UserError: where the folder is there already, or the weights are not of `config.model`.
     """
     from resnet_jax.runs import files, workdir
-    from resnet_jax.runs.checkpoints import Checkpoints
-    from resnet_jax.setup import make_meta, setup
+    from resnet_jax.setup import setup
 
     if directory.exists():
         raise UserError(f"--workdir {directory} is there already: choose another")
@@ -231,11 +229,10 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         raise UserError(f"{path} does not fit config.model: {error}") from error
     state = start.state.replace(**variables)
     workdir.check(directory, config)
-    with files.atomic_directory(directory) as scratch, workdir.open_workdir(scratch, config):
-        files.write_json(scratch / workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
-        with closing(Checkpoints(scratch / "checkpoints", {})) as checkpoints:
-            checkpoints.save(state, make_meta(config, start.dataset, seconds=0.0))
-            checkpoints.wait()
+    with files.atomic_directory(directory) as scratch, workdir.open_workdir(scratch, config, start.meta) as folder:
+        folder.write_json(workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
+        folder.save(state, seconds=0.0)
+        folder.wait()
     print(f"{directory}: the weights of {path}, as step 0: evaluate it with --mode eval, or train on from it")
 
 

@@ -30,7 +30,7 @@ from resnet_jax import kernels, models, steps, train_state
 from resnet_jax.data import sources
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration
-from resnet_jax.runs import workdir
+from resnet_jax.runs import metrics_log
 from resnet_jax.runs.checkpoints import Checkpoints
 
 _LARGEST_BATCH = 128  # images a call; fewer are padded to the next power of two, so that few sizes are compiled
@@ -237,7 +237,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
             f"{directory} holds no run with checkpoints: give the workdir of one, or a .safetensors or .stablehlo of it"
         )
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
-    accuracies = workdir.validation_accuracies(directory)
+    accuracies = metrics_log.validation_accuracies(directory)
     with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
         step = checkpoints.choose(str(checkpoint))
         meta = checkpoints.meta(step)

@@ -24,7 +24,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import evaluate, models, steps
 from resnet_jax.data import datasets, pipelines
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, workdir
+from resnet_jax.runs import files, metrics_log
 from resnet_jax.train_state import TrainState
 
 _MISTAKES = 16
@@ -44,7 +44,7 @@ def summarise(directory: Path) -> dict[str, Any]:
     config = config_lib.from_json(result["config"])
     setup, state, _ = evaluate.restored(config, directory, "best")
     return result | {
-        "metrics": workdir.metrics_rows(directory),
+        "metrics": metrics_log.metrics_rows(directory),
         "analysis": analyse(config, state, setup.dataset),
     }
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from resnet_jax import steps
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
-from resnet_jax.evaluate import evaluate, restored
+from resnet_jax.evaluate import Evaluation, evaluate, restored
 from resnet_jax.inference import calibration
 from resnet_jax.reporting import figures
 from resnet_jax.runs import environment, files
@@ -48,7 +48,7 @@ def run(
         if len(split.labels):
             result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
             if name == "validation" and fit_temperature:
-                temperature = calibration.fit_temperature(result["logits"], split.labels)
+                temperature = calibration.fit_temperature(result.logits, split.labels)
             report[name] = _describe(result, split.labels, names, temperature)
     if jax.process_index() == 0:
         print(_as_text(report, names))
@@ -64,19 +64,19 @@ def run(
 
 
 def _describe(
-    result: dict[str, Any], labels: np.ndarray, names: tuple[str, ...], temperature: float | None
+    result: Evaluation, labels: np.ndarray, names: tuple[str, ...], temperature: float | None
 ) -> dict[str, Any]:
     """What the report says of a split: what `evaluate` found, by class, and how well its probabilities are meant."""
-    per_class = np.diag(result["confusion"]) / np.maximum(result["confusion"].sum(axis=1), 1)
+    per_class = np.diag(result.confusion) / np.maximum(result.confusion.sum(axis=1), 1)
     described = {
-        "loss": result["loss"],
-        "accuracy": result["accuracy"],
+        "loss": result.loss,
+        "accuracy": result.accuracy,
         "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
-        "confusion": result["confusion"].tolist(),
-        "calibration": calibration.calibration_report(result["logits"], labels),
+        "confusion": result.confusion.tolist(),
+        "calibration": calibration.calibration_report(result.logits, labels),
     }
     if temperature is not None:
-        logits = result["logits"] / temperature
+        logits = result.logits / temperature
         described["calibrated"] = {
             "temperature": temperature,
             "loss": calibration.negative_log_likelihood(logits, labels),

@@ -1,5 +1,6 @@
 """When a run must stop before its end: a signal, or a limit on its time."""
 
+import functools
 import math
 import os
 import signal
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # SLURM sends USR1 ahead of a time limit, if asked to; a terminal that is lost, HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -46,6 +49,7 @@ class StopRequest:
         self._deadline = math.inf if deadline is None else deadline
         self._clock_runs = False
         self._signum: int | None = None
+        self._posted: jax.Array | None = None
 
     def start_clock(self) -> None:
         """Let the deadline hold: after the first step, so that every session of a run brings it on."""
@@ -53,7 +57,13 @@ class StopRequest:
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Note the first signal that arrives in this block; a second one acts at once."""
+        """Note the first signal that arrives in this block; a second one acts at once.
+
+        Only the main thread can handle signals: in another, this does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         previous = {s: signal.getsignal(s) for s in SIGNALS}
         if previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
             del previous[signal.SIGHUP]
@@ -73,12 +83,15 @@ class StopRequest:
 
     @contextmanager
     def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
-        """See to it that a signal is heeded in this block, though its thread be inside XLA for minutes.
+        """End the process soon after a signal, even if the main thread is inside XLA for minutes.
 
         Args:
             seconds: how long the block has, after a signal, to end by itself.
-            end: called then, in another thread, with the exit code; to end the process.
+            end: called after that in another thread, with the exit code, to end the process.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         done = threading.Event()
@@ -100,21 +113,35 @@ class StopRequest:
             watcher.join()
             os.close(reader)
 
-    def exit_code(self, agree: bool = True) -> int | None:
-        """The exit code to stop with now, None to go on.
+    def exit_code(self) -> int | None:
+        """The exit code to stop with now; None to go on."""
+        if self._signum is not None:
+            return 128 + self._signum
+        return TIME_LIMIT if self._clock_runs and time.monotonic() >= self._deadline else None
 
-        A signal reaches the processes of a run at different steps, so several processes agree before they stop.
+    def agreed_exit_code(self, mesh: Mesh) -> int | None:
+        """The exit code to stop with now, the same in all processes of a run; None to go on.
+
+        A signal reaches the processes at different steps, so each posts its own code to the devices and acts on the
+        largest code of the call before, which is ready by then: nothing waits. All processes must make these calls at
+        the same places.
 
         Args:
-            agree: whether all processes are asking now; where only this one may be, it goes on.
+            mesh: the devices of the run.
         """
-        code = 0
-        if self._signum is not None:
-            code = 128 + self._signum
-        elif self._clock_runs and time.monotonic() >= self._deadline:
-            code = TIME_LIMIT
-        if jax.process_count() > 1:
-            if not agree:
-                return None
-            code = int(multihost_utils.process_allgather(np.int32(code)).max())
-        return code or None
+        code = self.exit_code()
+        if jax.process_count() == 1:
+            return code
+        posted, self._posted = self._posted, _largest(mesh)(_on_devices(code or 0, mesh))
+        return None if posted is None else int(posted) or None
+
+
+@functools.cache
+def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+
+def _on_devices(code: int, mesh: Mesh) -> jax.Array:
+    """int32 [devices], of which this process's hold `code`."""
+    codes = np.full(len(mesh.local_devices), code, np.int32)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), codes)

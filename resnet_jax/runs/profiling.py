@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resnet_jax.errors import UserError
+from resnet_jax.plan import Call
+from resnet_jax.runs.hooks import Hook
 
 
 class Cost(NamedTuple):
@@ -29,88 +31,74 @@ class Cost(NamedTuple):
     calls: int
 
 
-class Profile:
-    """The trace of the steps that `--profile` names; one that lies ahead, is being taken, or is done.
+class Profile(Hook):
+    """Traces the steps that `--profile` names.
 
     Args:
         text: "START:COUNT", the first step, counted from 1, and how many.
 
     Raises:
-        UserError: where it is not of that form.
+        UserError: if the text has another form.
     """
 
     def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", text)
-        if not found:
+        numbers = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", text)
+        if not numbers:
             raise UserError(
-                f"--profile {text!r} must be START:COUNT, the first step to trace, counted from 1, and how many: 20:5, say"
+                f"--profile {text!r} must be START:COUNT, the first step to trace, counted from 1, and how many, such as 20:5"
             )
-        self._first = int(found[1])
-        self._last = self._first + int(found[2]) - 1
+        self._first = int(numbers[1])
+        self._last = self._first + int(numbers[2]) - 1
         self._phase = "ahead"  # or "under way", or "done"
 
-    def check(self, done: int, total: int) -> None:
-        """Refuse steps that a run from step `done` to step `total` does not take.
+    def begin(self, directory: Path, first_step: int, total_steps: int) -> None:
+        """Note where the trace goes.
 
         Raises:
-            UserError: naming those that it takes.
+            UserError: if the run does not take these steps.
         """
-        if not done < self._first <= self._last <= total:
+        self._directory = directory / "profile"
+        if first_step == total_steps:
+            raise UserError(f"--profile: {directory} is complete and takes no more steps: choose another --workdir")
+        if not first_step < self._first <= self._last <= total_steps:
             raise UserError(
-                f"--profile names steps {self._first} to {self._last}, and those to come are {done + 1} to {total}: choose "
-                "among these"
+                f"--profile names steps {self._first} to {self._last}, but the run takes {first_step + 1} to {total_steps}: "
+                "choose among these"
             )
 
-    def before(self, last_step: int, state: Any, directory: Path) -> None:
-        """Start the trace if the call about to be dispatched, which ends with `last_step`, takes its first step.
-
-        A call is traced whole, so the trace may hold steps that were not asked for.
-
-        Args:
-            last_step: of the call.
-            state: the run's, waited for so that no earlier step is in the trace.
-            directory: of the run.
-        """
+    def before_call(self, call: Call, state: Any) -> None:
+        """Start the trace before the call that holds its first step; a call is traced whole."""
         import jax
 
-        if self._phase != "ahead" or last_step < self._first:
+        if self._phase != "ahead" or call.last < self._first:
             return
-        jax.block_until_ready(state)
+        jax.block_until_ready(state)  # so that no earlier step is in the trace
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the loop that it watches
-        jax.profiler.start_trace(directory / "profile", profiler_options=options)
+        jax.profiler.start_trace(self._directory, profiler_options=options)
         self._phase = "under way"
 
-    def after(self, last_step: int, metrics: Any, directory: Path) -> str:
-        """End the trace if the call just dispatched takes its last step.
-
-        Args:
-            last_step: of the call.
-            metrics: of the call, waited for.
-            directory: of the run.
-
-        Returns:
-            The ten costliest operations, for a person; "" while there is no trace.
-        """
+    def after_dispatch(self, call: Call, metrics: Any) -> str:
+        """End the trace after the call that holds its last step; returns the ten costliest operations."""
         import jax
 
-        if self._phase != "under way" or last_step < self._last:
+        if self._phase != "under way" or call.last < self._last:
             return ""
         jax.block_until_ready(metrics)
-        return self.end(self._last, directory)
+        return self.on_stop(self._last)
 
-    def end(self, last_step: int, directory: Path) -> str:
-        """End a trace that is under way, at the last of its steps or where the run stops before it; as `after` returns."""
+    def on_stop(self, step: int) -> str:
+        """End a trace that is under way; returns the ten costliest operations."""
         import jax
 
         if self._phase != "under way":
             return ""
         jax.profiler.stop_trace()
         self._phase = "done"
-        trace = max((directory / "profile").glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
+        trace = max(self._directory.glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
         with gzip.open(trace, "rt") as file:
             operations = costs(json.load(file)["traceEvents"])
-        return f"{table(operations[:10])}\nsteps {self._first} to {last_step} are traced in {trace}"
+        return f"{table(operations[:10])}\nsteps {self._first} to {step} are traced in {trace}"
 
 
 def costs(events: list[dict[str, Any]]) -> list[Cost]:

@@ -1,89 +1,221 @@
-"""What a run leaves in its folder, besides checkpoints: JSON files, `metrics.jsonl`, TensorBoard events."""
+"""The folder of a run: one process trains in it at a time, and every write checks that it is still the same folder."""
 
 import fcntl
-import json
 import os
-import platform
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files
+from resnet_jax.runs.checkpoints import Checkpoints
+from resnet_jax.runs.metrics_log import MetricsLog, validation_accuracies
+from resnet_jax.runs.result import RunResult
+from resnet_jax.train_state import TrainState
 
-INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from a file's weights
+INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from the weights of a file
 
 
 def check(directory: Path, config: ConfigDict) -> None:
-    """Check that a folder can take, or go on with, a run of this config; nothing is written.
+    """Check that a folder can take a run of this config, or resume one; nothing is written.
 
     Raises:
-        UserError: where the folder cannot be written, or its run has another config, naming the fields that differ.
+        UserError: if the folder cannot be written, or its run has another config; the message names the fields.
     """
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
     except OSError as error:
         raise UserError(f"--workdir {directory}: {error.strerror}: choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--workdir {directory}: {existing} is not a folder that can be written: choose another")
+        raise UserError(f"--workdir {directory}: {existing} is not a writable folder: choose another")
     if not (directory / "config.json").exists():
-        if left := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
-            raise UserError(f"{left[0]} is there and no config.json to say of what run: choose another --workdir")
+        if remains := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
+            raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
         return
-    refuse_differences(str(directory), config, files.read_json(directory / "config.json"))
+    _refuse_differences(str(directory), config, files.read_json(directory / "config.json"))
 
 
-def refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
-    """Refuse a stored config that differs from this one in a field that changes the result, naming those fields."""
+def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
     if differences := config_lib.differences(config, stored):
         raise UserError(
-            f"{what} holds a run of another config ({'; '.join(differences)}): choose another --workdir, or give the run's "
-            "own values"
+            f"{what} holds a run with another config ({'; '.join(differences)}): choose another --workdir, or use the "
+            "values of that run"
         )
 
 
+def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another config or of other data.
+
+    Args:
+        directory: of the run.
+        config: of the run.
+        fingerprint: of the data set.
+        meta: of the checkpoint.
+
+    Raises:
+        UserError: naming the fields that differ, or both fingerprints.
+    """
+    _refuse_differences(f"{directory}/checkpoints", config, meta["config"])
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{config.data.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
+            f"{fingerprint[:12]} now): use the original data, or choose another --workdir"
+        )
+
+
+def initial_weights(directory: Path) -> dict[str, Any] | None:
+    """{"file", "sha256"} of the weights that a run started from; None if they were drawn from the seed."""
+    path = directory / INITIAL_WEIGHTS
+    return files.read_json(path) if path.exists() else None
+
+
+class Workdir:
+    """The folder of a run, open in this process. Only the first of several processes writes metrics and JSON files.
+
+    Args:
+        path: of the folder.
+        config: of the run.
+        meta: kept with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
+        lock: the open lock file; None in a process other than the first.
+
+    Attributes:
+        path: of the folder.
+        accuracies: step -> validation accuracy, of the run so far.
+    """
+
+    def __init__(self, path: Path, config: ConfigDict, meta: Mapping[str, Any], lock: IO[str] | None) -> None:
+        self.path, self._meta, self._lock = path, meta, lock
+        self._check_meta = partial(check_meta, path, config, meta["fingerprint"])
+        self.accuracies = validation_accuracies(path)
+        self._checkpoints = Checkpoints(path / "checkpoints", self.accuracies)
+        self._log: MetricsLog | None = None
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint; None before the first."""
+        return self._checkpoints.latest
+
+    def check_lock(self) -> None:
+        """Check that the folder is the one that was locked.
+
+        Raises:
+            UserError: if it was deleted, or replaced by another.
+        """
+        if self._lock is None:
+            return
+        path = self.path / ".lock"
+        if not path.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), path.stat()):
+            raise UserError(f"{self.path} was deleted or replaced during the run: rerun the command")
+
+    def restore(self, initial: TrainState) -> tuple[TrainState, float]:
+        """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
+
+        What was logged after that step is dropped, for it will be logged again.
+        """
+        restored = self._checkpoints.restore_newest(initial, self._check_meta)
+        state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)
+        step = int(state.step)
+        for later in [s for s in self.accuracies if s > step]:
+            del self.accuracies[later]
+        if self._lock:
+            self.check_lock()
+            self._log = MetricsLog(self.path, step)
+        return state, seconds
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to `metrics.jsonl`; a validation row counts for the choice of the best checkpoint."""
+        if self._log:
+            self.check_lock()
+            self._log.write(row)
+        if row["split"] == "validation":
+            self.accuracies[row["step"]] = row["accuracy"]
+
+    def save(self, state: TrainState, seconds: float) -> None:
+        """Start writing a checkpoint; `seconds` were spent on the run until now."""
+        self.check_lock()
+        self._checkpoints.save(state, {**self._meta, "seconds": seconds})
+
+    def wait(self) -> None:
+        """Return once every checkpoint is written.
+
+        Raises:
+            UserError: if one cannot be written.
+        """
+        self._checkpoints.wait()
+
+    def restore_best(self, like: TrainState) -> tuple[TrainState, int]:
+        """The state of the best checkpoint and its step; `like` has its shapes and shardings."""
+        step = self._checkpoints.choose("best")
+        return self._checkpoints.restore(step, like, self._check_meta)[0], step
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file of this folder."""
+        if self._lock:
+            self.check_lock()
+            files.write_json(self.path / name, value)
+
+    def write_result(self, result: RunResult) -> None:
+        """Write `result.json`, which completes the run."""
+        if self._lock:
+            self.check_lock()
+            result.write(self.path)
+
+    def close(self) -> None:
+        """Close the log and the checkpoints; call `wait` first to learn of failed writes."""
+        if self._log:
+            self._log.close()
+        self._checkpoints.close()
+
+
 @contextmanager
-def open_workdir(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> Iterator[Callable[[], None]]:
-    """Make the folder of a run, lock it, and note the config and the environment of this session.
+def open_workdir(
+    directory: Path, config: ConfigDict, meta: Mapping[str, Any], bytes_needed: int = 0
+) -> Iterator[Workdir]:
+    """Make the folder of a run, lock it, and write the config and the environment of this session.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
 
     Args:
         directory: of the run.
         config: of the run.
-        bytes_needed: that its checkpoints may take; what they do not take yet must be free on their disk.
-
-    Yields:
-        A function to call before each write, which raises a `UserError` once the folder is no longer the one that was
-        locked: deleted, or replaced by another.
+        meta: as `Workdir` takes it.
+        bytes_needed: by its checkpoints; the part that they do not take yet must be free on their disk.
 
     Raises:
-        UserError: where the folder cannot be written, its disk is too full, or another process is training in it.
+        UserError: if the folder cannot be written, its disk is too full, or another process is training in it.
     """
-    path = directory / ".lock"
-    if jax.process_index() > 0:
-        token = _from_the_first("")
-        if not path.exists() or path.read_text() != token:
-            raise UserError(f"--workdir {directory} is not the first process's, or not shared with it: share one")
-        yield lambda: None
-        return
+    with ExitStack() as stack:
+        lock = stack.enter_context(_locked(directory, bytes_needed)) if jax.process_index() == 0 else None
+        if lock:
+            check(directory, config)
+            for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
+                shutil.rmtree(scratch, ignore_errors=True)
+            files.write_json(directory / "config.json", config_lib.to_json(config))
+            files.write_json(directory / "environment.json", environment.collect())
+        if jax.process_count() > 1:
+            _check_shared(directory, lock)
+        workdir = Workdir(directory, config, meta, lock)
+        stack.callback(workdir.close)
+        yield workdir
+
+
+@contextmanager
+def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
+    """The lock file of a folder, locked."""
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(path.open("w"))
+            lock = stack.enter_context((directory / ".lock").open("w"))
             checkpoints = directory / "checkpoints"  # perhaps a link to another disk
             free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free
             taken = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
@@ -96,105 +228,17 @@ def open_workdir(directory: Path, config: ConfigDict, bytes_needed: int = 0) -> 
                 f"--workdir {directory}: its disk has {free / 1e6:,.1f} MB free, and the run's checkpoints take "
                 f"{(bytes_needed - taken) / 1e6:,.1f} MB more: make room, or choose another"
             )
-        check(directory, config)
-        for left in directory.glob(".incomplete-*"):  # by a session that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        files.write_json(directory / "config.json", config_lib.to_json(config))
-        files.write_json(directory / "environment.json", environment.collect())
-
-        def check_lock() -> None:
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise UserError(f"{directory} was deleted or replaced under way: start the run again")
-
-        if jax.process_count() > 1:
-            token = str(secrets.randbits(31))
-            lock.write(token)
-            lock.flush()
-            os.fsync(lock.fileno())
-            _from_the_first(token)
-        yield check_lock
+        yield lock
 
 
-def _from_the_first(token: str) -> str:
-    """What the first process has in its lock, once it holds it: no other may read the folder before."""
-    return str(int(multihost_utils.broadcast_one_to_all(np.int32(token or 0))))
-
-
-def initial_weights(directory: Path) -> dict[str, Any] | None:
-    """The file that a run's weights came from, with its SHA-256; None where they were drawn from the seed."""
-    path = directory / INITIAL_WEIGHTS
-    return files.read_json(path) if path.exists() else None
-
-
-def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of `metrics.jsonl`, each with its row; {} for a line that is none, or was cut off."""
-    path = directory / "metrics.jsonl"
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return [(line, _row(line)) for line in text.splitlines(keepends=True)]
-
-
-def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    whole = line.endswith("\n") and isinstance(row, dict) and type(row.get("step")) is int and "split" in row
-    return row if whole else {}
-
-
-def metrics_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`."""
-    return [row for _, row in _lines(directory) if row]
-
-
-def validation_accuracies(directory: Path) -> dict[int, float]:
-    """Step -> accuracy, from the validation rows of `metrics.jsonl`."""
-    return {
-        row["step"]: row["accuracy"]
-        for row in metrics_rows(directory)
-        if row["split"] == "validation" and isinstance(row.get("accuracy"), float)
-    }
-
-
-class MetricsLog:
-    """The rows of `metrics.jsonl`, and the same figures as TensorBoard events; only process 0 writes.
-
-    Args:
-        directory: of the run.
-        resume_step: rows that will come again are dropped: those of later steps, those of the test split, which ends
-            a run, and a line that was cut off.
-    """
-
-    def __init__(self, directory: Path, resume_step: int) -> None:
-        self._primary = jax.process_index() == 0
-        if not self._primary:
-            return
-        self._path, self._events_path = directory / "metrics.jsonl", directory / "tensorboard"
-        with files.writable(self._events_path):
-            self._events_path.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-            self._events = RecordWriter((self._events_path / name).open("wb", buffering=0))
-        self._write_event(file_version="brain.Event:2")
-        lines = _lines(directory)
-        kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]
-        if len(kept) < len(lines):
-            files.write_text(self._path, "".join(kept))
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row; "step", "epoch" and "split" name it, the rest are its figures."""
-        if not self._primary:
-            return
-        with files.writable(self._path), self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
-        values = [Summary.Value(tag=f"{row['split']}/{name}", simple_value=v) for name, v in figures.items()]
-        self._write_event(step=row["step"], summary=Summary(value=values))
-
-    def _write_event(self, **fields: Any) -> None:
-        with files.writable(self._events_path):
-            self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
-
-    def close(self) -> None:
-        """Close the events."""
-        if self._primary:
-            self._events.close()
+def _check_shared(directory: Path, lock: IO[str] | None) -> None:
+    """Let no process go on before the first holds the lock, and refuse a folder that is not the first process's."""
+    token = str(secrets.randbits(31)) if lock else "0"
+    if lock:
+        lock.write(token)
+        lock.flush()
+        os.fsync(lock.fileno())
+    token = str(int(multihost_utils.broadcast_one_to_all(np.int32(token))))
+    path = directory / ".lock"
+    if not path.exists() or path.read_text() != token:
+        raise UserError(f"--workdir {directory} is not shared with the first process: use a shared folder")

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,7 +25,9 @@ from resnet_jax import config as config_lib
 from resnet_jax import train
 from resnet_jax.data import datasets
 from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
-from resnet_jax.runs import environment, preemption, workdir
+from resnet_jax.runs import environment, metrics_log, preemption
+from resnet_jax.runs.hooks import Hook
+from resnet_jax.runs.result import RunResult
 from resnet_jax.search import check_folder, cost, space, stages, studies
 from resnet_jax.search.locks import lock
 
@@ -35,6 +37,31 @@ _MOST_INFEASIBLE = 50  # for each trial of refinement: where nearly nothing is w
 
 class _Pruned(Exception):
     """The trial has fallen behind."""
+
+
+class _WatchTrial(Hook):
+    """Reports the validations of a trial, and ends one that has fallen behind.
+
+    Args:
+        trial: running.
+        say: prints a line.
+        what: the trial, for a person.
+        reported: the validations that Optuna knows, counted from 1; None where nothing is pruned.
+    """
+
+    def __init__(self, trial: optuna.Trial, say: Callable[[str], None], what: str, reported: set[int] | None) -> None:
+        self._trial, self._say, self._what, self._reported = trial, say, what, reported
+        self.count = 0
+
+    def on_validation(self, step: int, accuracy: float) -> None:
+        """Report an accuracy, the `count`-th of the trial."""
+        self.count += 1
+        self._say(f"{self._what}: {accuracy:.2%} at step {step}")
+        if self._reported is not None:
+            if self.count not in self._reported:
+                self._trial.report(accuracy, self.count)
+            if self._trial.should_prune():
+                raise _Pruned
 
 
 class Early(NamedTuple):
@@ -239,49 +266,39 @@ class Worker:
         self.say(f"{what}: in {claim.folder}")
         started = time.monotonic()
         with (claim.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            ended = self.trained(study, stage, claim, what)
+            result = self.trained(study, stage, claim, what)
         trial.set_user_attr("train_seconds", time.monotonic() - started)
         trial.set_user_attr("worker_seconds", time.monotonic() - self.free_since)
         self.free_since = time.monotonic()
-        if isinstance(ended, Early):
-            return self.end_early(study, stage, trial, *ended)
+        if isinstance(result, Early):
+            return self.end_early(study, stage, trial, *result)
+        assert result.validation_accuracy is not None  # a search has a validation split
         figures = {
-            "accuracy": ended["validation_accuracy"],
-            "num_params": ended["num_params"],
+            "accuracy": result.validation_accuracy,
+            "num_params": result.num_params,
             "seconds_per_epoch": self.seconds_per_epoch(claim.folder),
         }
         for key in ("steps", "seconds", "checkpoint_step", "state_digest"):
-            trial.set_user_attr(key, ended[key])
+            trial.set_user_attr(key, getattr(result, key))
         trial.set_user_attr("seconds_per_epoch", figures["seconds_per_epoch"])
         study.tell(trial, [figures[key] for key in studies.OBJECTIVES[self.config.search.objective]])
         self.say(f"{what}: complete, {figures['accuracy']:.2%} ({stages.progress(self.config, study, stage)})")
 
-    def trained(self, study: optuna.Study, stage: str, claim: Claim, what: str) -> dict[str, Any] | Early:
+    def trained(self, study: optuna.Study, stage: str, claim: Claim, what: str) -> RunResult | Early:
         """The result of a trial's run, or why it has none."""
-        trial, rung = claim.trial, 0
+        trial = claim.trial
         prunes = stage != "confirm" and len(study.directions) == 1
         reported = study.trials[trial.number].intermediate_values
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=1, reduction_factor=self.config.search.reduction_factor
         )
 
-        def on_validation(step: int, accuracy: float) -> None:
-            nonlocal rung
-            rung += 1
-            self.say(f"{what}: {accuracy:.2%} at step {step}")
-            if prunes:
-                if rung not in reported:
-                    trial.report(accuracy, rung)
-                if trial.should_prune():
-                    raise _Pruned
-
+        watch = _WatchTrial(trial, self.say, what, set(reported) if prunes else None)
         config = space.training_config(self.config, claim.fields)
         try:
-            return train.train(
-                config, claim.folder, on_validation=on_validation, test=False, stop_request=self.stop_request
-            )
+            return train.train(config, claim.folder, hooks=[watch], test=False, stop_request=self.stop_request)
         except _Pruned:
-            return Early("pruned", f"behind after {rung} of its validations")
+            return Early("pruned", f"behind after {watch.count} of its validations")
         except TrainingDiverged as error:
             return Early("diverged", str(error))
         except Exception as error:
@@ -291,7 +308,7 @@ class Worker:
 
     def seconds_per_epoch(self, folder: Path) -> float:
         """How long an epoch of a trial takes, by the median speed of its logged steps."""
-        rows = workdir.metrics_rows(folder)
+        rows = metrics_log.metrics_rows(folder)
         speeds = [row["images_per_second"] for row in rows if row["split"] == "train" and row["images_per_second"]]
         return self.num_examples / float(np.median(speeds))
 

@@ -1,0 +1,71 @@
+"""What a run does after which step: pure arithmetic, decided before the first step is taken."""
+
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Steps that are dispatched together: those after step `first`, up to and including step `last`."""
+
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        """The number of steps."""
+        return self.last - self.first
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which steps end a call, a row of the log, a save and an evaluation. Steps count from 1.
+
+    Attributes:
+        total_steps: the last step.
+        batch_size: images a step.
+        num_examples: images an epoch.
+        eval_every_epochs: epochs between evaluations.
+        checkpoint_every_steps: steps between saves; 0 saves only where the run evaluates.
+        log_every_steps: steps between rows of the log.
+    """
+
+    total_steps: int
+    batch_size: int
+    num_examples: int
+    eval_every_epochs: int
+    checkpoint_every_steps: int
+    log_every_steps: int
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the run evaluates after a step: as each whole `eval_every_epochs` ends, and at the last step."""
+        period = self.num_examples * self.eval_every_epochs  # images
+        ends_period = step * self.batch_size // period > (step - 1) * self.batch_size // period
+        return ends_period or step == self.total_steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether the run saves after a step, to evaluate or in between."""
+        every = self.checkpoint_every_steps
+        return self.evaluates_after(step) or (every > 0 and step % every == 0)
+
+    def logs_after(self, step: int) -> bool:
+        """Whether a row of the log ends with a step."""
+        return step % self.log_every_steps == 0 or step == self.total_steps
+
+    def measures_speed(self, call: Call) -> bool:
+        """Whether a call holds a step that ends a full row, `log_every_steps` long."""
+        return call.last // self.log_every_steps > call.first // self.log_every_steps
+
+    def calls(self, first_step: int, steps_per_call: int) -> Iterator[Call]:
+        """The calls from `first_step` to the end.
+
+        A call takes `steps_per_call` steps, or 1 where a save would come before its end. So a call never goes past a
+        save, only two lengths are compiled, and the steps that follow a save are cut into calls as in the run that was
+        not stopped there.
+        """
+        step = first_step
+        while step < self.total_steps:
+            saves_within = any(map(self.saves_after, range(step + 1, step + steps_per_call)))
+            call = Call(step, step + (1 if saves_within else steps_per_call))
+            yield call
+            step = call.last

@@ -1,0 +1,33 @@
+"""What can watch a run without being part of its loop: a profile, a search that prunes, a benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.plan import Call
+
+
+class Hook:
+    """Is called by the training loop; each method does nothing unless a subclass says otherwise.
+
+    What a method raises ends the session, with everything before it saved or logged. A returned text is shown to the user.
+    """
+
+    def begin(self, directory: Path, first_step: int, total_steps: int) -> None:
+        """The run in `directory` is about to go from `first_step` to `total_steps`. Called once the state is restored."""
+
+    def before_call(self, call: Call, state: Any) -> None:
+        """A call is about to be dispatched; `state` is the result of the call before it."""
+
+    def after_dispatch(self, call: Call, metrics: Any) -> str:
+        """A call was dispatched; its `metrics` are not ready yet."""
+        return ""
+
+    def after_call(self, call: Call) -> None:
+        """A call is done and logged."""
+
+    def on_validation(self, step: int, accuracy: float) -> None:
+        """The run was validated after `step`; on resume, once for each validation of earlier sessions."""
+
+    def on_stop(self, step: int) -> str:
+        """The session is asked to stop after `step`, which is saved."""
+        return ""

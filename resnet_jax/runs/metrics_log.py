@@ -1,0 +1,82 @@
+"""`metrics.jsonl`: one JSON object a line, and the same figures as TensorBoard events."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from resnet_jax.runs import files
+
+
+class MetricsLog:
+    """Appends to the `metrics.jsonl` of a run, and to its TensorBoard events.
+
+    Args:
+        directory: of the run.
+        resume_step: the rows that will be written again are dropped: those of later steps, those of the test split (the
+            last row of a run), and an incomplete last line.
+    """
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        self._path, self._events_path = directory / "metrics.jsonl", directory / "tensorboard"
+        with files.writable(self._events_path):
+            self._events_path.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+            self._events = RecordWriter((self._events_path / name).open("wb", buffering=0))
+        self._write_event(file_version="brain.Event:2")
+        lines = _lines(directory)
+        kept = [line for line, row in lines if row and row["step"] <= resume_step and row["split"] != "test"]
+        if len(kept) < len(lines):
+            files.write_text(self._path, "".join(kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row: "step", "epoch", "split", and its figures."""
+        with files.writable(self._path), self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
+        values = [Summary.Value(tag=f"{row['split']}/{name}", simple_value=v) for name, v in figures.items()]
+        self._write_event(step=row["step"], summary=Summary(value=values))
+
+    def _write_event(self, **fields: Any) -> None:
+        with files.writable(self._events_path):
+            self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        """Close the events file."""
+        self._events.close()
+
+
+def metrics_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; damaged lines are left out."""
+    return [row for _, row in _lines(directory) if row]
+
+
+def validation_accuracies(directory: Path) -> dict[int, float]:
+    """Step -> accuracy, from the validation rows of `metrics.jsonl`."""
+    return {
+        row["step"]: row["accuracy"]
+        for row in metrics_rows(directory)
+        if row["split"] == "validation" and isinstance(row.get("accuracy"), float)
+    }
+
+
+def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line of `metrics.jsonl` with its row; {} for a line that is damaged or incomplete."""
+    path = directory / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [(line, _row(line)) for line in text.splitlines(keepends=True)]
+
+
+def _row(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    whole = line.endswith("\n") and isinstance(row, dict) and type(row.get("step")) is int and "split" in row
+    return row if whole else {}
