@@ -27,10 +27,10 @@ from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train, train_state
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.errors import UserError
-from resnet_jax.plan import Call
 from resnet_jax.runs import files, preemption, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
+from resnet_jax.runs.plan import Call
 from resnet_jax.setup import Setup
 
 ROOT = Path(__file__).parent.parent

@@ -16,6 +16,7 @@ from resnet_jax import host, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.runs import processes
+from resnet_jax.runs.progress import waiting
 
 
 class Setup(NamedTuple):
@@ -60,6 +61,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own
     shared = {name: value for name, value in config_lib.flatten(config).items() if name not in own_paths}
     processes.check_agreement("config", json.dumps(shared))
+    first = jax.process_index() == 0
+    waiting(f"loading {config.data.name}", quiet=not first)
     dataset = datasets.load(config.data)
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
@@ -71,6 +74,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
     _check_budget(train_state.num_params(traced.out_info.params), config.model.max_params)
+    waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
     meta = {
         "config": config_lib.to_json(config),

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +17,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import optim, steps, train_state
 from resnet_jax.data import datasets, feed, pipelines
-from resnet_jax.diagnose import diagnose_step
 from resnet_jax.errors import TrainingDiverged, UserError, exit_immediately
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.plan import Call, Plan
 from resnet_jax.runs import environment, processes, workdir
+from resnet_jax.runs.diagnose import diagnose_step
 from resnet_jax.runs.hooks import Hook
+from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
 from resnet_jax.runs.progress import Progress
 from resnet_jax.runs.result import RunResult
@@ -31,6 +33,7 @@ from resnet_jax.setup import Setup, describe_model, setup
 from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
+_COMPILE_SECONDS = 30  # of the report's network on two cores; a few with the compilation cache
 _GRACE_SECONDS = 2.0  # for an evaluation to end after a signal, when all is saved: a compilation can take minutes
 
 
@@ -77,9 +80,10 @@ def train(
         ):
             state, seconds_before = folder.restore(start.state)
             run = Run(config, start, make_plan(config, start), folder, stop_request, started, seconds_before, hooks)
-            _begin(run, state)
-            state = take_steps(run, state)
-            return _finish(run, state, test)
+            with closing(run.progress):
+                _begin(run, state)
+                state = take_steps(run, state)
+                return _finish(run, state, test)
 
 
 def make_plan(config: ConfigDict, start: Setup) -> Plan:
@@ -160,12 +164,14 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
     first_step = int(state.step)
     if first_step == plan.total_steps:
         return state
+    on_cpu = jax.default_backend() == "cpu"
+    run.progress.waiting("compiling the training step", usual_seconds=_COMPILE_SECONDS if on_cpu else None)
     step_fn, steps_per_call = feed.make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
     pending: tuple[Call, StepMetrics] | None = None
     for call in plan.calls(first_step, steps_per_call):
         for hook in run.hooks:
             hook.before_call(call, state)
-        state, metrics = step_fn(state, call)
+        state, metrics = step_fn(state, call.first, call.count)
         _after_dispatch(run, call, metrics)
         if pending:
             _log(run, state, *pending)
@@ -230,7 +236,15 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
     if step - 1 > (run.folder.latest_step or 0):
         run.folder.save(state, run.seconds())
     run.folder.wait()
-    report = diagnose_step(run.config, run.start, state)
+    batch, examples = feed.batch_of_step(run.config, run.start.train, run.start.mesh, step - 1)
+    report = {
+        "step": step,
+        "epoch": step / run.start.steps_per_epoch,
+        "checkpoint_step": step - 1,
+        "examples": datasets.source_positions(run.start.dataset, run.config.data, examples).tolist(),
+        "labels": run.start.train.labels[examples].tolist(),
+        **diagnose_step(run.config, state, batch),
+    }
     run.folder.write_json("failed_step.json", report)
     limit = run.config.abort_grad_norm
     raise TrainingDiverged(
@@ -245,10 +259,14 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
 def _validate(run: Run, state: TrainState, step: int) -> None:
     """Evaluate on the validation split, if there is one."""
     if not len(run.start.validation.labels):
+        run.progress.epoch_ended(step, step / run.start.steps_per_epoch)
         return
+    run.progress.waiting("evaluating the validation split")
     result = _evaluate(run, state, run.start.validation, step)
-    run.folder.log(run.row(step, "validation", loss=result.loss, accuracy=result.accuracy))
-    run.progress.note(f"step {step}  validation loss {result.loss:.4f}  validation accuracy {result.accuracy:.2%}")
+    is_best = result.accuracy >= max(run.folder.accuracies.values(), default=0.0)
+    row = run.row(step, "validation", loss=result.loss, accuracy=result.accuracy)
+    run.folder.log(row)
+    run.progress.validated(row, is_best)
     for hook in run.hooks:
         hook.on_validation(step, result.accuracy)
 
@@ -264,6 +282,7 @@ def _evaluate(run: Run, state: TrainState, split: datasets.Split, step: int) -> 
         try:
             _stop(run, exit_code, step)
         except (TrainingInterrupted, UserError) as stop:
+            run.progress.close()
             print(stop, file=sys.stderr)
             exit_immediately(exit_code)
 
@@ -290,6 +309,7 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
     best_state, best_step = run.folder.restore_best(state)
     tested = None
     if test:
+        run.progress.waiting("evaluating the test split")
         tested = _evaluate(run, best_state, run.start.dataset.test, run.plan.total_steps)
         run.folder.log(run.row(best_step, "test", loss=tested.loss, accuracy=tested.accuracy))
     result = RunResult(
@@ -303,7 +323,7 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
         seconds=run.seconds(),
         startup_seconds=run.startup_seconds,
         peak_memory_bytes=environment.peak_memory_bytes(),
-        config=run.config.to_dict(),
+        config=config_lib.to_json(run.config),
         seed=run.config.seed,
         initial_weights=workdir.initial_weights(run.folder.path),
         dataset=datasets.describe(run.start.dataset, run.start.train, run.start.validation),

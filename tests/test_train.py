@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -15,28 +16,29 @@ from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
 from resnet_jax import config as config_lib
-from resnet_jax import evaluate, setup, steps, train
-from resnet_jax.data import datasets, pipelines
+from resnet_jax import setup, steps, train
+from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import UserError
+from resnet_jax.reporting import evaluation
 from resnet_jax.runs import preemption
 
 
 def at_step(monkeypatch, step, action):
     """Do something right after the given step of the next run was dispatched."""
-    make = train.make_feed
+    make = feed.make_step
 
     def made(*arguments):
-        feed = make(*arguments)
+        step_fn, steps_per_call = make(*arguments)
 
-        def take(state, before, count):
-            results = feed.take(state, before, count)
+        def watched(state, before, count):
+            results = step_fn(state, before, count)
             if before < step <= before + count:
                 action()
             return results
 
-        return feed._replace(take=take)
+        return watched, steps_per_call
 
-    monkeypatch.setattr(train, "make_feed", made)
+    monkeypatch.setattr(feed, "make_step", made)
 
 
 def at_evaluation_after(monkeypatch, step, action):
@@ -77,19 +79,19 @@ def config(request, tiny_config):
 
 def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     result = train.train(tiny_config, tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert set(result) == {
+    assert json.loads((tmp_path / "result.json").read_text()) == dataclasses.asdict(result)
+    assert set(dataclasses.asdict(result)) == {
         *("test_accuracy", "test_loss", "validation_accuracy", "num_params", "checkpoint_step", "steps", "seconds"),
         *("startup_seconds", "peak_memory_bytes", "state_digest", "config", "seed", "dataset", "environment"),
         "initial_weights",
     }
-    assert result["steps"] == 41 == math.ceil(2 * 1294 / 64)
-    assert result["dataset"]["splits"] == {"train": 1294, "validation": 144, "test": 359}
-    assert result["dataset"]["name"] == "digits"
-    assert len(result["dataset"]["fingerprint"]) == len(result["state_digest"]) == 64
-    assert result["config"] == tiny_config.to_dict()
+    assert result.steps == 41 == math.ceil(2 * 1294 / 64)
+    assert result.dataset["splits"] == {"train": 1294, "validation": 144, "test": 359}
+    assert result.dataset["name"] == "digits"
+    assert len(result.dataset["fingerprint"]) == len(result.state_digest) == 64
+    assert result.config == config_lib.to_json(tiny_config)
     assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(tiny_config)
-    assert json.loads((tmp_path / "environment.json").read_text()) == result["environment"]
+    assert json.loads((tmp_path / "environment.json").read_text()) == result.environment
 
     training = rows(tmp_path, "train")
     assert [row["step"] for row in training] == [10, 20, 30, 40, 41]
@@ -100,12 +102,12 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     validation = rows(tmp_path, "validation")
     assert [row["step"] for row in validation] == [21, 41]
     best = max(validation, key=lambda row: row["accuracy"])
-    assert (result["checkpoint_step"], result["validation_accuracy"]) == (best["step"], best["accuracy"])
+    assert (result.checkpoint_step, result.validation_accuracy) == (best["step"], best["accuracy"])
     (test,) = rows(tmp_path, "test")
     assert (test["step"], test["accuracy"], test["loss"]) == (
         best["step"],
-        result["test_accuracy"],
-        result["test_loss"],
+        result.test_accuracy,
+        result.test_loss,
     )
     out = capsys.readouterr().out
     assert "stage2_block1/shortcut_conv/kernel" in out
@@ -117,7 +119,7 @@ def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypa
     result = train.train(tiny_config, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr(train, "setup", die)
-    assert train.train(tiny_config, tmp_path) == json.loads(json.dumps(result))
+    assert train.train(tiny_config, tmp_path) == result
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "is complete: test accuracy" in capsys.readouterr().out
 
@@ -135,8 +137,8 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
         assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
     parts = train.train(config, tmp_path / "parts")
-    assert parts["state_digest"] == whole["state_digest"]
-    assert parts["test_loss"] == whole["test_loss"]
+    assert parts.state_digest == whole.state_digest
+    assert parts.test_loss == whole.test_loss
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
@@ -149,7 +151,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_p
             train.train(config, tmp_path / "parts")
     assert max(row["step"] for row in rows(tmp_path / "parts")) == 30  # later than the checkpoint of step 28
     parts = train.train(config, tmp_path / "parts")
-    assert parts["state_digest"] == whole["state_digest"]
+    assert parts.state_digest == whole.state_digest
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
@@ -166,8 +168,8 @@ def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_pa
         assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
         assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
     parts = train.train(tiny_config, tmp_path / "parts")
-    assert parts["state_digest"] == whole["state_digest"]
-    assert parts["checkpoint_step"] == whole["checkpoint_step"]
+    assert parts.state_digest == whole.state_digest
+    assert parts.checkpoint_step == whole.checkpoint_step
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
@@ -177,19 +179,19 @@ def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_end
     tiny_config.eval_batch_size = 16
     whole = train.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "validate", lambda *_: None)
+        patch.setattr(train, "_validate", lambda *_: None)
         at_evaluation_after(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted, match="at step 41 of 41"):
             train.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
+    assert train.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
 
 
 def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
     digests = set()
     for every in (3, 10):
         tiny_config.log_every_steps = every
-        digests.add(train.train(tiny_config, tmp_path / str(every))["state_digest"])
+        digests.add(train.train(tiny_config, tmp_path / str(every)).state_digest)
     assert len(digests) == 1
 
 
@@ -203,7 +205,7 @@ def test_another_config_is_refused_and_neutral_fields_are_not(tmp_path, tiny_con
         train.train(tiny_config, tmp_path)
     tiny_config.seed = 0
     tiny_config.checkpoint_every_steps = 1000
-    assert train.train(tiny_config, tmp_path)["steps"] == 41
+    assert train.train(tiny_config, tmp_path).steps == 41
 
 
 def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
@@ -224,7 +226,7 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
     with pytest.raises(UserError, match="has changed since the run began"):
         train.train(tiny_config, tmp_path / "run")
     with pytest.raises(UserError, match="has changed since the run began"):
-        evaluate.run(tiny_config, tmp_path / "run", "latest")
+        evaluation.run(tiny_config, tmp_path / "run", "latest")
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +287,7 @@ def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
         "import sys, pathlib, launch; from configs import final; from resnet_jax import evaluate, train\n"
         "config, directory = final.get_config('smoke'), pathlib.Path(sys.argv[1])\n"
         "config.pipeline = 'device'\n"
-        "train.train(config, directory); evaluate.run(config, directory, 'best')\n"
+        "train.train(config, directory); evaluation.run(config, directory, 'best')\n"
         "sys.exit('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -332,7 +334,7 @@ def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit
     assert report["grad_norm"] == pytest.approx(norms[first - 1], rel=1e-5)
     assert f"config.abort_grad_norm allows {tiny_config.abort_grad_norm:g}" in message
     tiny_config.abort_grad_norm = 0.0
-    assert train.train(tiny_config, tmp_path / "run")["state_digest"] == whole["state_digest"]
+    assert train.train(tiny_config, tmp_path / "run").state_digest == whole.state_digest
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
@@ -359,26 +361,9 @@ def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_con
     tiny_config.data.validation_ratio = 0.0
     tiny_config.num_epochs = 1.5
     result = train.train(tiny_config, tmp_path)
-    assert result["validation_accuracy"] is None
-    assert result["checkpoint_step"] == result["steps"] == math.ceil(1.5 * 1438 / 64)
+    assert result.validation_accuracy is None
+    assert result.checkpoint_step == result.steps == math.ceil(1.5 * 1438 / 64)
     assert rows(tmp_path, "validation") == []
-
-
-@pytest.mark.parametrize(
-    ("epochs", "every", "batch_size", "num_examples", "expected"),
-    [
-        (3.0, 1, 10, 100, {10, 20, 30}),
-        (3.0, 2, 10, 100, {20, 30}),
-        (2.0, 1, 64, 1294, {21, 41}),
-        (0.25, 1, 10, 1000, {25}),
-        (2.5, 1, 10, 100, {10, 20, 25}),
-        (4.0, 1, 100, 50, {1, 2}),
-    ],
-)
-def test_a_run_evaluates_as_epochs_end_and_at_its_last_step(epochs, every, batch_size, num_examples, expected):
-    total = math.ceil(epochs * num_examples / batch_size)
-    steps = range(1, total + 1)
-    assert {s for s in steps if train.evaluates_after(s, total, batch_size, num_examples, every)} == expected
 
 
 def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path, tiny_config):
@@ -427,7 +412,7 @@ def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_conf
     tiny_config.optim.decay_mask = "kernels"
     result = train.train(tiny_config, tmp_path)
     assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
-    assert 0 <= result["test_accuracy"] <= 1
+    assert 0 <= result.test_accuracy <= 1
 
 
 def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tmp_path):
@@ -458,7 +443,7 @@ def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path,
         ) as stop:
             train.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
         assert stop.value.exit_code == 124
-    assert train.train(tiny_config, tmp_path / "parts")["state_digest"] == whole["state_digest"]
+    assert train.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
 
 
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(
@@ -474,7 +459,7 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     parts = train.train(tiny_config, tmp_path / "parts")
     assert "resuming" in capsys.readouterr().out
     assert len(list((tmp_path / "parts" / "damaged").iterdir())) == 1
-    assert parts["state_digest"] == whole["state_digest"]
+    assert parts.state_digest == whole.state_digest
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
@@ -486,9 +471,9 @@ def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, tiny_config
         with pytest.raises(preemption.TrainingInterrupted):
             train.train(tiny_config, directory)
     forget_later_fields(directory)
-    assert train.train(tiny_config, directory)["state_digest"] == whole["state_digest"]
+    assert train.train(tiny_config, directory).state_digest == whole.state_digest
     forget_later_fields(directory)
-    assert evaluate.run(tiny_config, directory, "best")["test"]["accuracy"] == whole["test_accuracy"]
+    assert evaluation.run(tiny_config, directory, "best")["test"]["accuracy"] == whole.test_accuracy
 
 
 def forget_later_fields(directory):

@@ -94,6 +94,12 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
     return tuple(Split(dataset.train.images[part], dataset.train.labels[part]) for part in (train, validation))  # type: ignore[return-value]
 
 
+def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray) -> np.ndarray:
+    """Where examples of the part that is trained on, int [B], are in `dataset.train`, int [B]."""
+    train, _ = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
+    return np.asarray(train[examples])
+
+
 def fingerprint(arrays: Arrays) -> str:
     """SHA-256 over every array's name, dtype, shape and bytes, by name, in hexadecimal."""
     digest = hashlib.sha256()

@@ -15,6 +15,7 @@ from resnet_jax.evaluate import Evaluation, evaluate, restored
 from resnet_jax.inference import calibration
 from resnet_jax.reporting import figures
 from resnet_jax.runs import environment, files
+from resnet_jax.runs.progress import waiting
 
 
 def run(
@@ -46,6 +47,7 @@ def run(
     temperature = None
     for name, split in (("validation", run_setup.validation), ("test", run_setup.dataset.test)):
         if len(split.labels):
+            waiting(f"evaluating the {name} split", quiet=jax.process_index() > 0)
             result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
             if name == "validation" and fit_temperature:
                 temperature = calibration.fit_temperature(result.logits, split.labels)

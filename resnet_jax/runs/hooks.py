@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.plan import Call
+from resnet_jax.runs.plan import Call
 
 
 class Hook:

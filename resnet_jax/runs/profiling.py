@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resnet_jax.errors import UserError
-from resnet_jax.plan import Call
 from resnet_jax.runs.hooks import Hook
+from resnet_jax.runs.plan import Call
 
 
 class Cost(NamedTuple):

@@ -61,14 +61,14 @@ def at_call(module: Any, factory: str, pass_by: Callable[[], None], attribute: s
 
     def made(*arguments: Any) -> Any:
         product = make(*arguments)
-        function = getattr(product, attribute) if attribute else product
+        function = product[0] if isinstance(product, tuple) else product
 
         def call(*arguments: Any) -> Any:
             results = function(*arguments)
             pass_by()
             return results
 
-        return product._replace(**{attribute: call}) if attribute else call
+        return (call, *product[1:]) if isinstance(product, tuple) else call
 
     setattr(module, factory, made)
 
@@ -78,7 +78,8 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import steps, train
+    from resnet_jax import steps
+    from resnet_jax.data import feed
 
     pass_by = countdown(n)
     if moment in FILE_EVENTS:
@@ -88,7 +89,7 @@ def main() -> None:
     elif moment == "any time":
         threading.Timer(4 + n / 10, countdown(1)).start()  # seconds; the first step comes after about six
     elif moment == "stepping":
-        at_call(train, "make_feed", pass_by, "take")
+        at_call(feed, "make_step", pass_by)
     else:
         at_call(steps, "jit_eval_step", pass_by)
     launch.cli.run(launch.main)

@@ -127,7 +127,7 @@ def test_a_signal_in_a_long_evaluation_or_its_compilation_ends_a_run_within_ten_
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     """The first is noted before the first step, where the compilation keeps the run from heeding it."""
     process = start(*LONG, "--workdir", tmp_path)
-    read_until(process, "5,")  # the number of parameters: the signals are noted by now
+    read_until(process, "initialising")  # the signals are captured by now
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     sent = time.monotonic()
@@ -143,7 +143,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 def under_way(directory, *arguments, prefix=()):
     """A run that has saved twice."""
     process = start(*LONG, *arguments, "--workdir", directory, prefix=prefix)
-    read_until(process, "step 11")  # the end of the first epoch's evaluation
+    read_until(process, "epoch    1/2000")  # the end of the first epoch's evaluation
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(steps_saved(directory)) < 2:
         time.sleep(0.01)
@@ -340,8 +340,7 @@ def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, c
     command = (*command, f"--config.pipeline={pipeline}", "--workdir", tmp_path / "all")
     processes = start_processes(count, *command)
     read_until(processes[0], "epoch")
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
+    processes[-1].send_signal(signal.SIGTERM)
     codes, _, stderr = ends(processes)
     assert codes == [143] * count, stderr
     assert not (tmp_path / "all" / "result.json").exists()
@@ -356,12 +355,20 @@ def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, c
     assert result(tmp_path / "all")["environment"]["processes"] == count
 
 
+def test_processes_stop_together_however_rarely_they_log(tmp_path):
+    processes = start_processes(2, *LONG, "--config.log_every_steps=1000000", "--workdir", tmp_path)
+    read_until(processes[0], "first step")
+    processes[1].send_signal(signal.SIGTERM)
+    codes, _, stderr = ends(processes)
+    assert codes == [143, 143], stderr
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_is_killed_the_others_end_and_another_number_goes_on(tmp_path, victim):
     """Process 0 hosts the coordinator, whose end JAX itself answers with an abort that says so."""
     command = (*LONG, "--config.batch_size=120", "--workdir", tmp_path)
     processes = start_processes(3, *command)
-    read_until(processes[0], "step 22")  # an evaluation's end
+    read_until(processes[0], "epoch    1/2000")  # an evaluation's end
     processes[victim].kill()
     killed = time.monotonic()
     survivors = [process for rank, process in enumerate(processes) if rank != victim]
@@ -387,7 +394,7 @@ def test_when_a_process_is_killed_the_others_end_and_another_number_goes_on(tmp_
         (["--config.seed=1"], "have not the same config"),
         (["--config.log_every_steps=7"], "have not the same config"),
         (["--config.data.name=npz:data.npz"], "have not the same data"),
-        (["--workdir=elsewhere"], "is not the first process's, or not shared with it"),
+        (["--workdir=elsewhere"], "is not shared with the first process"),
     ],
 )
 def test_processes_that_differ_are_told_so_before_the_first_step(tmp_path, monkeypatch, arguments, words):

@@ -6,16 +6,16 @@ import pytest
 import yaml
 from helpers import make_tiny_config
 
-from resnet_jax import evaluate, train_state
+from resnet_jax import train_state
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
-from resnet_jax.reporting import model_card
+from resnet_jax.reporting import evaluation, model_card
 
 
 @pytest.fixture(scope="module")
 def evaluated(run, cache_dir):
     """The run, evaluated, with a temperature."""
-    evaluate.run(make_tiny_config(cache_dir), run, "best", fit_temperature=True)
+    evaluation.run(make_tiny_config(cache_dir), run, "best", fit_temperature=True)
     return run
 
 

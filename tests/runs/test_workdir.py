@@ -8,6 +8,9 @@ import pytest
 
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, workdir
+from resnet_jax.runs.metrics_log import MetricsLog
+
+META = {"fingerprint": "0" * 64}
 
 
 def rows(directory):
@@ -19,12 +22,12 @@ def row(step, split="train"):
 
 
 def test_rows_are_appended_and_those_after_the_resumed_step_dropped(tmp_path):
-    log = workdir.MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0)
     for step in (10, 20, 30):
         log.write(row(step))
     log.write(row(30, "validation"))
     log.close()
-    log = workdir.MetricsLog(tmp_path, 20)
+    log = MetricsLog(tmp_path, 20)
     log.write(row(30))
     log.close()
     assert rows(tmp_path) == [row(10), row(20), row(30)]
@@ -33,7 +36,7 @@ def test_rows_are_appended_and_those_after_the_resumed_step_dropped(tmp_path):
 def test_a_torn_last_line_and_the_test_row_of_a_run_that_did_not_end_are_dropped(tmp_path):
     whole = "".join(json.dumps(r) + "\n" for r in (row(10), row(10, "test")))
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 20, "ep')
-    log = workdir.MetricsLog(tmp_path, 20)
+    log = MetricsLog(tmp_path, 20)
     log.write(row(20))
     log.close()
     assert rows(tmp_path) == [row(10), row(20)]
@@ -42,11 +45,11 @@ def test_a_torn_last_line_and_the_test_row_of_a_run_that_did_not_end_are_dropped
 def test_figures_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = workdir.MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0)
     log.write(row(10) | {"grad_norm": 2.0, "images_per_second": None})
     log.write(row(10, "validation"))
     log.close()
-    log = workdir.MetricsLog(tmp_path, 10)  # another session, of the same second
+    log = MetricsLog(tmp_path, 10)  # another session, of the same second
     log.write(row(20))
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
@@ -61,18 +64,20 @@ def test_figures_reach_tensorboard(tmp_path):
 def test_no_figure_is_lost_when_a_process_is_killed(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = workdir.MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0)
     log.write(row(10))  # and never closed
     assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")[0].step == 10
     log.close()
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    log = workdir.MetricsLog(tmp_path, 0)
-    log.write(row(10))
-    log.close()
-    assert list(tmp_path.iterdir()) == []
+def test_only_the_first_process_writes_metrics_and_json(tmp_path, tiny_config):
+    folder = workdir.Workdir(tmp_path, tiny_config, META, lock=None)
+    folder.log(row(10))
+    folder.log(row(20, "validation") | {"accuracy": 0.5})
+    folder.write_json("failed_step.json", {})
+    folder.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]  # which all processes write
+    assert folder.accuracies == {20: 0.5}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -89,7 +94,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tiny_config):
     workdir.check(tmp_path, tiny_config)
     assert list(tmp_path.iterdir()) == []
-    with workdir.open_workdir(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config, META):
         pass
     tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
     workdir.check(tmp_path, tiny_config)
@@ -101,7 +106,7 @@ def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tin
 @pytest.mark.parametrize("path", ["file", "file/run"])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_config, path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is not a folder that can be written"):
+    with pytest.raises(UserError, match="file is not a writable folder"):
         workdir.check(tmp_path / path, tiny_config)
 
 
@@ -110,32 +115,32 @@ def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_co
         "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)\n"
         "sys.stdin.read()"
     )
-    with workdir.open_workdir(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config, META):
         pass
     command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match="another process is training in it"):
-            workdir.open_workdir(tmp_path, tiny_config).__enter__()
+            workdir.open_workdir(tmp_path, tiny_config, META).__enter__()
         other.kill()
-    with workdir.open_workdir(tmp_path, tiny_config):
+    with workdir.open_workdir(tmp_path, tiny_config, META):
         pass
 
 
 def test_the_disk_must_have_room_for_what_the_checkpoints_do_not_take_yet(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30_000_000))
     with pytest.raises(UserError, match=r"has 30\.0 MB free, and the run's checkpoints take 40\.0 MB more"):
-        workdir.open_workdir(tmp_path, tiny_config, 40_000_000).__enter__()
+        workdir.open_workdir(tmp_path, tiny_config, META, 40_000_000).__enter__()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "data").write_bytes(bytes(11_000_000))
-    with workdir.open_workdir(tmp_path, tiny_config, 40_000_000):
+    with workdir.open_workdir(tmp_path, tiny_config, META, 40_000_000):
         pass
 
 
 @pytest.mark.parametrize("left", ["result.json", "checkpoints/5"])
 def test_a_folder_that_lost_its_config_is_refused(tmp_path, tiny_config, left):
     (tmp_path / left).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"{left} is there and no config.json"):
+    with pytest.raises(UserError, match=f"{left} exists without the config.json"):
         workdir.check(tmp_path, tiny_config)
 
 

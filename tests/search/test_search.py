@@ -21,6 +21,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import errors
 from resnet_jax.errors import UserError
 from resnet_jax.runs import preemption
+from resnet_jax.runs.result import RunResult
 from resnet_jax.search import check_folder, cost, report, space, studies, summary, worker
 from resnet_jax.search.locks import JournalLock, lock
 
@@ -175,22 +176,31 @@ class Pretended:
     def __init__(self, accuracies):
         self.accuracies, self.configs, self.told = accuracies, [], []
 
-    def __call__(self, config, directory, on_validation, test, stop_request):
+    def __call__(self, config, directory, hooks, test, stop_request):
         assert not test
         self.configs.append(config)
         accuracies = self.accuracies(config)
         if isinstance(accuracies, BaseException):
             raise accuracies
         for i, accuracy in enumerate(accuracies, start=1):
-            on_validation(i * 20, accuracy)
+            for hook in hooks:
+                hook.on_validation(i * 20, accuracy)
             self.told.append(accuracy)
         row = {"step": 20, "epoch": 1, "split": "train", "images_per_second": 100.0 * config.model.channel_list[0]}
         (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        return {
-            "validation_accuracy": max(accuracies),
-            "num_params": config.model.channel_list[0],
-            **{"steps": 60, "seconds": 1.0, "checkpoint_step": 60, "state_digest": "0"},
-        }
+        return RunResult(
+            test_accuracy=None,
+            test_loss=None,
+            validation_accuracy=max(accuracies),
+            num_params=config.model.channel_list[0],
+            checkpoint_step=60,
+            steps=60,
+            seconds=1.0,
+            config={},
+            dataset={},
+            environment={},
+            state_digest="0",
+        )
 
 
 @pytest.fixture

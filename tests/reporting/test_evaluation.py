@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from resnet_jax import evaluate, steps, train
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, trained_model
+from resnet_jax.reporting import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +23,13 @@ def run(tmp_path_factory):
 def finished(run, tiny_config):
     directory, result = run
     if not result:
-        result.update(train.train(tiny_config, directory))
+        result.update(dataclasses.asdict(train.train(tiny_config, directory)))
     return directory, result, tiny_config
 
 
 def test_evaluation_gives_the_very_figures_that_training_recorded(finished, capsys):
     directory, result, config = finished
-    report = evaluate.run(config, directory, "best")
+    report = evaluation.run(config, directory, "best")
     assert report["checkpoint_step"] == result["checkpoint_step"]
     assert report["test"]["accuracy"] == result["test_accuracy"]
     assert report["test"]["loss"] == result["test_loss"]
@@ -40,7 +42,7 @@ def test_evaluation_gives_the_very_figures_that_training_recorded(finished, caps
 
 def test_the_confusion_matrix_holds_every_image_and_gives_the_accuracies(finished):
     directory, _, config = finished
-    test = evaluate.run(config, directory, "latest")["test"]
+    test = evaluation.run(config, directory, "latest")["test"]
     confusion = np.array(test["confusion"])
     assert confusion.sum() == 359
     assert np.trace(confusion) / 359 == test["accuracy"]
@@ -50,16 +52,16 @@ def test_the_confusion_matrix_holds_every_image_and_gives_the_accuracies(finishe
 
 def test_a_step_is_chosen_by_number(finished):
     directory, _, config = finished
-    assert evaluate.run(config, directory, "41")["checkpoint_step"] == 41
+    assert evaluation.run(config, directory, "41")["checkpoint_step"] == 41
     with pytest.raises(UserError, match="no checkpoint of step 40: choose one of 21, 41"):
-        evaluate.run(config, directory, "40")
+        evaluation.run(config, directory, "40")
 
 
 @pytest.mark.parametrize("eval_batch_size", [1, 100, 359, 1000])
 def test_the_accuracy_does_not_depend_on_the_batch(finished, eval_batch_size):
     directory, result, config = finished
     config.eval_batch_size = eval_batch_size
-    report = evaluate.run(config, directory, "best")
+    report = evaluation.run(config, directory, "best")
     assert report["test"]["accuracy"] == result["test_accuracy"]
     assert report["test"]["loss"] == pytest.approx(result["test_loss"], rel=1e-5)  # float32 sums in another order
 
@@ -68,15 +70,15 @@ def test_a_run_of_another_config_and_a_folder_without_a_run_are_refused(finished
     directory, _, config = finished
     config.model.channel_list = (8, 32)
     with pytest.raises(UserError, match=r"model.channel_list: \[8, 16\] -> \[8, 32\]"):
-        evaluate.run(config, directory, "best")
+        evaluation.run(config, directory, "best")
     with pytest.raises(UserError, match="holds no run"):
-        evaluate.run(config, tmp_path, "best")
+        evaluation.run(config, tmp_path, "best")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     directory, _, config = finished
-    report = evaluate.run(config, directory, "best", flip=True)
+    report = evaluation.run(config, directory, "best", flip=True)
     assert "each image and its mirror averaged" in capsys.readouterr().out
     assert json.loads((directory / "eval.json").read_text())["flip"]
     setup, state, _ = evaluate.restored(config, directory, "best")
@@ -91,11 +93,11 @@ def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
 
 def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     directory, _, config = finished
-    report = evaluate.run(config, directory, "best", fit_temperature=True)
+    report = evaluation.run(config, directory, "best", fit_temperature=True)
     assert f"at temperature {report['test']['calibrated']['temperature']:.3f}" in capsys.readouterr().out
     validation = report["validation"]
     assert validation["calibrated"]["loss"] < validation["loss"]
-    flipped = evaluate.run(config, directory, "best", flip=True, fit_temperature=True)
+    flipped = evaluation.run(config, directory, "best", flip=True, fit_temperature=True)
     model = trained_model.load(directory)
     temperatures = [r["test"]["calibrated"]["temperature"] for r in (report, flipped)]
     assert model.temperatures == dict(zip((False, True), temperatures, strict=True))
@@ -119,7 +121,7 @@ def test_without_a_validation_split_no_temperature_is_fitted(finished):
     directory, _, config = finished
     config.data.validation_ratio = 0.0
     with pytest.raises(UserError, match="--fit-temperature needs a validation split"):
-        evaluate.run(config, directory, "best", fit_temperature=True)
+        evaluation.run(config, directory, "best", fit_temperature=True)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])

@@ -1,0 +1,43 @@
+"""Diagnostics for a rejected step, from which it can be examined and repeated."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from resnet_jax import steps
+from resnet_jax.train_state import TrainState
+
+
+def diagnose_step(config: ConfigDict, state: TrainState, batch: steps.Batch) -> dict[str, Any]:
+    """Loss, gradient and layer norms of the step that takes `batch` from `state`.
+
+    Args:
+        config: of the run.
+        state: before the step.
+        batch: of the step, on the devices of the state.
+
+    Returns:
+        {"loss", "grad_norm", "layers": {name: {"param_norm", "grad_norm", "non_finite_grads"}}}. A number that is not finite
+        is text, because JSON has none.
+    """
+    loss_and_gradient = jax.jit(partial(steps.loss_and_gradient, config=config))
+    (loss, _), grads = loss_and_gradient(state, batch)
+    layers = {}
+    for (path, param), grad in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(grads), strict=True
+    ):
+        layers["/".join(key.key for key in path)] = {
+            "param_norm": _number(np.linalg.norm(np.asarray(param, np.float64))),
+            "grad_norm": _number(np.linalg.norm(np.asarray(grad, np.float64))),
+            "non_finite_grads": int(np.sum(~np.isfinite(np.asarray(grad, np.float64)))),
+        }
+    return {"loss": _number(loss), "grad_norm": _number(optax.tree.norm(grads)), "layers": layers}
+
+
+def _number(value: Any) -> float | str:
+    return float(value) if math.isfinite(value) else str(float(value))

@@ -1,0 +1,94 @@
+"""The plan alone: no JAX, no data."""
+
+import subprocess
+import sys
+
+import pytest
+
+from resnet_jax.runs.plan import Call, Plan
+
+PLAN = Plan(
+    total_steps=41,
+    batch_size=64,
+    num_examples=1294,
+    eval_every_epochs=1,
+    checkpoint_every_steps=0,
+    log_every_steps=10,
+)
+
+
+def plan(**changes):
+    return Plan(**{**vars(PLAN), **changes})
+
+
+def steps_where(condition):
+    return [step for step in range(1, 42) if condition(step)]
+
+
+def test_it_needs_no_jax():
+    code = "import sys, resnet_jax.runs.plan; assert not {'jax', 'numpy', 'tensorflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "eval_every_epochs", "batch_size", "num_examples", "evaluations"),
+    [
+        (41, 1, 64, 1294, [21, 41]),  # 21 * 64 = 1344 is the first multiple past 1294
+        (30, 1, 10, 100, [10, 20, 30]),
+        (30, 2, 10, 100, [20, 30]),
+        (25, 1, 10, 1000, [25]),
+        (25, 1, 10, 100, [10, 20, 25]),
+        (2, 1, 100, 50, [1, 2]),
+    ],
+)
+def test_it_evaluates_as_epochs_end_and_after_the_last_step(
+    total_steps, eval_every_epochs, batch_size, num_examples, evaluations
+):
+    changed = plan(
+        total_steps=total_steps,
+        eval_every_epochs=eval_every_epochs,
+        batch_size=batch_size,
+        num_examples=num_examples,
+    )
+    assert [step for step in range(1, total_steps + 1) if changed.evaluates_after(step)] == evaluations
+
+
+def test_it_saves_where_it_evaluates_and_every_so_many_steps():
+    assert steps_where(PLAN.saves_after) == [21, 41]
+    assert steps_where(plan(checkpoint_every_steps=15).saves_after) == [15, 21, 30, 41]
+
+
+def test_it_logs_every_so_many_steps_and_after_the_last():
+    assert steps_where(PLAN.logs_after) == [10, 20, 30, 40, 41]
+
+
+def test_a_call_measures_the_speed_only_if_a_full_row_ends_in_it():
+    assert [PLAN.measures_speed(Call(first, first + 3)) for first in (0, 6, 7, 10, 38)] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert not PLAN.measures_speed(Call(40, 41))  # the last row, of a single step
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2, 5, 50])
+@pytest.mark.parametrize("first_step", [0, 7, 21, 40])
+def test_calls_cover_every_step_once_and_never_go_past_a_save(first_step, steps_per_call):
+    uneven = plan(checkpoint_every_steps=9)
+    calls = list(uneven.calls(first_step, steps_per_call))
+    assert [step for call in calls for step in range(call.first + 1, call.last + 1)] == list(range(first_step + 1, 42))
+    for call in calls:
+        assert call.count in (1, steps_per_call)
+        assert not any(uneven.saves_after(step) for step in range(call.first + 1, call.last))
+
+
+def test_after_a_save_the_calls_are_those_of_the_run_that_did_not_stop():
+    calls = list(PLAN.calls(0, 5))
+    resumed = list(PLAN.calls(21, 5))
+    assert resumed == [call for call in calls if call.first >= 21]
+
+
+def test_a_run_that_is_complete_has_no_calls():
+    assert list(PLAN.calls(41, 5)) == []

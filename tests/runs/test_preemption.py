@@ -1,0 +1,50 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from resnet_jax import train_state
+from resnet_jax.runs import preemption
+
+
+def test_a_process_alone_acts_on_its_own_code_at_once():
+    request = preemption.StopRequest()
+    mesh = train_state.make_mesh()
+    with request.capture_signals():
+        assert request.agreed_exit_code(mesh) is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.agreed_exit_code(mesh) == 128 + signal.SIGUSR1
+
+
+def test_several_processes_act_on_the_largest_code_of_the_call_before(monkeypatch):
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    request, mesh = preemption.StopRequest(), train_state.make_mesh()
+    with request.capture_signals():
+        assert request.agreed_exit_code(mesh) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed_exit_code(mesh) is None  # the others do not know it yet
+        assert request.agreed_exit_code(mesh) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("seconds", [0.0, None])
+def test_the_time_limit_holds_only_once_the_clock_runs(seconds):
+    request = preemption.StopRequest(seconds)
+    assert request.exit_code() is None
+    request.start_clock()
+    assert request.exit_code() == (None if seconds is None else preemption.TIME_LIMIT)
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    handlers = []
+
+    def capture():
+        request = preemption.StopRequest()
+        with request.capture_signals(), request.exit_within(1.0, end=handlers.append):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=capture)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
