@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exception for user errors, and how the program ends."""
 
 import os
 import signal
@@ -9,16 +9,17 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its message is one line that says what to change."""
+    """An error that the user can fix; its message is one line that says how."""
 
 
 class TrainingDiverged(UserError):
-    """A step of training whose loss or gradient is not to be gone on with."""
+    """A training step was rejected: its loss or gradient is not finite, or the gradient is too large."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or a device had no memory left."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    """Whether Python or a device ran out of memory."""
+    # JAX raises a RuntimeError whose text begins with the status code.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def report(error: object) -> None:

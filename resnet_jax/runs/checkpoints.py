@@ -1,6 +1,6 @@
-"""Checkpoints through Orbax: written in the background, the latest two and the best kept, whole ones alone restored.
+"""Checkpoints through Orbax: written in the background; the latest two and the best are kept.
 
-Orbax restores a flipped byte in silence, so each checkpoint holds the digest of its state and is checked against it.
+Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of its state, and a restore checks it.
 """
 
 import shutil
@@ -23,10 +23,10 @@ from resnet_jax.train_state import TrainState
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint that cannot be read, or does not hold what was saved.
+    """A checkpoint cannot be read, or does not hold what was saved.
 
     Attributes:
-        finding: what is damaged, and how; the message adds what a person can do.
+        finding: what is corrupt, and how; the message adds what to do.
     """
 
     def __init__(self, finding: str) -> None:
@@ -35,13 +35,13 @@ class CorruptCheckpointError(UserError):
 
 
 def _reason(error: Exception) -> str:
-    """The end of the first line of an error, where TensorStore says what the matter is, before it lists its settings."""
+    """The part of an error's first line in which TensorStore names the cause, before it lists its settings."""
     first = (str(error).splitlines() or [""])[0].split(" [", 1)[0]
     return f"{type(error).__name__}: {': '.join(first.split(': ')[-2:])[:200]}"
 
 
 class _Best(policy.PreservationPolicy):
-    """Keep the checkpoint of highest validation accuracy."""
+    """Keep the checkpoint with the highest validation accuracy."""
 
     def __init__(self, accuracies: Mapping[int, float]) -> None:
         self._accuracies = accuracies
@@ -52,19 +52,19 @@ class _Best(policy.PreservationPolicy):
 
 
 def _best(steps: Iterable[int], accuracies: Mapping[int, float]) -> int | None:
-    """The step of highest accuracy, the latest among equals; None where none has one."""
+    """The step with the highest accuracy, the latest among equals; None if no step has an accuracy."""
     return max((s for s in steps if s in accuracies), key=lambda s: (accuracies[s], s), default=None)
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    The best is the one of highest validation accuracy; where none was validated, the latest stands for it. A checkpoint
-    is saved before it is validated, so accuracies are not Orbax's to know.
+    The best is the one with the highest validation accuracy; if none was validated, it is the latest. A checkpoint is saved
+    before it is validated, so the accuracies are kept outside Orbax.
 
     Args:
-        directory: made where it is not there.
-        accuracies: step -> validation accuracy, of the run so far; a checkpoint may be saved before its own is added.
+        directory: of the checkpoints; made if it does not exist.
+        accuracies: step -> validation accuracy, of the run so far; it grows after the checkpoints are saved.
         read_only: change nothing.
     """
 
@@ -81,7 +81,7 @@ class Checkpoints:
 
     @contextmanager
     def _readable(self, step: int | None = None) -> Iterator[None]:
-        """What a damaged checkpoint makes Orbax raise is of a dozen kinds, and becomes one `CorruptCheckpointError`."""
+        """Turn the dozen kinds of exception that Orbax raises for a damaged checkpoint into `CorruptCheckpointError`."""
         try:
             yield
         except UserError:
@@ -94,7 +94,7 @@ class Checkpoints:
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
-        """What a write that fails makes Orbax raise, at once or at the next save, becomes one line."""
+        """Turn what Orbax raises for a failed write, at once or at the next save, into one line."""
         try:
             yield
         except Exception as error:
@@ -102,25 +102,25 @@ class Checkpoints:
                 raise
             kept = max(self._manager.all_steps(read=True), default=None)
             raise UserError(
-                f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): mend that, and "
-                + ("start the run again" if kept is None else f"the same command goes on from step {kept}")
+                f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): fix this and rerun the "
+                + ("command" if kept is None else f"command, which resumes from step {kept}")
             ) from error
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest checkpoint, None before the first."""
+        """The step of the latest checkpoint; None before the first."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start writing the checkpoint of a state; an error of the write before this one is raised here.
+        """Start writing the checkpoint of a state; an error of the previous write is raised here.
 
         Args:
             state: its `step` names the checkpoint.
-            meta: what JSON can hold, kept beside the state.
+            meta: kept beside the state, as JSON.
 
         Raises:
-            UserError: where this checkpoint or the one before it cannot be written.
-            RuntimeError: where Orbax declines, as it does for a step that is not later than the latest.
+            UserError: if this checkpoint or the previous one cannot be written.
+            RuntimeError: if Orbax declines, as it does for a step that is not later than the latest.
         """
         step = int(state.step)
         arguments = ocp.args.Composite(
@@ -136,7 +136,7 @@ class Checkpoints:
         """The step that "best", "latest" or a number names.
 
         Raises:
-            UserError: where there is no such checkpoint.
+            UserError: if there is no such checkpoint.
         """
         steps = sorted(self._manager.all_steps())
         if not steps:
@@ -158,7 +158,7 @@ class Checkpoints:
         """The `meta` that a checkpoint was saved with.
 
         Raises:
-            CorruptCheckpointError: where it cannot be read.
+            CorruptCheckpointError: if it cannot be read.
         """
         with self._readable(step):
             meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
@@ -170,18 +170,18 @@ class Checkpoints:
     def restore(
         self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Read a checkpoint onto the devices of `like`, whatever devices wrote it.
+        """Read a checkpoint onto the devices of `like`; any devices may have written it.
 
         Args:
-            step: which.
+            step: of the checkpoint.
             like: a state of the same structure, shapes and shardings; its values are not used.
-            check: called with the checkpoint's `meta` before its state is read, to refuse one of another run.
+            check: called with the checkpoint's `meta` before the state is read; raises if it is of another run.
 
         Returns:
             The state, and the `meta` it was saved with.
 
         Raises:
-            CorruptCheckpointError: where it cannot be read, or its state has not the digest it was saved with.
+            CorruptCheckpointError: if it cannot be read, or its state does not have the digest it was saved with.
         """
         meta = self.meta(step)
         with self._readable(step):
@@ -191,48 +191,48 @@ class Checkpoints:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = self._manager.restore(step, args=arguments)["state"]
             if train_state.digest(state) != meta["digest"] or int(state.step) != step:
-                raise ValueError("its state is not the one that was saved")
+                raise ValueError("its state differs from the one that was saved")
         return state, meta
 
     def restore_newest(
         self, like: TrainState, check: Callable[[dict[str, Any]], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Read the newest checkpoint that is whole, and move newer, damaged ones aside, to `damaged/` beside this folder.
+        """Read the newest intact checkpoint; newer, corrupt ones are moved to `damaged/` beside this folder.
 
         Args:
             like: as in `restore`.
             check: as in `restore`.
 
         Returns:
-            As `restore`, or None where there is no checkpoint at all.
+            As `restore`; None if there is no checkpoint.
 
         Raises:
-            CorruptCheckpointError: where there are checkpoints and none is whole; all are left as they are.
+            CorruptCheckpointError: if there are checkpoints and none is intact; they stay where they are.
         """
         damaged: dict[int, CorruptCheckpointError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self.restore(step, like, check)
+                restored = self.restore(step, like, check)
             except CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
             if damaged:
                 self._set_aside(damaged)
                 self._manager.reload()
-            return found
+            return restored
         if damaged:
             newest = next(iter(damaged.values()))
-            raise CorruptCheckpointError(f"no checkpoint of {self._directory} is whole; the newest: {newest.finding}")
+            raise CorruptCheckpointError(f"no checkpoint of {self._directory} is intact; the newest: {newest.finding}")
         return None
 
     def _set_aside(self, damaged: dict[int, CorruptCheckpointError]) -> None:
-        """Move steps aside, each with the reason that is printed; process 0 does, and all wait for it."""
+        """Move checkpoints aside and print why; process 0 does so, and the others wait for it."""
         if jax.process_index() == 0:
-            for step, why in damaged.items():
+            for step, error in damaged.items():
                 place = self._directory.parent / "damaged" / f"{step}-{time.time_ns()}"
                 place.parent.mkdir(exist_ok=True)
                 shutil.move(self._directory / str(step), place)  # perhaps to another disk
-                print(f"{why.finding}; moved to {place}", file=sys.stderr)
+                print(f"{error.finding}; moved to {place}", file=sys.stderr)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
@@ -240,13 +240,13 @@ class Checkpoints:
         """Return once everything is written.
 
         Raises:
-            UserError: where it could not be.
+            UserError: if something could not be.
         """
         with self._writable():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Free what the manager holds. A write that fails only now follows another error: `wait` comes first otherwise."""
+        """Free the manager. Call `wait` first to learn of a failed write."""
         with suppress(Exception):
             self._manager.close()

@@ -1,4 +1,4 @@
-"""What a figure depends on besides config and data: code, versions, devices, host."""
+"""The environment of a run: code, versions, devices, host."""
 
 import importlib.metadata
 import os
@@ -28,7 +28,7 @@ _PACKAGES = [
 
 
 def collect() -> dict[str, Any]:
-    """What a figure depends on besides config and data: code, versions, devices, host."""
+    """The environment of this process, as `environment.json` holds it."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -51,13 +51,13 @@ def collect() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> dict[str, int | None]:
-    """The most memory that this process has held: "host", resident, and "device", of its first; None where not told."""
+    """The peak memory of this process: {"host": resident, "device": of its first device}; None if the system does not say."""
     device = jax.local_devices()[0].memory_stats() or {}
     return {"host": host.peak_resident_bytes(), "device": device.get("peak_bytes_in_use")}
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code and whether its files differ from it; None where the code is not in a git repository."""
+    """The commit of the code and whether files differ from it; None outside a git repository."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

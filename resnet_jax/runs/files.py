@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON and text replaced at once, folders that appear when they are complete."""
+"""Atomic files and folders: a reader sees the old content or the complete new content."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from resnet_jax.errors import UserError
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that a reader sees the old one or the whole new one."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one.
+    """Write a text file atomically.
 
     Raises:
-        UserError: where it cannot be written; the old one stays.
+        UserError: if it cannot be written; the old content stays.
     """
     with writable(path):
-        path = path.resolve()  # what a link stands for, and not the link
+        path = path.resolve()  # the target of a link, not the link
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is no file: give another")
+            raise UserError(f"{path} is not a regular file: give another")
     with writable(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
         new = Path(scratch) / path.name
         with new.open("w") as file:
@@ -37,25 +37,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn a failure to write into one line."""
+    """Turn a failed write into a `UserError`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): mend that, or choose another place") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): fix this or choose another place") from error
 
 
 def read_json(
-    path: Path, keys: Iterable[str] = (), hint: str = "mend it, or choose another --workdir"
+    path: Path, keys: Iterable[str] = (), hint: str = "fix it, or choose another --workdir"
 ) -> dict[str, Any]:
-    """Read a JSON object that has these keys; `hint` says what to do where it is not one.
+    """Read a JSON object that must have these keys; `hint` says what to do if it cannot be used.
 
     Raises:
-        UserError: where it cannot be read, is no object or lacks a key.
+        UserError: if it cannot be read, is not an object or lacks a key.
     """
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not a JSON object")
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, RecursionError, ValueError) as error:
@@ -65,14 +65,14 @@ def read_json(
 
 @contextmanager
 def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
-    """A scratch folder, still to be made, that becomes `directory` if nothing is raised.
+    """Yield a path for a scratch folder that becomes `directory` if nothing is raised.
 
     Args:
-        directory: that is not there yet, or is empty.
-        replace: it takes the place of what is there.
+        directory: does not exist yet, or is empty.
+        replace: replace a folder that exists.
 
     Raises:
-        UserError: where it cannot be written; what is there stays.
+        UserError: if it cannot be written; an existing folder stays.
     """
     with writable(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""When a run must stop before its end: a signal, or a limit on its time."""
+"""Stopping a run before its end: by a signal or a time limit."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# SLURM sends USR1 ahead of a time limit, if asked to; a terminal that is lost, HUP.
+# SLURM sends USR1 before its time limit, if asked to; a lost terminal sends HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
 
@@ -34,15 +34,15 @@ class TrainingInterrupted(Exception):
 
 
 def reason(exit_code: int) -> str:
-    """What stopped a run, for a person."""
+    """What stopped a run, in words."""
     return "its time limit" if exit_code == TIME_LIMIT else signal.Signals(exit_code - 128).name
 
 
 class StopRequest:
-    """Whether the run was asked to stop: signals are noted instead of obeyed, and the clock is read.
+    """Whether the run was asked to stop, by a signal or by its deadline.
 
     Args:
-        deadline: `time.monotonic()` at which to stop; None for never. It holds once `start_clock` is called.
+        deadline: `time.monotonic()` at which to stop, effective once `start_clock` is called; None for never.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -52,7 +52,7 @@ class StopRequest:
         self._posted: jax.Array | None = None
 
     def start_clock(self) -> None:
-        """Let the deadline hold: after the first step, so that every session of a run brings it on."""
+        """Make the deadline effective: after the first step, so that every session makes progress."""
         self._clock_runs = True
 
     @contextmanager
@@ -114,13 +114,13 @@ class StopRequest:
             os.close(reader)
 
     def exit_code(self) -> int | None:
-        """The exit code to stop with now; None to go on."""
+        """The exit code to stop with now; None to continue."""
         if self._signum is not None:
             return 128 + self._signum
         return TIME_LIMIT if self._clock_runs and time.monotonic() >= self._deadline else None
 
     def agreed_exit_code(self, mesh: Mesh) -> int | None:
-        """The exit code to stop with now, the same in all processes of a run; None to go on.
+        """The exit code to stop with now, the same in all processes of a run; None to continue.
 
         A signal reaches the processes at different steps, so each posts its own code to the devices and acts on the
         largest code of the call before, which is ready by then: nothing waits. All processes must make these calls at

@@ -1,4 +1,4 @@
-"""A run of several processes: how they find each other, and how all of them end when one does."""
+"""A run of several processes: how they find each other, and how all end when one fails."""
 
 import faulthandler
 import hashlib
@@ -21,7 +21,7 @@ def join() -> None:
     """Find the other processes in the environment of SLURM, Open MPI, a TPU pod or Kubernetes (JobSet).
 
     Raises:
-        UserError: where there is no such environment, or the others do not come.
+        UserError: if there is no such environment, or the others do not connect.
     """
     print("waiting for the other processes, up to 5 minutes", flush=True)
     try:
@@ -36,34 +36,34 @@ def join() -> None:
 
 
 def check_agreement(what: str, value: str) -> None:
-    """Refuse to go on where a text is not the same in all processes: each would train a run of its own.
+    """Check that a text is the same in all processes; otherwise each would train another run.
 
     Raises:
-        UserError: in all of them.
+        UserError: in all of them, if it differs.
     """
     if jax.process_count() > 1:
         digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.int32)
         digests = multihost_utils.process_allgather(digest)
         if (digests != digests[0]).any():
-            raise UserError(f"the processes of this run have not the same {what}: start all of them alike")
+            raise UserError(f"the processes of this run differ in their {what}: start all of them with the same")
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an error is what this process sees of another's end: the transport between them gave up."""
+    """Whether an error means that another process ended. JAX has no type for it: the transport's name is in the text."""
     words = re.search("gloo|nccl|coordination|barrier", str(error), re.IGNORECASE)
     return jax.distributed.is_initialized() and words is not None
 
 
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """In a run of several processes, end this one at once where the block fails, so that the others end too.
+    """In a run of several processes, exit at once if the block fails, so that the others end too.
 
-    The usual way out would wait for them, and they for this one. A process alone is left to it.
+    A normal exit would wait for them while they wait for this one. A single process exits normally.
     """
     try:
         yield
     except TrainingInterrupted:
-        raise  # which all raise
+        raise  # in all of them
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
@@ -72,8 +72,8 @@ def abort_all_on_error() -> Iterator[None]:
         elif is_lost_peer(error):
             reason = str(error).splitlines()[0][:200]
             report(
-                f"process {jax.process_index()} lost another ({reason}), which may say why: the same command, on any "
-                "number of processes, goes on from the last checkpoint"
+                f"process {jax.process_index()} lost another ({reason}), which may say why: rerun the command, on any "
+                "number of processes, to resume from the last checkpoint"
             )
         else:
             traceback.print_exc()

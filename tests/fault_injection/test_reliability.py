@@ -120,7 +120,7 @@ def test_a_signal_in_a_long_evaluation_or_its_compilation_ends_a_run_within_ten_
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - sent < 10
     assert process.returncode == 143
-    assert stderr == f"stopped by SIGTERM at step 1 of 1, saved in {tmp_path}: the same command goes on\n"
+    assert stderr == f"stopped by SIGTERM at step 1 of 1, saved in {tmp_path}: rerun the command to resume\n"
     assert steps_saved(tmp_path) == [1]
 
 
@@ -205,7 +205,9 @@ def test_a_limit_on_the_size_of_files_stops_the_run_in_one_line(tmp_path):
         prefix=(sys.executable, "-c", limited),
         JAX_ENABLE_COMPILATION_CACHE="false",
     )
-    assert_stops_with_a_line(process, "a checkpoint cannot be written", "File too large", "start the run again")
+    assert_stops_with_a_line(
+        process, "a checkpoint cannot be written", "File too large", "fix this and rerun the command"
+    )
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
     command = [*unprivileged, sys.executable, str(ROOT / "launch.py"), *SMOKE, "--workdir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     tmp_path.chmod(0o755)
-    assert_user_error(done, f"--workdir {tmp_path / 'run'}", "not a folder that can be written")
+    assert_user_error(done, f"--workdir {tmp_path / 'run'}", "not a writable folder")
 
 
 @pytest.mark.parametrize("then", ["deleted", "replaced"])
@@ -391,9 +393,9 @@ def test_when_a_process_is_killed_the_others_end_and_another_number_goes_on(tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.seed=1"], "have not the same config"),
-        (["--config.log_every_steps=7"], "have not the same config"),
-        (["--config.data.name=npz:data.npz"], "have not the same data"),
+        (["--config.seed=1"], "differ in their config"),
+        (["--config.log_every_steps=7"], "differ in their config"),
+        (["--config.data.name=npz:data.npz"], "differ in their data"),
         (["--workdir=elsewhere"], "is not shared with the first process"),
     ],
 )

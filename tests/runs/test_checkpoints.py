@@ -242,7 +242,7 @@ def test_where_no_checkpoint_is_whole_all_stay(tmp_path, state):
         DAMAGE["no state"](directory / step)
     with (
         closing(Checkpoints(directory, {})) as checkpoints,
-        pytest.raises(CorruptCheckpointError, match=r"no checkpoint of .* is whole"),
+        pytest.raises(CorruptCheckpointError, match=r"no checkpoint of .* is intact"),
     ):
         checkpoints.restore_newest(state, accept)
     assert {"1", "2"} <= {p.name for p in directory.iterdir()}

@@ -349,7 +349,9 @@ def test_confirmation_prunes_nothing(run, config):
 
 
 def test_a_trial_that_diverges_or_has_no_memory_is_told_so_and_the_search_goes_on(run):
-    failures = iter([errors.TrainingDiverged("step 3 has loss nan"), ValueError("RESOURCE_EXHAUSTED: 9 GB")])
+    failures = iter(
+        [errors.TrainingDiverged("step 3 has loss nan"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")]
+    )
     study = run(lambda c: next(failures, [0.5, 0.6, 0.7]), "grid")["grid"]
     assert [study.trials[i].user_attrs["diverged"] for i in states(study, "diverged")] == ["step 3 has loss nan"]
     assert [study.trials[i].user_attrs["out_of_memory"] for i in states(study, "out_of_memory")]
