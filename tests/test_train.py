@@ -111,7 +111,7 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     )
     out = capsys.readouterr().out
     assert "stage2_block1/shortcut_conv/kernel" in out
-    assert f"{result['num_params']:,} trainable parameters of 5,000,000 allowed" in out
+    assert f"{result.num_params:,} trainable parameters of 5,000,000 allowed" in out
     assert "first step dispatched" in out
 
 
