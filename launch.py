@@ -50,7 +50,7 @@ def main(config: ConfigDict) -> None:
     if (FLIP.value or FIT_TEMPERATURE.value) and MODE.value == "train":
         raise UserError("--flip and --fit-temperature are of evaluation: leave them out, or give --mode eval")
     try:  # only now that the config is checked, for importing JAX takes seconds
-        from resnet_jax import train
+        from resnet_jax import training
         from resnet_jax.runs import preemption, processes
     except (ImportError, ValueError) as error:
         raise UserError(f"JAX does not start ({error}): mend the environment, or install resnet_jax again") from error
@@ -64,7 +64,7 @@ def main(config: ConfigDict) -> None:
 
                 evaluation.run(config, directory, CHECKPOINT.value, FLIP.value, FIT_TEMPERATURE.value)
             else:
-                train.train(config, directory, STARTED, MAX_SECONDS.value, profile)
+                training.train(config, directory, STARTED, MAX_SECONDS.value, profile)
     except preemption.TrainingInterrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import timing
 from resnet_jax import config as config_lib
-from resnet_jax import models, steps, train, train_state
+from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, preemption, workdir
@@ -99,7 +99,7 @@ class _Measured(Exception):
         self.steps_per_second = steps_per_second
 
 
-class _MeasuredRun(train.Run):
+class _MeasuredRun(training.Run):
     """A run without evaluations that is ended by `_Measured`, so many seconds after its first call."""
 
     def __init__(self, seconds: float, *arguments: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import evaluate, steps, train
+from resnet_jax import evaluate, steps, training
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, trained_model
 
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def finished(run, tiny_config):
     directory, result = run
     if not result:
-        result.update(train.train(tiny_config, directory))
+        result.update(training.train(tiny_config, directory))
     return directory, result, tiny_config
 
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from resnet_jax import config as config_lib
-from resnet_jax import train
+from resnet_jax import training
 from resnet_jax.data import datasets
 from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
 from resnet_jax.runs import environment, preemption, workdir
@@ -277,7 +277,7 @@ class Worker:
 
         config = space.training_config(self.config, claim.fields)
         try:
-            return train.train(
+            return training.train(
                 config, claim.folder, on_validation=on_validation, test=False, stop_request=self.stop_request
             )
         except _Pruned:

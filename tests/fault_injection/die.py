@@ -78,7 +78,7 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import steps, train
+    from resnet_jax import steps, training
 
     pass_by = countdown(n)
     if moment in FILE_EVENTS:
@@ -88,7 +88,7 @@ def main() -> None:
     elif moment == "any time":
         threading.Timer(4 + n / 10, countdown(1)).start()  # seconds; the first step comes after about six
     elif moment == "stepping":
-        at_call(train, "make_feed", pass_by, "take")
+        at_call(training, "make_feed", pass_by, "take")
     else:
         at_call(steps, "jit_eval_step", pass_by)
     launch.cli.run(launch.main)

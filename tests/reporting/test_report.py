@@ -16,7 +16,7 @@ from PIL import Image
 from configs import final, narrow, sgd
 from reproduction import claims
 from resnet_jax import config as config_lib
-from resnet_jax import evaluate, optim, train
+from resnet_jax import evaluate, optim, training
 from resnet_jax.data import datasets
 from resnet_jax.reporting import analysis, figures, pages, report, statistics
 from resnet_jax.reporting.figures import Group
@@ -29,7 +29,7 @@ def trained(folder, cache_dir, seed, optimizer="adamw"):
     if optimizer == "sgd":
         config.optim, config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     directory = folder / f"tiny-{optimizer}-seed{seed}"
-    train.train(config, directory)
+    training.train(config, directory)
     return directory
 
 
@@ -99,7 +99,7 @@ def test_the_most_confident_mistakes_are_those_of_the_test_split(runs, summaries
 def test_activations_are_those_of_every_relu(tiny_config, tmp_path, block):
     """Half of the inner channels of stage 1 are shut, and all of them in stage 2."""
     tiny_config.num_epochs, tiny_config.schedule.warmup_epochs, tiny_config.model.block = 0.1, 0.05, block
-    train.train(tiny_config, tmp_path)
+    training.train(tiny_config, tmp_path)
     setup, state, _ = evaluate.restored(tiny_config, tmp_path, "latest")
     params = state.params
     for stage, shut in (("stage1_block1", 4), ("stage2_block1", 16)):

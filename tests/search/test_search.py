@@ -170,7 +170,7 @@ def test_the_budget(config, max_params, max_gflops, why):
 
 
 class Pretended:
-    """In place of `train.train`: validations and a result, as accuracies says of the candidate's channels."""
+    """In place of `training.train`: validations and a result, as accuracies says of the candidate's channels."""
 
     def __init__(self, accuracies):
         self.accuracies, self.configs, self.told = accuracies, [], []
@@ -200,7 +200,7 @@ def run(config, tmp_path, monkeypatch):
 
     def run(accuracies, *stages, storage=tmp_path / "study.journal"):
         pretended = Pretended(accuracies)
-        monkeypatch.setattr(worker.train, "train", pretended)
+        monkeypatch.setattr(worker.training, "train", pretended)
         with studies.opened(str(storage), create=True) as opened:
             run.pretended = pretended
             worker.Worker(config, "s", opened, tmp_path / "runs").run(stages)
