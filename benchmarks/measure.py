@@ -166,11 +166,8 @@ def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
 
 def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """Start `launch.py` on a config, its workdir and its stderr in a folder."""
-    config_file = directory / "config.py"
-    text = (
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config.to_dict()!r})\n"
-    )
-    config_file.write_text(text)
+    config_file = directory / "config.json"
+    files.write_json(config_file, config_lib.to_json(config))
     with (directory / "stderr").open("w") as stderr:
         return subprocess.Popen(
             [sys.executable, ROOT / "launch.py", "--config", config_file, "--workdir", directory / "run", *flags],
