@@ -78,7 +78,7 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import steps, training
+    from resnet_jax import command_line, steps, training
 
     pass_by = countdown(n)
     if moment in FILE_EVENTS:
@@ -91,7 +91,7 @@ def main() -> None:
         at_call(training, "make_feed", pass_by, "take")
     else:
         at_call(steps, "jit_eval_step", pass_by)
-    launch.cli.run(launch.main)
+    command_line.run(launch.main)
 
 
 if __name__ == "__main__":
