@@ -1,4 +1,6 @@
-"""Measure a config on this machine: `python -m benchmarks.benchmark --config configs/final.py --output result.json`.
+"""Measure the speed of a config on this machine.
+
+    python -m resnet_jax benchmark --config configs/final.py --output result.json
 
 For each batch size, dtype and number of devices it measures, or with `--only` a part of:
 
@@ -13,72 +15,93 @@ Throughputs are warmed up, which leaves compilation out, and interleaved A B A B
 table gives the median and the spread; the JSON all repeats, the config and the environment.
 """
 
+import argparse
 import itertools
-import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import timing
-from resnet_jax import cli
+from resnet_jax import command_line
 from resnet_jax import config as config_lib
+from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 
 THROUGHPUTS = ("train_step", "eval_step", "pipeline", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
 RATIOS = (("end_to_end", "train_step"), ("train_step", "torch_train_step"))
 
-flags.declare_key_flag("config")  # so that --help shows it
-ONLY = flags.DEFINE_list("only", list(MEASUREMENTS), "What to measure.")
-BATCH_SIZES = flags.DEFINE_list("batch-sizes", [], "Instead of config.batch_size.")
-DTYPES = flags.DEFINE_list("dtypes", [], "Instead of config.model.dtype.")
-DEVICE_COUNTS = flags.DEFINE_list(
-    "device-counts", [], "Instead of all devices; a CPU acts as so many. startup and memory are of all devices only."
-)
-REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 5.0, "Of each throughput measurement, at least.", lower_bound=0.0)
-AGAINST_TORCH = flags.DEFINE_bool("against-torch", False, "Time the same train step in PyTorch beside ours.")
-TORCH_PYTHON = flags.DEFINE_string("torch-python", sys.executable, "A Python that has PyTorch.")
-OUTPUT = flags.DEFINE_string("output", None, "Write the result to this JSON file.")
-flags.register_validator(
-    "only", lambda names: names and set(names) <= set(MEASUREMENTS), f"it must be some of {','.join(MEASUREMENTS)}"
-)
-flags.register_validator("seconds", math.isfinite, "it must be a number of seconds")
-for _name in ("batch-sizes", "device-counts"):
-    flags.register_validator(
-        _name,
-        lambda numbers: all(n.isdecimal() and int(n) > 0 for n in numbers),
-        "it must be whole numbers from 1, with commas",
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(MEASUREMENTS):
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(MEASUREMENTS)}, got {text!r}")
+    return names
+
+
+def _counts(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 1, with commas, got {text!r}")
+    return [int(number) for number in numbers]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("python -m resnet_jax benchmark", __doc__)
+    command_line.add_config_arguments(parser)
+    parser.add_argument(
+        "--only", type=_names, default=list(MEASUREMENTS), metavar="NAMES", help="what to measure, with commas"
     )
+    parser.add_argument("--batch-sizes", type=_counts, metavar="SIZES", help="instead of config.batch_size")
+    parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
+    parser.add_argument(
+        "--device-counts",
+        type=_counts,
+        metavar="COUNTS",
+        help="instead of all devices; a CPU acts as that many; startup and memory are measured on all devices only",
+    )
+    parser.add_argument(
+        "--repeats", type=command_line.whole_number(1), default=5, metavar="N", help="repeats of each (default: 5)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=command_line.seconds,
+        default=5.0,
+        metavar="S",
+        help="seconds of each throughput measurement, at least (default: 5)",
+    )
+    parser.add_argument("--against-torch", action="store_true", help="time the same train step in PyTorch too")
+    parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="a Python that has PyTorch")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the result to")
+    return parser
 
 
-def cases_of(config: ConfigDict) -> Iterator[tuple[ConfigDict, int | None]]:
+def cases_of(config: ConfigDict, arguments: argparse.Namespace) -> Iterator[tuple[ConfigDict, int | None]]:
     """Each config to measure, with the number of devices, None for all."""
-    batch_sizes = [int(size) for size in BATCH_SIZES.value] or [config.batch_size]
-    dtypes = DTYPES.value or [config.model.dtype]
-    counts: list[int | None] = [int(count) for count in DEVICE_COUNTS.value] or [None]
+    batch_sizes = arguments.batch_sizes or [config.batch_size]
+    dtypes = arguments.dtypes.split(",") if arguments.dtypes else [config.model.dtype]
+    counts = arguments.device_counts or [None]
     for batch_size, dtype, count in itertools.product(batch_sizes, dtypes, counts):
         yield config_lib.replaced(config, {"batch_size": batch_size, "model.dtype": dtype}), count
 
 
-def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
-    """Measure what the flags ask for of one config on so many devices; a case of the result."""
+def measure_case(config: ConfigDict, num_devices: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the flags ask for, for one config on this many devices: a case of the result."""
     import jax
 
     from benchmarks import measure
     from resnet_jax import setup, train_state
     from resnet_jax.data import datasets
 
-    wanted, repeats = ONLY.value, REPEATS.value
+    wanted, repeats = arguments.only, arguments.repeats
     start = setup.setup(config, num_devices)
     flops = measure.flops_per_image(config, start)
     case = {
@@ -102,11 +125,11 @@ def measure_case(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
         figures["save"] = timing.summary(measure.save_seconds(config, start, repeats), "s")
     with ExitStack() as stack:
         contenders = {name: getattr(measure, name)(config, start) for name in THROUGHPUTS if name in wanted}
-        if AGAINST_TORCH.value:
+        if arguments.against_torch:
             data = len(start.dataset.class_names), start.train.images.shape[1:]
-            torch = measure.torch_step(config, *data, shutil.which(TORCH_PYTHON.value) or "")
+            torch = measure.torch_step(config, *data, shutil.which(arguments.torch_python) or "")
             contenders["torch_train_step"], case["torch"] = stack.enter_context(torch)
-        rates = timing.interleave(contenders, repeats, SECONDS.value)
+        rates = timing.interleave(contenders, repeats, arguments.seconds)
     for name, repeated in rates.items():
         figures[name] = timing.summary(repeated, "images/s")
         if name.endswith("train_step"):
@@ -141,14 +164,15 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path}: give a file in a folder that can be written")
 
 
-def main(config: ConfigDict) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure each case, print it and write the result."""
-    output = None if OUTPUT.value is None else Path(OUTPUT.value).absolute()
+    arguments, config = command_line.parse_config(_parser(), argv)
+    output = arguments.output and arguments.output.absolute()
     if output:
         check_output(output)
-    if AGAINST_TORCH.value and shutil.which(TORCH_PYTHON.value) is None:
-        raise UserError(f"--torch-python {TORCH_PYTHON.value} is not a program: give a Python that has PyTorch")
-    cases = list(cases_of(config))
+    if arguments.against_torch and shutil.which(arguments.torch_python) is None:
+        raise UserError(f"--torch-python {arguments.torch_python} is not a program: give a Python that has PyTorch")
+    cases = list(cases_of(config, arguments))
     for case_config, num_devices in cases:
         config_lib.validate(case_config)
         if num_devices:
@@ -163,19 +187,15 @@ def main(config: ConfigDict) -> None:
     from resnet_jax.runs import environment, files
 
     for _, num_devices in cases:
-        if AGAINST_TORCH.value and (num_devices or jax.device_count()) > 1:
+        if arguments.against_torch and (num_devices or jax.device_count()) > 1:
             raise UserError("--against-torch compares on one device: give --device-counts=1")
     results = []
     for case_config, num_devices in cases:
         with redirect_stdout(StringIO()):  # what runs print of themselves
-            results.append(measure_case(case_config, num_devices))
+            results.append(measure_case(case_config, num_devices, arguments))
         print("\n".join(table(results[-1])), flush=True)
         if output:  # after each, so that none is lost with a later one
             result = {"cases": results, "config": config_lib.to_json(config), "environment": environment.collect()}
             files.write_json(output, result)
     if output:
         print(output)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -10,7 +10,7 @@ uint8 images and gives logits as NumPy has them. PyTorch's network has other wei
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ import numpy as np
 from benchmarks import measure, timing
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.command_line import ArgumentParser
-from resnet_jax.errors import exit_on_user_error
+from resnet_jax.command_line import ArgumentParser, run
 from resnet_jax.inference import export, trained_model
 from resnet_jax.runs import environment, files
 
@@ -86,16 +85,16 @@ def case(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("benchmarks.exports", __doc__)
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m benchmarks.exports", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each at least (default: 5)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
     arguments = parser.parse_args(argv)
-    with exit_on_user_error(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         model = trained_model.load(arguments.run)
         paths, differences = written(model, Path(scratch))
         found, cases = runners(model, paths), []
@@ -118,4 +117,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

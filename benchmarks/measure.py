@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import timing
 from resnet_jax import config as config_lib
-from resnet_jax import models, steps, train, train_state
+from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, preemption, workdir
@@ -128,7 +128,7 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
     """The training loop with all that it does for a step, evaluations and saves aside."""
     endless = 2**31 - 1
     plan = dataclasses.replace(
-        train.make_plan(config, start), total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0
+        training.make_plan(config, start), total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0
     )
 
     def measure(seconds: float) -> float:
@@ -138,9 +138,9 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
             workdir.open_workdir(Path(scratch), config, start.meta) as folder,
         ):
             state, _ = folder.restore(state)
-            run = train.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0, [hook])
+            run = training.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0, [hook])
             try:
-                train.take_steps(run, state)
+                training.take_steps(run, state)
             except _Measured as measured:
                 jax.block_until_ready(hook.newest)  # the call under way would slow down whatever is measured next
                 return measured.steps_per_second * config.batch_size
@@ -167,11 +167,8 @@ def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
 
 def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """Start `launch.py` on a config, its workdir and its stderr in a folder."""
-    config_file = directory / "config.py"
-    text = (
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config.to_dict()!r})\n"
-    )
-    config_file.write_text(text)
+    config_file = directory / "config.json"
+    files.write_json(config_file, config_lib.to_json(config))
     with (directory / "stderr").open("w") as stderr:
         return subprocess.Popen(
             [sys.executable, ROOT / "launch.py", "--config", config_file, "--workdir", directory / "run", *flags],

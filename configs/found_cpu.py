@@ -1,4 +1,4 @@
-"""Found by `python -m resnet_jax.search`, study cpu: 70.95 ± 1.36 % on validation, 3 seeds.
+"""Found by `python -m resnet_jax search`, study cpu: 70.95 ± 1.36 % on validation, 3 seeds.
 
 python launch.py --config configs/found_cpu.py    # as in the search; --config.num_epochs=50.0 trains for longer
 """
@@ -64,4 +64,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# 35303eb23160e20477c3267b7b408072f29540010fea1d81c09896a5f63c6053, of the lines above: an edited file is not written over
+# ae566556e219b460d59595c82d333dee9fd472c83921ec95cae307c493254229, of the lines above: an edited file is not written over

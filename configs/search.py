@@ -1,8 +1,8 @@
 """A search in the report's neighbourhood on CIFAR-10: networks of fewer than 5 M parameters, each trained for ten epochs.
 
-python -m resnet_jax.search --config configs/search.py --study NAME --storage NAME.journal
-python -m resnet_jax.search --config configs/search.py:cpu ...      # a quarter of the widths, 16x16 pixels, six epochs
-python -m resnet_jax.search --config configs/search.py:smoke ...    # the same code path in a minute, on digits
+python -m resnet_jax search --config configs/search.py --study NAME
+python -m resnet_jax search --config configs/search.py:cpu ...      # a quarter of the widths, 16x16 pixels, six epochs
+python -m resnet_jax search --config configs/search.py:smoke ...    # the same code path in a minute, on digits
 """
 
 from ml_collections import ConfigDict

@@ -5,40 +5,40 @@
 It is the page of `resnet_jax.reporting.report` with a table of claims; `make report` builds it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from absl import logging
 
 from reproduction import claims
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.command_line import ArgumentParser, run
+from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, report
 from resnet_jax.runs import files
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("reproduction.report", __doc__)
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m reproduction.report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the page to")
     parser.add_argument("--resnet18", type=Path, metavar="FILE", help="what `reproduction.reproduce resnet18` wrote")
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
-    with exit_on_user_error():
-        pages.check_output(arguments.output)
-        comparison = None
-        if arguments.resnet18:
-            hint = "give what python -m reproduction.reproduce resnet18 wrote"
-            comparison = files.read_json(arguments.resnet18, hint=hint)
-            try:
-                claims.table([], comparison)
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"--resnet18 {arguments.resnet18} is something else ({error!r}): {hint}") from error
-        runs = [report.read_run(path) for path in arguments.runs]
-        report.build(runs, arguments.output, partial(claims.table, comparison=comparison))
-        print(arguments.output / "index.html")
+    pages.check_output(arguments.output)
+    comparison = None
+    if arguments.resnet18:
+        hint = "give what python -m reproduction.reproduce resnet18 wrote"
+        comparison = files.read_json(arguments.resnet18, hint=hint)
+        try:
+            claims.table([], comparison)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"--resnet18 {arguments.resnet18} is something else ({error!r}): {hint}") from error
+    runs = [report.read_run(path) for path in arguments.runs]
+    report.build(runs, arguments.output, partial(claims.table, comparison=comparison))
+    print(arguments.output / "index.html")
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run(main)

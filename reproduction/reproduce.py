@@ -28,11 +28,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import command_line
 from resnet_jax.command_line import ArgumentParser
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.errors import UserError
 from resnet_jax.runs import files
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +48,10 @@ def run(*command: object) -> None:
 
 
 def benchmark(*flags: object) -> dict[str, Any]:
-    """The result of `benchmarks.benchmark`."""
+    """The result of a benchmark."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
-        run("-m", "benchmarks.benchmark", *flags, f"--output={output}")
+        run("-m", "resnet_jax", "benchmark", *flags, f"--output={output}")
         return json.loads(output.read_text())
 
 
@@ -103,7 +105,7 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
     run("launch.py", *flags, f"--config.seed={seed}", *epochs, f"--workdir={directory}")
     with tempfile.TemporaryDirectory() as scratch:
         summary = Path(scratch) / "summary.json"
-        run("-m", "resnet_jax.reporting.report", directory, f"--summary={summary}")
+        run("-m", "resnet_jax", "report", directory, f"--summary={summary}")
         return json.loads(summary.read_text())
 
 
@@ -205,11 +207,11 @@ def resnet18(arguments: argparse.Namespace) -> None:
     write(result_path(arguments, "resnet18", rounds[-1]["final"]["environment"]), comparison)
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
     on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, step, resnet18)}
     on_cpu = {part.__name__: part for part in (narrow, resnet18)}
-    parser = ArgumentParser("reproduction.reproduce", __doc__)
+    parser = ArgumentParser("python -m reproduction.reproduce", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="all that this machine can do, if none is given")
     parser.add_argument("--config", default="configs/final.py", help="what final, step and resnet18 measure")
     parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz where that file is, else cifar10)")
@@ -224,18 +226,17 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="of ResNet-18's stages")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     known = on_cpu | on_gpu
-    with exit_on_user_error():
-        for part in arguments.parts:
-            if part not in known:
-                raise UserError(f"there is no part {part!r}: give some of {', '.join(known)}")
-        backend = check_machine(arguments.results)
-        only_gpu = [part for part in arguments.parts if part not in on_cpu]
-        if backend == "cpu" and only_gpu and os.environ.get("JAX_PLATFORMS") != "cpu":
-            raise UserError(
-                f"JAX finds no GPU, which {only_gpu[0]} needs: install jax[cuda], or set JAX_PLATFORMS=cpu to see that it works"
-            )
+    for part in arguments.parts:
+        if part not in known:
+            raise UserError(f"there is no part {part!r}: give some of {', '.join(known)}")
+    backend = check_machine(arguments.results)
+    only_gpu = [part for part in arguments.parts if part not in on_cpu]
+    if backend == "cpu" and only_gpu and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise UserError(
+            f"JAX finds no GPU, which {only_gpu[0]} needs: install jax[cuda], or set JAX_PLATFORMS=cpu to see that it works"
+        )
     arguments.data = arguments.data or ("npz:cifar10.npz" if (ROOT / "cifar10.npz").exists() else "cifar10")
     arguments.dtype = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")
     for part in arguments.parts or (on_cpu if backend == "cpu" else on_gpu):
@@ -243,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

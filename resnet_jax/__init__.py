@@ -1,16 +1,58 @@
-"""resnet_jax: a small, exact, fast trainer for CIFAR-scale image classifiers in JAX and Flax."""
+"""resnet_jax: a small, exact, fast trainer for CIFAR-scale image classifiers in JAX and Flax.
 
+from resnet_jax import load, train
+"""
+
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet_jax.inference.trained_model import Model, load
+    from ml_collections import ConfigDict
 
-__all__ = ["Model", "load"]
+    from resnet_jax.inference.trained_model import Model, load
+    from resnet_jax.runs.result import RunResult
+
+__all__ = ["Model", "load", "train"]
+
+if sys.argv[:1] == [
+    "-m"
+]:  # Python is looking for the module of `python -m`, which is the last word before the arguments
+    _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    if _module.startswith("resnet_jax.") and _module != "resnet_jax.__main__":
+        from resnet_jax.__main__ import refuse_old_spelling
+
+        refuse_old_spelling(_module)
+
+
+def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: float | None = None) -> "RunResult":
+    """Train a run, or resume it, and evaluate its best checkpoint on the test split.
+
+    Args:
+        config: of the run, as a file in `configs/` returns it.
+        workdir: folder of the run, made if it does not exist.
+        max_seconds: stop after this time, with the state saved.
+
+    Returns:
+        The result, as `result.json` holds it.
+
+    Raises:
+        resnet_jax.errors.UserError: if the config, the data or the folder does not allow the run.
+        resnet_jax.runs.preemption.TrainingInterrupted: after a signal or `max_seconds`; the same call resumes the run.
+    """
+    from resnet_jax import command_line
+    from resnet_jax import config as config_lib
+
+    config_lib.validate(config)
+    directory = command_line.folder(workdir, "workdir")
+    from resnet_jax import training  # only for a valid config, because JAX takes seconds to import
+
+    return training.train(config, directory, max_seconds=max_seconds)
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model`, imported only when they are asked for: JAX takes seconds, and a command line shows mistakes at once."""
-    if name not in __all__:
+    """Import `load` and `Model` when they are first used: JAX takes seconds, and a command line shows mistakes at once."""
+    if name not in ("Model", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from resnet_jax.inference import trained_model
 

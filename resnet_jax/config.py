@@ -184,7 +184,7 @@ def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
         section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
         near = difflib.get_close_matches(name, fields, 1)
         if name.startswith("search.") and not any(field.startswith("search.") for field in fields):
-            raise UserError(f"config.{name} is of a search: run python -m resnet_jax.search with this config")
+            raise UserError(f"config.{name} is a field of searches: run python -m resnet_jax search with this config")
         hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"
         raise UserError(f"config.{name} is not a field that this config uses: {hint}")
 

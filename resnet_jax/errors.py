@@ -41,17 +41,24 @@ def exit_immediately(exit_code: int) -> NoReturn:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn what a person or the machine can mend into one line on stderr and exit code 2, and Ctrl-C into its own code."""
+    """Turn what a person or the machine can fix into one line on stderr and exit code 2, and Ctrl-C into its own code."""
     try:
         yield
     except UserError as error:
         report(error)
         sys.exit(2)
     except OSError as error:  # a full disk under the standard output, say, or a name that is too long
-        report(f"{error}: mend that, and start the same command again")
+        report(f"{error}: fix this and rerun the command")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        report(
+            f"out of memory ({str(error)[:200]}): lower config.batch_size or config.eval_batch_size, or use a smaller model"
+        )
+        sys.exit(2)
 
 
 def hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -1,10 +1,15 @@
-"""Where things are on this machine, and what it has: cores, memory, caches, the package's templates."""
+"""Where things are on this machine, and what it has: cores, memory, caches, the package's templates and configs."""
 
 import os
 import re
 from pathlib import Path
 
-TEMPLATES = Path(__file__).parent / "templates"  # of pages and model cards
+_PACKAGE = Path(__file__).parent
+CHECKOUT = _PACKAGE.parent  # the repository, unless the package was installed from a wheel
+TEMPLATES = _PACKAGE / "templates"  # of pages and model cards
+CONFIGS = _PACKAGE / "configs"  # in a wheel
+if not CONFIGS.is_dir():
+    CONFIGS = CHECKOUT / "configs"
 
 
 def usable_cores() -> int:

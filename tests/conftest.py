@@ -13,7 +13,7 @@ from helpers import make_tiny_config
 from ml_collections import ConfigDict
 
 from configs import final
-from resnet_jax import host, train
+from resnet_jax import host, training
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(host.cache_dir() / "xla-tests"))
@@ -36,7 +36,7 @@ def tiny_config(cache_dir: str) -> ConfigDict:
 def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
     """The workdir of a complete run of `tiny_config`, for a file of tests; some have a `run` of their own."""
     directory = tmp_path_factory.mktemp("run")
-    train.train(make_tiny_config(cache_dir), directory)
+    training.train(make_tiny_config(cache_dir), directory)
     return directory
 
 

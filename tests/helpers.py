@@ -14,9 +14,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from resnet_jax.__main__ import main as resnet_jax
+from resnet_jax.errors import exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
-SEARCH = ("-m", "resnet_jax.search")
+SEARCH = ("-m", "resnet_jax", "search")
 
 
 def make_tiny_config(cache_dir: str) -> ConfigDict:
@@ -47,6 +49,12 @@ def launch(
         timeout=timeout,
         env=os.environ | environment,
     )
+
+
+def tool(*arguments: object) -> None:
+    """Run a tool in this process; as for a user, a mistake is one line on stderr and exit code 2."""
+    with exit_on_user_error():
+        resnet_jax(list(map(str, arguments)))
 
 
 def start(

@@ -16,7 +16,8 @@ from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
 from resnet_jax import config as config_lib
-from resnet_jax import setup, steps, train
+from resnet_jax import setup, steps
+from resnet_jax import training as train
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import evaluation
@@ -284,10 +285,10 @@ def test_data_that_do_not_fit_on_the_device_are_refused_with_the_figures(tmp_pat
 
 def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
     script = (
-        "import sys, pathlib, launch; from configs import final; from resnet_jax import evaluate, train\n"
+        "import sys, pathlib; from configs import final; from resnet_jax import training; from resnet_jax.reporting import evaluation\n"
         "config, directory = final.get_config('smoke'), pathlib.Path(sys.argv[1])\n"
         "config.pipeline = 'device'\n"
-        "train.train(config, directory); evaluation.run(config, directory, 'best')\n"
+        "training.train(config, directory); evaluation.run(config, directory, 'best')\n"
         "sys.exit('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)

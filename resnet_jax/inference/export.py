@@ -1,6 +1,6 @@
 """A trained network as one file: for JAX anywhere, for ONNX runtimes, or its weights alone.
 
-    python -m resnet_jax.inference.export runs/final --format stablehlo|onnx|safetensors [--output FILE]
+    python -m resnet_jax export runs/final --format stablehlo|onnx|safetensors [--output FILE]
 
 stablehlo     the program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
 onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
@@ -17,14 +17,14 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.command_line import ArgumentParser
+from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
@@ -155,33 +155,28 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     return difference
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.inference.export", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors")
-    parser.add_argument("--format", required=True, choices=WRITERS, help="of the file")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.FORMAT, or beside the file")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--fold-batch-norm", action="store_true", help="into the convolutions, of onnx")
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m resnet_jax export", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="kind of file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default: RUN/model.FORMAT, or beside RUN)"
+    )
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    parser.add_argument(
+        "--fold-batch-norm", action="store_true", help="fold batch norm into the convolutions (onnx only)"
+    )
     arguments = parser.parse_args(argv)
-    with exit_on_user_error():
-        beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
-        path = arguments.output or Path(f"{beside}.{arguments.format}")
-        if path.suffix != f".{arguments.format}":
-            raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
-        if arguments.fold_batch_norm and arguments.format != "onnx":
-            raise UserError("--fold-batch-norm is of --format onnx: leave it out")
-        from resnet_jax.inference import (
-            trained_model,  # only now that the arguments are checked, for importing JAX takes seconds
-        )
+    beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
+    path = arguments.output or Path(f"{beside}.{arguments.format}")
+    if path.suffix != f".{arguments.format}":
+        raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
+    if arguments.fold_batch_norm and arguments.format != "onnx":
+        raise UserError("--fold-batch-norm needs --format onnx")
+    from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
-        model = trained_model.load(arguments.run, arguments.checkpoint)
-        settings = {"fold": True} if arguments.fold_batch_norm else {}
-        difference = write(model, arguments.format, path, **settings)
-        print(
-            f"{path}: {path.stat().st_size / 1e6:.2f} MB, at most {difference:.1e} of the largest logit from the network"
-        )
-
-
-if __name__ == "__main__":
-    run_tool(main)
+    model = trained_model.load(arguments.run, arguments.checkpoint)
+    settings = {"fold": True} if arguments.fold_batch_norm else {}
+    difference = write(model, arguments.format, path, **settings)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, at most {difference:.1e} of the largest logit from the network")

@@ -1,6 +1,6 @@
 """Class probabilities of image files by a trained network.
 
-    python -m resnet_jax.inference.predict runs/final cat.png photos/ 'more/*.jpg' images.npz
+    python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
 A FILE is a PNG, JPEG or WebP image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
 Grey, palette and 16-bit images become RGB, transparent ones are laid on white, and a camera's rotation is undone.
@@ -23,8 +23,8 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error, report
+from resnet_jax.command_line import ArgumentParser
+from resnet_jax.errors import UserError, report
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files
 
@@ -141,43 +141,43 @@ def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]
     out.write(json.dumps(listed_rows, indent=2) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.inference.predict", __doc__)
-    parser.add_argument("run", metavar="RUN", help="workdir of a run, or an export of it")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="images")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--top", type=int, metavar="K", help="how many classes to show of each (default: 3)")
-    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror")
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m resnet_jax predict", __doc__)
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or its .safetensors or .stablehlo export")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="image, folder, pattern or .npz")
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    parser.add_argument("--top", type=int, metavar="K", help="classes to show for each image (default: 3)")
+    parser.add_argument("--flip", action="store_true", help="average the logits of each image and its mirror image")
     parser.set_defaults(write=write_table)
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", action="store_const", const=write_json, dest="write", help="print JSON")
     style.add_argument("--csv", action="store_const", const=write_csv, dest="write", help="print CSV")
     parser.add_argument(
-        "--unlabelled", type=Path, metavar="FILE", help="pickled dict of data and ids, or an .npz, instead"
+        "--unlabelled",
+        type=Path,
+        metavar="FILE",
+        help="images to label instead of FILEs: a pickled dict of data and ids, or an .npz",
     )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write of --unlabelled")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write for --unlabelled")
     arguments = parser.parse_args(argv)
-    with exit_on_user_error():
-        if bool(arguments.unlabelled) != bool(arguments.output):
-            raise UserError("--unlabelled FILE and --output CSV go together: give both")
-        if bool(arguments.files) == bool(arguments.unlabelled):
-            raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
-        if arguments.top is not None and arguments.top < 1:
-            raise UserError(f"--top {arguments.top}: give 1 or more")
-        if arguments.unlabelled and (arguments.top or arguments.write is not write_table):
-            raise UserError("--top, --json and --csv are of FILES: leave them out with --unlabelled")
-        if arguments.unlabelled:
-            submit(arguments)
-        else:
-            show(arguments)
+    if bool(arguments.unlabelled) != bool(arguments.output):
+        raise UserError("--unlabelled FILE and --output CSV go together: give both")
+    if bool(arguments.files) == bool(arguments.unlabelled):
+        raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
+    if arguments.top is not None and arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: give 1 or more")
+    if arguments.unlabelled and (arguments.top or arguments.write is not write_table):
+        raise UserError("--top, --json and --csv do not apply to --unlabelled: leave them out")
+    if arguments.unlabelled:
+        submit(arguments)
+    else:
+        show(arguments)
 
 
 def submit(arguments: argparse.Namespace) -> None:
     """Write the labels of unlabelled images."""
-    from resnet_jax.inference import (
-        trained_model,  # only now that the arguments are checked, for importing JAX takes seconds
-    )
+    from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
         raise UserError(f"--output {arguments.output} is --unlabelled too, and would be lost: give another file")
@@ -211,8 +211,4 @@ def show(arguments: argparse.Namespace) -> None:
         rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
     arguments.write(sys.stdout, rows)
     if unreadable:
-        raise UserError(f"{unreadable} of {len(files)} files could not be read: mend them, or leave them out")
-
-
-if __name__ == "__main__":
-    run_tool(main)
+        raise UserError(f"{unreadable} of {len(files)} files could not be read: fix them, or leave them out")

@@ -1,6 +1,6 @@
 """A page to try a trained network in a browser: drop a picture, see what it is taken for and which pixels mattered.
 
-    python -m resnet_jax.inference.serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
+    python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
 
 Programs can ask too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` is answered with JSON.
 """
@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax import host
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.command_line import ArgumentParser
+from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
     import flask
@@ -169,40 +170,39 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.inference.serve", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
-    parser.add_argument("--no-samples", action="store_true", help="show no test images: the run's data are not needed")
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m resnet_jax serve", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 for any free port (default: 8000)")
+    parser.add_argument(
+        "--no-samples", action="store_true", help="show no test images, so that the data set is not needed"
+    )
     arguments = parser.parse_args(argv)
-    with exit_on_user_error():
-        try:
-            import flask  # noqa: F401
-            import waitress
-        except ImportError as error:
-            raise UserError("the page needs flask and waitress: pip install -e '.[demo]'") from error
-        with _listening(arguments.host, arguments.port) as listening:  # first, for loading takes seconds
-            from resnet_jax.inference import trained_model
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing needs saving, and Python's handler waits while JAX loads
+    try:
+        import flask  # noqa: F401
+        import waitress
+    except ImportError as error:
+        raise UserError("the page needs flask and waitress: pip install -e '.[demo]'") from error
+    with _listening(arguments.host, arguments.port) as listening:  # first, for loading takes seconds
+        from resnet_jax.inference import trained_model
 
-            model = trained_model.load(arguments.run, arguments.checkpoint)
-            _ = answer(model, np.zeros((1, *model.image_shape), np.uint8))  # compiles, and finds weights missing
-            shown = [] if arguments.no_samples else samples(model)
-            address, port = listening.getsockname()[:2]
-            shown_address = f"[{address}]" if ":" in address else address
-            hosts: list[str] | None = ["localhost", shown_address]
-            if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-                print(f"warning: {address} is open to whoever reaches this machine", file=sys.stderr)
-                hosts = None  # it has names that are not known here
-            app = make_app(model, arguments.run.resolve().name, shown, hosts)
-            logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits
-            server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES + 1)
-            print(f"http://{shown_address}:{port} (Ctrl-C ends it)", flush=True)
-            server.run()
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save, and loading does not heed Python's
-    run_tool(main)
+        model = trained_model.load(arguments.run, arguments.checkpoint)
+        _ = answer(model, np.zeros((1, *model.image_shape), np.uint8))  # compiles, and finds weights missing
+        shown = [] if arguments.no_samples else samples(model)
+        address, port = listening.getsockname()[:2]
+        shown_address = f"[{address}]" if ":" in address else address
+        hosts: list[str] | None = ["localhost", shown_address]
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            print(f"warning: {address} is open to whoever reaches this machine", file=sys.stderr)
+            hosts = None  # it has names that are not known here
+        app = make_app(model, arguments.run.resolve().name, shown, hosts)
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits
+        server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES + 1)
+        print(f"http://{shown_address}:{port} (Ctrl-C ends it)", flush=True)
+        server.run()

@@ -1,36 +1,28 @@
 """Weights to and from PyTorch: a state dict of the report's own model, with its names (conv1, bn1, layer1.0.conv1 ... fc).
 
-    python -m resnet_jax.inference.torch_weights --config configs/final.py --workdir runs/torch --load model.pt
-    python -m resnet_jax.inference.torch_weights --config configs/final.py --workdir runs/final --save model.safetensors
+    python -m resnet_jax weights load model.pt --config configs/final.py --workdir runs/torch
+    python -m resnet_jax weights save runs/final model.safetensors
 
-`--load` makes a workdir whose checkpoint is of step 0: `launch.py --mode eval` evaluates it, and without `--mode` trains on
-from it. `--save` writes a checkpoint's weights. The file's suffix says its kind: .safetensors, .npz, or .pt and .pth, which
-need PyTorch and are read with `weights_only=True`. Weights are copied to the bit, so back and forth changes none; batch
-norm's running variance too, though PyTorch's is of the unbiased estimate and ours of the biased one.
+`load` makes a workdir whose checkpoint has step 0: evaluate it with `eval`, or train from it with `train` and the same config.
+`save` writes the weights of a checkpoint. The suffix of the file is its format: .safetensors, .npz, or .pt and .pth, which need
+PyTorch and are read with `weights_only=True`. Weights are copied bit for bit in both directions. So is batch norm's running
+variance, though PyTorch estimates it without bias and this project with.
 """
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_jax import cli
+from resnet_jax import command_line
+from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
-
-flags.declare_key_flag("config")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: a new one to --load into, or the one to --save from."
-)
-LOAD = flags.DEFINE_string("load", None, "File of weights to read.")
-SAVE = flags.DEFINE_string("save", None, "File of weights to write.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Checkpoint to save: best, latest or a step.")
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 _MODULES = {
@@ -207,7 +199,7 @@ def write(path: Path, weights: Weights) -> None:
                 torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, new)
             os.replace(new, path)
     except OSError as error:
-        raise UserError(f"--save {path} cannot be written ({error.strerror}): give another file") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from error
 
 
 def load(config: ConfigDict, directory: Path, path: Path) -> None:
@@ -220,7 +212,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     from resnet_jax.setup import setup
 
     if directory.exists():
-        raise UserError(f"--workdir {directory} is there already: choose another")
+        raise UserError(f"--workdir {directory} exists already: choose another")
     weights = read(path)
     start = setup(config)
     try:
@@ -233,7 +225,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         folder.write_json(workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
         folder.save(state, seconds=0.0)
         folder.wait()
-    print(f"{directory}: the weights of {path}, as step 0: evaluate it with --mode eval, or train on from it")
+    print(f"{directory} holds the weights of {path} as step 0: python -m resnet_jax eval {directory} evaluates them")
 
 
 def _sha256(path: Path) -> str:
@@ -241,32 +233,43 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(config: ConfigDict, directory: Path, which: str, path: Path) -> None:
-    """Write the weights of a run's checkpoint."""
-    from resnet_jax import evaluate
+def save(source: Path, which: str, path: Path) -> None:
+    """Write the weights of a run's checkpoint, or of an export that holds weights."""
+    from resnet_jax.inference import trained_model
 
-    _, state, step = evaluate.restored(config, directory, which)
-    write(path, to_torch({"params": state.params, "batch_stats": state.batch_stats}, step))
-    print(f"{path}: the weights of {directory}, step {step}")
+    model = trained_model.load(source, which)
+    write(path, to_torch(model.variables, model.step))
+    print(f"{path}: the weights of {source}, step {model.step}")
 
 
-def main(config: ConfigDict) -> None:
-    """Run what the flags say."""
-    flag, file = ("load", LOAD.value) if LOAD.value is not None else ("save", SAVE.value)
-    if file is None or None not in (LOAD.value, SAVE.value) or WORKDIR.value is None:
-        raise UserError("give --workdir, and either --load FILE or --save FILE")
-    path, directory = Path(os.path.expanduser(file)), Path(os.path.expanduser(WORKDIR.value)).absolute()
+def main_load(argv: Sequence[str]) -> None:
+    """The tool `weights load`."""
+    parser = ArgumentParser("python -m resnet_jax weights load", __doc__)
+    parser.add_argument("file", metavar="FILE", help="state dict to read")
+    command_line.add_config_arguments(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the new run")
+    arguments, config = command_line.parse_config(parser, argv)
+    load(config, command_line.folder(arguments.workdir), _checked(arguments.file))
+
+
+def main_save(argv: Sequence[str]) -> None:
+    """The tool `weights save`."""
+    parser = ArgumentParser("python -m resnet_jax weights save", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="workdir of a run, or its .safetensors export")
+    parser.add_argument("file", metavar="FILE", help="state dict to write")
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    arguments = parser.parse_args(argv)
+    path = _checked(arguments.file)
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"{path} cannot be written: give a file in a folder that exists")
+    save(arguments.run, arguments.checkpoint, path)
+
+
+def _checked(file: str) -> Path:
+    """The path of a file of weights that this machine can read and write."""
+    path = Path(os.path.expanduser(file))
     if path.suffix not in _SUFFIXES:
-        raise UserError(f"--{flag} {file}: its suffix must be one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{file}: its suffix must be one of {', '.join(_SUFFIXES)}")
     if path.suffix in (".pt", ".pth"):
         _torch(path)
-    if flag == "load":
-        load(config, directory, path)
-    elif not path.parent.is_dir() or path.is_dir():
-        raise UserError(f"--save {path}: give a file in a folder that is there")
-    else:
-        save(config, directory, CHECKPOINT.value, path)
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    return path

@@ -82,6 +82,14 @@ class Model:
         self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="flip")
         self._saliency = jax.jit(partial(_saliency, network))
 
+    def __repr__(self) -> str:
+        """Parameters, classes, image size and step."""
+        params = (
+            "" if self._variables is None else f"{train_state.num_params(self._variables['params']):,} parameters, "
+        )
+        height, width, _ = self.image_shape
+        return f"Model({params}{len(self.class_names)} classes, {height}x{width} images, step {self.step})"
+
     @property
     def variables(self) -> Any:
         """{"params", "batch_stats"}, on the first device.
@@ -214,7 +222,7 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     """The network of a run.
 
     Args:
-        source: the run's workdir, or a `.safetensors` or `.stablehlo` that `resnet_jax.inference.export` wrote. A `.stablehlo` is a
+        source: the run's workdir, or a `.safetensors` or `.stablehlo` that `python -m resnet_jax export` wrote. A `.stablehlo` is a
             program: load those that you trust. It has no `variables` and rounds floats to uint8.
         checkpoint: of a workdir: "best" by validation accuracy, "latest", or a step.
 
@@ -276,7 +284,7 @@ def _load_file(path: Path) -> Model:
     except Exception as error:  # what a damaged file makes its reader raise is of every kind
         reason = f"{error or type(error).__name__}"[:200]
         raise UserError(
-            f"{path} cannot be used ({reason}): give what python -m resnet_jax.inference.export wrote"
+            f"{path} cannot be used ({reason}): give a file that python -m resnet_jax export wrote"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """A model card of a run: its data, recipe, figures, limits and digests, read from what the run wrote.
 
-    python launch.py --config configs/final.py --mode eval       # figures by class, and how well probabilities are meant
-    python -m resnet_jax.reporting.model_card runs/final                   # -> runs/final/MODEL_CARD.md
+    python -m resnet_jax eval runs/final       # accuracy by class, calibration
+    python -m resnet_jax card runs/final       # writes runs/final/MODEL_CARD.md
 
 Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is the one that Hugging Face's hub reads.
 """
@@ -9,6 +9,7 @@ Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is 
 import json
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from scipy import stats
 
 from resnet_jax import config as config_lib
 from resnet_jax import host
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.command_line import ArgumentParser
+from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
-from resnet_jax.reporting.analysis import RESULT_KEYS
 from resnet_jax.runs import files
 
 _CONFUSIONS = 5  # that are named
@@ -77,9 +77,13 @@ def card(directory: Path) -> str:
     if not (directory / "result.json").exists():
         raise UserError(f"{directory} holds no complete run: give one that has a result.json, or go on with it first")
     if not (directory / "eval.json").exists():
-        raise UserError(f"{directory} was not evaluated: run launch.py with its config and --mode eval first")
+        raise UserError(f"{directory} was not evaluated: run python -m resnet_jax eval {directory} first")
+    from resnet_jax import train_state  # after these checks, because JAX takes seconds to import
+    from resnet_jax.inference import trained_model
+    from resnet_jax.reporting.analysis import RESULT_KEYS
+
     result = files.read_json(directory / "result.json", (*RESULT_KEYS, "checkpoint_step"), "give another run")
-    hint = "evaluate the run again, with --mode eval --checkpoint best, and without --flip"
+    hint = f"evaluate the run again: python -m resnet_jax eval {directory}"
     evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "flip", "dataset", "test"), hint)
     for key, wanted in (
         ("checkpoint_step", result["checkpoint_step"]),
@@ -88,8 +92,6 @@ def card(directory: Path) -> str:
     ):
         if evaluation[key] != wanted:
             raise UserError(f"{directory / 'eval.json'} is of another {key.replace('_', ' ')} than result.json: {hint}")
-    from resnet_jax import train_state  # only now, for importing JAX takes seconds
-    from resnet_jax.inference import trained_model
 
     model = trained_model.load(directory, result["checkpoint_step"])
     templates = jinja2.Environment(
@@ -127,19 +129,14 @@ def card(directory: Path) -> str:
         raise UserError(f"{directory}: result.json or eval.json is damaged ({error!r}): {hint}") from error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.reporting.model_card", __doc__)
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m resnet_jax card", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a complete run that was evaluated")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/MODEL_CARD.md")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/MODEL_CARD.md)")
     arguments = parser.parse_args(argv)
     path = arguments.output or arguments.run / "MODEL_CARD.md"
-    with exit_on_user_error():
-        if os.path.lexists(path):  # perhaps edited, or something else
-            raise UserError(f"{path} is there and is not written over: move it away, or give another --output")
-        files.write_text(path, card(arguments.run))
-        print(path)
-
-
-if __name__ == "__main__":
-    run_tool(main)
+    if os.path.lexists(path):  # perhaps edited, or something else
+        raise UserError(f"{path} exists: move it away, or give another --output")
+    files.write_text(path, card(arguments.run))
+    print(path)

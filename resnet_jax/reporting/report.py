@@ -1,10 +1,10 @@
 """A page about runs: their curves, their networks, their confusions and mistakes.
 
-    python -m resnet_jax.reporting.report RUN [RUN ...] --output DIR
+    python -m resnet_jax report RUN [RUN ...] --output DIR
 
-Each RUN is the workdir of a complete run, or the summary of one: `python -m resnet_jax.reporting.report RUN --summary FILE` writes it,
-for a workdir alone, so that the page can be built again without data and checkpoints. Runs that differ in their seed alone
-are one group. DIR/index.html holds all that it shows, and DIR/figures each figure as PNG and SVG.
+RUN is the workdir of a complete run, or its summary. `python -m resnet_jax report RUN --summary FILE` writes the summary of a
+workdir, so that the page can be rebuilt without data and checkpoints. Runs that differ only in their seed form a group.
+DIR/index.html is self-contained; DIR/figures holds each figure as PNG and SVG.
 """
 
 import base64
@@ -21,10 +21,9 @@ import numpy as np
 from absl import logging
 
 from resnet_jax import config as config_lib
-from resnet_jax.command_line import ArgumentParser, run_tool
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.command_line import ArgumentParser
+from resnet_jax.errors import UserError
 from resnet_jax.reporting import figures, pages, statistics
-from resnet_jax.reporting.analysis import SUMMARY_KEYS, summarise
 from resnet_jax.reporting.figures import Group, Summary
 from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import files
@@ -42,10 +41,12 @@ def read_run(path: Path) -> tuple[str, Summary]:
     Raises:
         UserError: where there is no complete run, or the file is no summary.
     """
+    from resnet_jax.reporting import analysis  # only here, because JAX takes seconds to import
+
     if path.is_dir():
         with redirect_stdout(StringIO()):  # what a run says of itself
-            return path.absolute().name, summarise(path)
-    summary = files.read_json(path, SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
+            return path.absolute().name, analysis.summarise(path)
+    summary = files.read_json(path, analysis.SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
     try:
         config_lib.from_json(summary["config"])
         _check(summary)
@@ -201,26 +202,21 @@ def _page(groups: Sequence[Group], claims: Sequence[Any], folder: Path) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.reporting.report", __doc__)
+def main(argv: Sequence[str]) -> None:
+    """The tool."""
+    parser = ArgumentParser("python -m resnet_jax report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")
     target.add_argument("--summary", type=Path, metavar="FILE", help="write the one RUN's summary instead")
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
-    with exit_on_user_error():
-        if arguments.summary:
-            if len(arguments.runs) > 1:
-                raise UserError("--summary is of one run: give one RUN")
-            files.write_json(arguments.summary, read_run(arguments.runs[0])[1])
-            print(arguments.summary)
-            return
-        pages.check_output(arguments.output)
-        build([read_run(path) for path in arguments.runs], arguments.output)
-        print(arguments.output / "index.html")
-
-
-if __name__ == "__main__":
-    run_tool(main)
+    if arguments.summary:
+        if len(arguments.runs) > 1:
+            raise UserError("--summary takes one RUN")
+        files.write_json(arguments.summary, read_run(arguments.runs[0])[1])
+        print(arguments.summary)
+        return
+    pages.check_output(arguments.output)
+    build([read_run(path) for path in arguments.runs], arguments.output)
+    print(arguments.output / "index.html")

@@ -1,9 +1,4 @@
-"""A page about a search, and the config that it found.
-
-    python -m resnet_jax.search report --study NAME
-
-DIR/index.html holds all that it shows, DIR/figures each figure as PNG and SVG, and --found is a config that launch.py runs.
-"""
+"""The page about a search, and the config that it found: `python -m resnet_jax search report`."""
 
 import hashlib
 import json
@@ -13,16 +8,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
-from resnet_jax.command_line import ArgumentParser
-from resnet_jax.errors import UserError, exit_on_user_error
+from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, statistics
 from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import files
-from resnet_jax.search import default_storage, default_workdir, figures, is_name, space, studies
+from resnet_jax.search import figures, space, studies
 from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary, costs_against, summarise
 
-_MARK = '"""Found by `python -m resnet_jax.search`'  # begins the file of a config that was found
+_MARK = '"""Found by `python -m resnet_jax search`'  # begins the file of a config that was found
 
 
 def pictures(found: Summary) -> list[Picture]:
@@ -125,7 +119,8 @@ def _check_found(path: Path, study: str) -> None:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
-    if not text.startswith(f"{_MARK}, study {study}: ") or text != _signed(text.rpartition("\n\n# ")[0]):
+    known = text.replace("resnet_jax.search`", "resnet_jax search`", 1)  # earlier versions wrote that
+    if not known.startswith(f"{_MARK}, study {study}: ") or text != _signed(text.rpartition("\n\n# ")[0]):
         raise UserError(f"--found {path} is there, and is of something else or was edited: {hint}")
 
 
@@ -141,41 +136,35 @@ def _check_summary(path: Path) -> None:
         )
 
 
-def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = ArgumentParser("resnet_jax.search report", __doc__)
-    parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="of the search (default: runs/search/NAME)")
-    parser.add_argument("--storage", metavar="WHERE", help="of the search (default: WORKDIR/study.journal)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page (default: report-NAME)")
-    parser.add_argument("--found", type=Path, metavar="FILE", default=Path("configs/found.py"), help="config to write")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the search's summary, as JSON, instead")
-    arguments = parser.parse_args(argv)
-    output, name = arguments.output or Path(f"report-{arguments.study}"), arguments.study
-    where = arguments.storage or str(default_storage(arguments.workdir or default_workdir(name)))
-    with exit_on_user_error():
-        if not is_name(name):
-            raise UserError(f"--study is {name!r}: give the name of a search")
-        if arguments.summary:
-            _check_summary(arguments.summary)
-        else:
-            if output.absolute() in arguments.found.absolute().parents:
-                raise UserError(
-                    f"--found {arguments.found} is in --output {output}, which the page alone fills: give another"
-                )
-            pages.check_output(output)
-            _check_found(arguments.found, name)
-        with studies.opened(where, create=False) as storage:
-            found = summarise(name, studies.existing(storage, name))
-        if arguments.summary:
-            files.write_json(arguments.summary, found)
-            print(arguments.summary)
-            return
-        write(found, output, arguments.found)
+def save_summary(study: str, where: str, path: Path) -> None:
+    """Write the summary of a search as JSON.
+
+    Raises:
+        UserError: if there is no such search, or the file is something else than an earlier summary.
+    """
+    _check_summary(path)
+    with studies.opened(where, create=False) as storage:
+        files.write_json(path, summarise(study, studies.existing(storage, study)))
+    print(path)
+
+
+def save_page(study: str, where: str, output: Path, config_path: Path) -> None:
+    """Write the page of a search into a folder, and the config that it found, if it found one.
+
+    Raises:
+        UserError: if there is no such search, or the folder or the config cannot be written.
+    """
+    if output.absolute() in config_path.absolute().parents:
+        raise UserError(f"--found {config_path} is in --output {output}, which holds only the page: give another file")
+    pages.check_output(output)
+    _check_found(config_path, study)
+    with studies.opened(where, create=False) as storage:
+        found = summarise(study, studies.existing(storage, study))
+    write(found, output, config_path)
 
 
 def write(found: Summary, output: Path, config_path: Path) -> None:
-    """Write the page of a search, and the config that it found where it found one."""
+    """Write the page of a search, and the config that it found, if it found one."""
     with pages.writing(output) as folder:
         (folder / "index.html").write_text(page(found, config_path, folder / "figures"))
     print(output / "index.html")

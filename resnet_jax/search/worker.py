@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from resnet_jax import config as config_lib
-from resnet_jax import train
+from resnet_jax import training
 from resnet_jax.data import datasets
 from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
 from resnet_jax.runs import environment, metrics_log, preemption
@@ -296,7 +296,7 @@ class Worker:
         watch = _WatchTrial(trial, self.say, what, set(reported) if prunes else None)
         config = space.training_config(self.config, claim.fields)
         try:
-            return train.train(config, claim.folder, hooks=[watch], test=False, stop_request=self.stop_request)
+            return training.train(config, claim.folder, hooks=[watch], test=False, stop_request=self.stop_request)
         except _Pruned:
             return Early("pruned", f"behind after {watch.count} of its validations")
         except TrainingDiverged as error:

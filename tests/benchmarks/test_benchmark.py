@@ -54,7 +54,10 @@ def test_repeats_are_interleaved_after_a_warm_up_that_does_not_count():
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.benchmark", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "resnet_jax", "benchmark", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -56,7 +56,7 @@ def test_the_yardstick_has_our_parameters_and_given_them_our_logits(final_config
 def test_the_ratio_is_that_of_each_round(tmp_path, dtype):
     output = tmp_path / "result.json"
     flags = ["--only=train_step", "--against-torch", "--device-counts=1", f"--dtypes={dtype}", "--seconds=0.1"]
-    command = [sys.executable, "-m", "benchmarks.benchmark", "--config=configs/final.py:smoke", *flags]
+    command = [sys.executable, "-m", "resnet_jax", "benchmark", "--config=configs/final.py:smoke", *flags]
     done = subprocess.run([*command, f"--output={output}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(output.read_text())["cases"]

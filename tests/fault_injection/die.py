@@ -78,7 +78,7 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import steps
+    from resnet_jax import command_line, steps
     from resnet_jax.data import feed
 
     pass_by = countdown(n)
@@ -92,7 +92,7 @@ def main() -> None:
         at_call(feed, "make_step", pass_by)
     else:
         at_call(steps, "jit_eval_step", pass_by)
-    launch.cli.run(launch.main)
+    command_line.run(launch.main)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import make_tiny_config, start
+from helpers import make_tiny_config, start, tool
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +28,7 @@ def files(run, tmp_path_factory):
     """Format -> file, as the command line writes it."""
     pytest.importorskip("onnxruntime")
     for kind in FORMATS:
-        export.main([str(run), "--format", kind])
+        tool("export", run, "--format", kind)
     return {kind: run / f"model.{kind}" for kind in FORMATS}
 
 
@@ -85,7 +85,7 @@ def test_a_file_that_computes_something_else_is_not_written(cache_dir, tmp_path,
 
 
 def test_what_it_says_of_a_file(run, capsys):
-    export.main([str(run), "--format", "safetensors", "--output", str(run / "other.safetensors")])
+    tool("export", run, "--format", "safetensors", "--output", run / "other.safetensors")
     size = (run / "other.safetensors").stat().st_size / 1e6
     assert (
         capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_safetensors_are_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
         json.dumps({"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
     )
-    export.main([str(run), "--format", "safetensors"])
+    tool("export", run, "--format", "safetensors")
     one, other = trained_model.load(run), trained_model.load(files["safetensors"])
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(one.predict(images).probabilities, other.predict(images).probabilities)
@@ -157,7 +157,7 @@ def test_stablehlo_is_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
         json.dumps({"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
     )
-    export.main([str(run), "--format", "stablehlo"])
+    tool("export", run, "--format", "stablehlo")
     one, other = trained_model.load(run), trained_model.load(files["stablehlo"])
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     for flip in (False, True):
@@ -175,7 +175,7 @@ def test_a_program_without_weights_says_so(run, files, capsys):
         with pytest.raises(UserError, match=r"holds a program and no weights: give the run's workdir"):
             use()
     with pytest.raises(SystemExit):
-        export.main([str(files["stablehlo"]), "--format=onnx", f"--output={run}/again.onnx"])
+        tool("export", files["stablehlo"], "--format=onnx", f"--output={run}/again.onnx")
     assert "holds a program and no weights" in capsys.readouterr().err
 
 
@@ -187,9 +187,9 @@ def test_a_file_has_one_checkpoint(files):
 
 def test_weights_alone_are_exported_again_to_the_same_bytes_as_the_run(files, tmp_path):
     shutil.copy(files["safetensors"], tmp_path / "copy.safetensors")
-    export.main([str(tmp_path / "copy.safetensors"), "--format=stablehlo"])
+    tool("export", tmp_path / "copy.safetensors", "--format=stablehlo")
     assert trained_model.load(tmp_path / "copy.stablehlo").class_names == tuple("0123456789")
-    export.main([str(tmp_path / "copy.safetensors"), "--format=safetensors", f"--output={tmp_path}/again.safetensors"])
+    tool("export", tmp_path / "copy.safetensors", "--format=safetensors", f"--output={tmp_path}/again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == files["safetensors"].read_bytes()
     assert (tmp_path / "again.safetensors").stat().st_mode == (tmp_path / "copy.stablehlo").stat().st_mode
 
@@ -207,7 +207,7 @@ def test_a_network_in_bfloat16_is_exported_as_onnx_in_float32(cache_dir, tmp_pat
 def test_an_export_that_is_killed_leaves_what_was_there(run, tmp_path):
     path = tmp_path / "m.stablehlo"
     path.write_text("an older one")
-    process = start(run, "--format=stablehlo", f"--output={path}", program=("-m", "resnet_jax.inference.export"))
+    process = start(run, "--format=stablehlo", f"--output={path}", program=("-m", "resnet_jax", "export"))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".incomplete-*/m.stablehlo")):  # it is written, and not compared yet
         assert time.monotonic() < deadline
@@ -257,7 +257,9 @@ def test_a_damaged_program_is_refused(files, tmp_path, damage):
         with zipfile.ZipFile(path, "a") as archive:
             meta = {key: value for key, value in said.items() if key != "sha256"} | {"image_shape": [16, 16, 3]}
             archive.writestr("metadata.json", export.sealed(meta, hashlib.sha256(program).hexdigest()))
-    with pytest.raises(UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give what python -m resnet_jax\.export wrote"):
+    with pytest.raises(
+        UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give a file that python -m resnet_jax export wrote"
+    ):
         trained_model.load(path)
 
 
@@ -266,7 +268,10 @@ def test_a_damaged_program_is_refused(files, tmp_path, damage):
 MISTAKES = {
     "no run": (["nowhere", "--format=onnx"], "nowhere holds no run"),
     "another suffix": (["{run}", "--format=onnx", "--output=m.pb"], "a file of this format ends in .onnx"),
-    "folding something else": (["{run}", "--format=stablehlo", "--fold-batch-norm"], "leave it out"),
+    "folding something else": (
+        ["{run}", "--format=stablehlo", "--fold-batch-norm"],
+        "--fold-batch-norm needs --format onnx",
+    ),
     "no such folder": (["{run}", "--format=safetensors", "--output=no/m.safetensors"], "cannot be written"),
     "no such checkpoint": (["{run}", "--format=onnx", "--checkpoint=7"], "no checkpoint of step 7"),
 }
@@ -277,7 +282,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     arguments, words = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stop:
-        export.main([argument.format(run=run) for argument in arguments])
+        tool("export", *(argument.format(run=run) for argument in arguments))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -300,7 +305,7 @@ DAMAGED_WEIGHTS = {
 @pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
 def test_damaged_weights_are_refused(run, tmp_path, damage):
     path = tmp_path / "model.safetensors"
-    export.main([str(run), "--format=safetensors", f"--output={path}"])
+    tool("export", run, "--format=safetensors", f"--output={path}")
     with safe_open(path, "numpy") as file:
         meta = json.loads(file.metadata()["resnet_jax"])
     weights, raw = load_file(path), path.read_bytes()
@@ -326,7 +331,8 @@ def test_damaged_weights_are_refused(run, tmp_path, damage):
         payload = train_state.digest(traverse_util.unflatten_dict(weights, sep="/"))
         save_file(weights, path, {"resnet_jax": export.sealed(meta, payload)})
     with pytest.raises(
-        UserError, match=rf"{DAMAGED_WEIGHTS[damage]}.*(give what python -m resnet_jax\.export wrote|export it again)"
+        UserError,
+        match=rf"{DAMAGED_WEIGHTS[damage]}.*(give a file that python -m resnet_jax export wrote|export it again)",
     ):
         trained_model.load(path)
 
@@ -334,5 +340,5 @@ def test_damaged_weights_are_refused(run, tmp_path, damage):
 def test_without_onnx_the_message_says_what_to_install(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SystemExit):
-        export.main([str(run), "--format=onnx"])
+        tool("export", run, "--format=onnx")
     assert "pip install -e '.[onnx]'" in capsys.readouterr().err

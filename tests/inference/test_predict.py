@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import assert_user_error, launch, make_tiny_config
+from helpers import assert_user_error, launch, make_tiny_config, tool
 from PIL import Image
 
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import predict, trained_model, unlabelled
 
-PREDICT = ("-m", "resnet_jax.inference.predict")
+PREDICT = ("-m", "resnet_jax", "predict")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def folder(tmp_path, digits):
 def call(capsys, *arguments):
     """What the tool prints, in this process, on stdout and on stderr."""
     capsys.readouterr()
-    predict.main([*map(str, arguments)])
+    tool("predict", *arguments)
     return capsys.readouterr()
 
 
@@ -47,7 +47,7 @@ def refused(capsys, *arguments):
     """The lines on stderr of a call that ends with exit code 2, and what it printed."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        predict.main([*map(str, arguments)])
+        tool("predict", *arguments)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     return printed.err.splitlines(), printed.out

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import werkzeug.serving
-from helpers import assert_user_error, launch, make_tiny_config, start
+from helpers import assert_user_error, launch, make_tiny_config, start, tool
 from PIL import Image
 
 from resnet_jax.data import datasets
@@ -24,8 +24,16 @@ from resnet_jax.errors import UserError
 from resnet_jax.inference import export, serve, trained_model
 
 pytest.importorskip("flask", reason="Flask is not installed here: there is no page to try a network")
-DEMO = ("-m", "resnet_jax.inference.serve")
+DEMO = ("-m", "resnet_jax", "serve")
 NO_PICTURE = "This is no PNG, JPEG or WebP picture that can be read."
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """The tool gives Ctrl-C to the operating system; a test that runs it in this process gives it back."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +238,7 @@ def test_a_mistake_is_one_line(run, model, capsys, mistake):
     capsys.readouterr()
     arguments, words = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stop:
-        serve.main([argument.format(run=run) for argument in arguments])
+        tool("serve", *(argument.format(run=run) for argument in arguments))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -269,7 +277,7 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(run, seconds):
 def test_without_flask_the_message_says_what_to_install(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "waitress", None)
     with pytest.raises(SystemExit) as stop:
-        serve.main([str(run)])
+        tool("serve", run)
     assert stop.value.code == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
 

@@ -1,24 +1,22 @@
 import json
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import ROOT, assert_user_error, launch
+from helpers import ROOT, assert_user_error, launch, tool
 
 from resnet_jax import models
 from resnet_jax.errors import UserError
 from resnet_jax.inference import torch_weights
 
-SMOKE = "--config=configs/final.py:smoke"
+SMOKE = f"--config={ROOT}/configs/final.py:smoke"
 
 
-def convert(*flags):
+def weights_tool(*arguments):
     """Run the tool as a user does."""
-    command = [sys.executable, "-m", "resnet_jax.inference.torch_weights", SMOKE, *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return launch(*arguments, program=("-m", "resnet_jax", "weights"))
 
 
 def random_variables(model, seed=0):
@@ -126,10 +124,10 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
     """Train, save, load into a new folder, evaluate both, train on from the loaded weights."""
     first, second, weights = tmp_path / "first", tmp_path / "second", tmp_path / "weights.safetensors"
     assert launch(SMOKE, f"--workdir={first}").returncode == 0
-    done = convert(f"--workdir={first}", f"--save={weights}", "--checkpoint=latest")
+    done = weights_tool("save", first, weights, "--checkpoint=latest")
     assert done.returncode == 0, done.stderr
     assert safetensors.numpy.load_file(weights)["bn1.num_batches_tracked"] == 11
-    done = convert(f"--workdir={second}", f"--load={weights}")
+    done = weights_tool("load", weights, SMOKE, f"--workdir={second}")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "weights.safetensors"}
     reports = []
@@ -139,13 +137,13 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
     assert [report["checkpoint_step"] for report in reports] == [11, 0]
     assert reports[0]["test"] == reports[1]["test"]
     again = tmp_path / "again.safetensors"
-    assert convert(f"--workdir={second}", f"--save={again}").returncode == 0
+    assert weights_tool("save", second, again).returncode == 0
     before, after = safetensors.numpy.load_file(weights), safetensors.numpy.load_file(again)
     assert before.keys() == after.keys()
     for name in before:
         if "tracked" not in name:
             assert before[name].tobytes() == after[name].tobytes()
-    assert_user_error(convert(f"--workdir={second}", f"--load={weights}"), "is there already")
+    assert_user_error(weights_tool("load", weights, SMOKE, f"--workdir={second}"), "exists already")
     done = launch(SMOKE, f"--workdir={second}")
     assert done.returncode == 0, done.stderr
     results = [json.loads((directory / "result.json").read_text()) for directory in (first, second)]
@@ -155,22 +153,26 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("arguments", "words"),
     [
-        (["--load=weights.npz"], ["--workdir"]),
-        (["--workdir={}/run"], ["--load FILE or --save FILE"]),
-        (["--workdir={}/run", "--load=a.npz", "--save=b.npz"], ["either"]),
-        (["--workdir={}/run", "--load=weights.h5"], [".safetensors"]),
-        (["--workdir={}/run", "--load={}/absent.npz"], ["absent.npz", "cannot be read"]),
-        (["--workdir={}/run", "--save={}/absent/weights.npz"], ["folder that is there"]),
-        (["--workdir={}/run", "--save={}/weights.npz"], ["holds no run"]),
-        (["--workdir={}/run", "--load={}/other.npz"], ["does not fit config.model", "conv1.weight"]),
+        (["load", "weights.npz", SMOKE], ["--workdir"]),
+        (["load", "weights.npz", "--workdir={}/run"], ["--config is missing"]),
+        (["load", SMOKE, "--workdir={}/run"], ["FILE"]),
+        (["load", "weights.h5", SMOKE, "--workdir={}/run"], [".safetensors"]),
+        (["load", "{}/absent.npz", SMOKE, "--workdir={}/run"], ["absent.npz", "cannot be read"]),
+        (["load", "{}/other.npz", SMOKE, "--workdir={}/run"], ["does not fit config.model", "conv1.weight"]),
+        (["save", "{}/run", "{}/absent/weights.npz"], ["folder that exists"]),
+        (["save", "{}/run", "{}/weights.npz"], ["holds no run"]),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value) if value[0] in ("load", "save") else "",
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, words, weights):
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, arguments, words, weights):
     torch_weights.write(tmp_path / "other.npz", weights)
-    assert_user_error(convert(*(flag.format(tmp_path) for flag in flags)), *words)
+    with pytest.raises(SystemExit) as stop:
+        tool("weights", *(argument.format(tmp_path) for argument in arguments))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words)
     assert [path.name for path in tmp_path.iterdir()] == ["other.npz"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import evaluate, steps, train
+from resnet_jax import evaluate, steps, training
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, trained_model
 from resnet_jax.reporting import evaluation
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 def finished(run, tiny_config):
     directory, result = run
     if not result:
-        result.update(dataclasses.asdict(train.train(tiny_config, directory)))
+        result.update(dataclasses.asdict(training.train(tiny_config, directory)))
     return directory, result, tiny_config
 
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import yaml
-from helpers import make_tiny_config
+from helpers import make_tiny_config, tool
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
@@ -43,7 +43,7 @@ def rows(text, beginning):
 def test_it_says_what_the_run_wrote(evaluated, capsys):
     path = evaluated / "MODEL_CARD.md"
     path.unlink(missing_ok=True)
-    model_card.main([str(evaluated)])
+    tool("card", evaluated)
     assert capsys.readouterr().out == f"{path}\n"
     text = path.read_text()
     result, evaluation = (json.loads((evaluated / f"{name}.json").read_text()) for name in ("result", "eval"))
@@ -164,9 +164,9 @@ def test_what_is_there_is_not_written_over(evaluated, capsys):
     for path in (evaluated / "result.json", evaluated):
         before = (evaluated / "result.json").read_text()
         with pytest.raises(SystemExit) as stop:
-            model_card.main([str(evaluated), f"--output={path}"])
+            tool("card", evaluated, f"--output={path}")
         assert stop.value.code == 2
-        assert "is there and is not written over: move it away, or give another --output" in capsys.readouterr().err
+        assert "exists: move it away, or give another --output" in capsys.readouterr().err
         assert (evaluated / "result.json").read_text() == before
 
 
@@ -206,11 +206,14 @@ def test_files_that_do_not_belong_together_are_refused(changed, file, change, wo
 
 
 def test_a_run_that_is_not_complete_or_not_evaluated_is_refused(tmp_path, capsys):
-    for name, words in ((None, "holds no complete run"), ("result.json", "was not evaluated: run launch.py")):
+    for name, words in (
+        (None, "holds no complete run"),
+        ("result.json", "was not evaluated: run python -m resnet_jax eval"),
+    ):
         if name:
             (tmp_path / name).write_text("{}")
         with pytest.raises(SystemExit) as stop:
-            model_card.main([str(tmp_path)])
+            tool("card", tmp_path)
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line

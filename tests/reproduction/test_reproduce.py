@@ -5,12 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags as absl_flags
 from helpers import ROOT, assert_user_error
-from ml_collections import config_flags
 
 from reproduction import claims, reproduce
-from resnet_jax import config as config_lib
+from resnet_jax import command_line
 from resnet_jax.reporting import report
 
 
@@ -84,17 +82,14 @@ PARTS = {  # by name of the results: is it SGD, AutoAugment, all images for trai
 }
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
     trained = {}
+    parser = command_line.ArgumentParser("launch.py", None)
+    command_line.add_config_arguments(parser)
 
     def train_with_speed(arguments, name, flags, one_seed=False):
-        values = absl_flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        monkeypatch.setattr(sys, "argv", ["launch.py", *flags])
-        values(sys.argv)
-        config_lib.validate(values.config)
-        trained[name] = (values.config, one_seed)
+        _, config = command_line.parse_config(parser, flags)
+        trained[name] = (config, one_seed)
 
     monkeypatch.setattr(reproduce, "train_with_speed", train_with_speed)
     monkeypatch.chdir(ROOT)

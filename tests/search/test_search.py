@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optuna
 import pytest
-from helpers import SEARCH, assert_user_error, launch, rows
+from helpers import SEARCH, assert_user_error, launch, rows, tool
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
@@ -152,7 +152,9 @@ def test_a_run_knows_nothing_of_the_search_and_its_budget(config):
     assert "search" not in plain
     assert plain.model.max_params == 0
     config_lib.validate(plain)
-    with pytest.raises(UserError, match=r"config\.search\.block_lists is of a search: run python -m"):
+    with pytest.raises(
+        UserError, match=r"config\.search\.block_lists is a field of searches: run python -m resnet_jax search"
+    ):
         config_lib.validate(config)
 
 
@@ -171,7 +173,7 @@ def test_the_budget(config, max_params, max_gflops, why):
 
 
 class Pretended:
-    """In place of `train.train`: validations and a result, as accuracies says of the candidate's channels."""
+    """In place of `training.train`: validations and a result, as accuracies says of the candidate's channels."""
 
     def __init__(self, accuracies):
         self.accuracies, self.configs, self.told = accuracies, [], []
@@ -210,7 +212,7 @@ def run(config, tmp_path, monkeypatch):
 
     def run(accuracies, *stages, storage=tmp_path / "study.journal"):
         pretended = Pretended(accuracies)
-        monkeypatch.setattr(worker.train, "train", pretended)
+        monkeypatch.setattr(worker.training, "train", pretended)
         with studies.opened(str(storage), create=True) as opened:
             run.pretended = pretended
             worker.Worker(config, "s", opened, tmp_path / "runs").run(stages)
@@ -542,8 +544,8 @@ def searched(tmp_path_factory, cache_dir):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     storage = ("--study", "tiny", "--storage", str(folder / "runs" / "study.journal"))
-    report.main([*storage, "--output", str(folder / "page"), "--found", str(folder / "found.py")])
-    report.main([*storage, "--summary", str(folder / "summary.json")])
+    tool("search", "report", *storage, "--output", folder / "page", "--found", folder / "found.py")
+    tool("search", "report", *storage, "--summary", folder / "summary.json")
     return folder, done.stdout
 
 
@@ -729,7 +731,7 @@ def test_a_mistake_of_the_report_is_one_line_and_writes_nothing(run, tmp_path, m
     arguments, words = REPORT_MISTAKES[mistake]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        report.main(arguments)
+        tool("search", "report", *arguments)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
