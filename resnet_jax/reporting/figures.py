@@ -98,8 +98,9 @@ def _mean_line(
         return
     epochs = curves[0][0][:length]
     values = np.stack([values[:length] for _, values in curves])
-    marker = {"marker": group.marker, "ms": 5, "markevery": every} if every else {}
-    axes.plot(epochs, values.mean(axis=0), color=group.colour, ls=line, lw=1.5, label=label, **marker)
+    marker = group.marker if every else None
+    mean = values.mean(axis=0)
+    axes.plot(epochs, mean, color=group.colour, ls=line, lw=1.5, marker=marker, ms=5, markevery=every, label=label)
     axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=group.colour, alpha=0.2, lw=0)
 
 
@@ -163,8 +164,8 @@ def draw_learning_rate(groups: Sequence[Group]) -> Figure:
     figure, axes = new_axes("Learning rate: schedule as line, logged as points")
     for i, group in enumerate(groups):
         epochs = np.linspace(0, group.config["num_epochs"], 1000)[:-1]
-        rates = [learning_rate(group.config, epoch) for epoch in epochs]
-        axes.plot(epochs, rates, color=group.colour, lw=1.5, ls=_DASHES[i % len(_DASHES)])
+        scheduled = [learning_rate(group.config, epoch) for epoch in epochs]
+        axes.plot(epochs, scheduled, color=group.colour, lw=1.5, ls=_DASHES[i % len(_DASHES)])
         logged, rates = rows(group.runs[0], "train", "learning_rate")
         every = (i, len(groups)) if len(logged) > len(groups) else None
         axes.plot(logged, rates, group.marker, color=group.colour, ms=4, markevery=every, label=group.name)
@@ -212,7 +213,7 @@ def _by_stage(groups: Sequence[Group], title: str, lines: dict[str, str], **sett
     Args:
         groups: the groups.
         title: of the figure.
-        lines: name of a value -> style of its line, with or without a marker.
+        lines: name of a value -> style of its line; "none" for crosses without a line.
         settings: of the axes.
     """
     figure, axes = new_axes(title)
@@ -226,8 +227,8 @@ def _by_stage(groups: Sequence[Group], title: str, lines: dict[str, str], **sett
                         by_stage.setdefault(stage["name"], []).append(stage[name])
             places = [names.index(stage) + offset for stage in by_stage]
             values = [np.mean(values) for values in by_stage.values()]
-            own_marker = {"marker": group.marker, "label": group.name} if line == "-" else {}
-            axes.plot(places, values, line, color=group.colour, lw=1.2, ms=6, **own_marker)
+            marker, label = ("x", None) if line == "none" else (group.marker, group.name)
+            axes.plot(places, values, ls=line, color=group.colour, lw=1.2, marker=marker, ms=6, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set(**settings)
     add_legend(figure, axes)
@@ -243,7 +244,7 @@ def draw_scale(groups: Sequence[Group]) -> Figure:
 def draw_relus(groups: Sequence[Group]) -> Figure:
     """The share of ReLU outputs that are 0, and of channels that are 0 on every image."""
     title = "ReLU: zero outputs as lines, dead channels as crosses"
-    figure, axes = _by_stage(groups, title, {"zeros": "-", "dead": "x"}, ylim=(-0.03, 1))
+    figure, axes = _by_stage(groups, title, {"zeros": "-", "dead": "none"}, ylim=(-0.03, 1))
     show_percent(axes.yaxis, "share")
     return figure
 

@@ -64,7 +64,7 @@ def draw_pareto(found: Summary) -> Figure:
     points: list[tuple[float, float]] = []
     over: list[tuple[float, float]] = []
     for stage, rows in found["trials"].items():
-        of_stage = []
+        of_stage: list[tuple[float, float]] = []
         for row in (row for row in rows if row["accuracy"] is not None):
             over_budget = space.why_infeasible(config, Cost(row["num_params"], row["gflops"]))
             (over if over_budget else of_stage).append((row[cost], row["accuracy"]))
