@@ -141,7 +141,7 @@ def _curves(groups: Sequence[Group], name: str) -> tuple[Figure, Axes]:
             _mean_line(axes, group, split, name, line, (i, len(groups)) if split == "validation" else None)
         axes.plot([], [], color=group.colour, marker=group.marker, ms=5, label=group.name)
         for run in group.runs:
-            axes.plot(*rows(run, "test", name), "*", color=group.colour, ms=8)
+            axes.plot(*rows(run, "test", name), "*", color=group.colour, mfc="none", ms=8)
     axes.set(xlabel="epoch", ylabel=name)
     add_legend(figure, axes)
     return figure, axes
