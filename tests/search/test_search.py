@@ -722,6 +722,17 @@ REPORT_MISTAKES = {
 }
 
 
+def test_a_config_that_an_earlier_version_found_is_overwritten_and_one_with_a_line_more_is_not(run, tmp_path):
+    found, path = summary.summarise("s", run(by_width, "grid")), tmp_path / "found.py"
+    written = report.found_config(found, path)
+    path.write_text(re.sub(r", digest of .*\n$", ", of the lines above: an edited file is not written over\n", written))
+    assert path.read_text() != written
+    report._check_found(path, "s")
+    path.write_text(written + "x = 1\n")
+    with pytest.raises(UserError, match="was edited"):
+        report._check_found(path, "s")
+
+
 @pytest.mark.parametrize("mistake", REPORT_MISTAKES)
 def test_a_mistake_of_the_report_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, capsys, mistake):
     run(by_width, "grid")
