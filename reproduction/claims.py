@@ -1,6 +1,6 @@
-"""What the report claims, beside what runs measured: each claim with the data, the seeds and a plain verdict.
+"""The report's claims compared with measurements: each claim with the data, the seeds and a verdict.
 
-The report is the one that the README names; figures that its authors' public log has are marked so.
+The report is the one that the README names. Claims that come from its authors' public log say so.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ class Claim(NamedTuple):
     """A row of the table.
 
     Attributes:
-        claim: what is claimed, and where.
-        measured: the figures.
+        claim: the claim, and where the report makes it.
+        measured: the measured values.
         basis: data, seeds, machine.
-        verdict: "holds", "does not hold", "not measured", or in what it differs.
+        verdict: "holds", "does not hold", "not measured", "undecided", each perhaps with a reason.
     """
 
     claim: str
@@ -47,9 +47,9 @@ def _is_reports_model(config: dict[str, Any]) -> bool:
 
 
 def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) -> Claim:
-    """A claim that runs of the report's own model reach an accuracy."""
+    """The claim that the report's own model reaches an accuracy."""
     if not groups:
-        return Claim(claim, "-", f"none of these runs is {wanted}", _NOT_MEASURED)
+        return Claim(claim, "-", f"needs a run of {wanted}", _NOT_MEASURED)
     (group, *_) = groups
     values = group.values("test_accuracy")
     short = claimed - float(np.mean(values))
@@ -58,41 +58,41 @@ def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) 
 
 
 def _optimizers(groups: Sequence[Group]) -> list[Claim]:
-    """The claim that AdamW is better than SGD, wherever the runs differ in nothing else."""
+    """The claim that AdamW is better than SGD, for each pair of groups that differ in nothing else."""
     claim = "AdamW's test accuracy is above SGD's: 95.8 % and 94.7 % (figures 1 and 2)"
     pairs = report.optimizer_pairs(groups)
     if not pairs:
-        return [Claim(claim, "-", "no two of these configs differ in the optimizer alone", _NOT_MEASURED)]
+        return [Claim(claim, "-", "needs two configs that differ only in the optimizer", _NOT_MEASURED)]
     found = []
     for sgd, adamw in pairs:
         values = [group.values("test_accuracy") for group in (sgd, adamw)]
         measured = f"AdamW {statistics.mean_and_spread(values[1])}, SGD {statistics.mean_and_spread(values[0])}"
         if not (compared := statistics.compare(*values)):
-            verdict = "undecided: one seed tells no spread"
+            verdict = "undecided: needs at least two seeds"
         else:
             difference, low, high = (100 * value for value in compared)
             measured += f"; AdamW {difference:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"
-            verdict = "holds in this protocol" if low > 0 else "the opposite holds in this protocol"
-            verdict = verdict if low > 0 or high < 0 else "undecided: within the seeds' noise"
+            verdict = "holds in this protocol" if low > 0 else "does not hold: SGD is better in this protocol"
+            verdict = verdict if low > 0 or high < 0 else "undecided: the difference is not significant"
         found.append(Claim(claim, measured, f"{_seeds(adamw)}; {_seeds(sgd)}", verdict))
     return found
 
 
 def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
-    """The claims about size and speed, from what `reproduction.reproduce resnet18` wrote."""
+    """The claims about size and speed, from the output of `reproduction.reproduce resnet18`."""
     texts = (
         "Fewer than 5 M parameters",
         "26 % fewer parameters than a ResNet-18 adapted for CIFAR-10",
-        "22 % less time an epoch than it",
+        "22 % less time per epoch than that ResNet-18",
     )
     if comparison is None:
-        return [Claim(text, "-", "no comparison was given", _NOT_MEASURED) for text in texts]
+        return [Claim(text, "-", "needs --resnet18", _NOT_MEASURED) for text in texts]
     ours, theirs, less = comparison["final"], comparison["resnet18"], comparison["final_has_less_by"]
     (case,) = comparison["benchmarks"]["final"]["cases"]
     environment = comparison["benchmarks"]["final"]["environment"]
     machine = f"{environment['cpu_count']} CPU cores" if environment["backend"] == "cpu" else environment["devices"][0]
     by_round = less["seconds_per_epoch_by_round"]
-    basis = f"{machine}, {case['dtype']}, batch {case['batch_size']}, in turns, {len(by_round)} rounds"
+    basis = f"{machine}, {case['dtype']}, batch {case['batch_size']}, measured alternately in {len(by_round)} rounds"
 
     def less_or_more(share: float) -> str:
         return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}"
@@ -118,7 +118,7 @@ def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
             f"{ours['seconds_per_epoch']:,.0f} s against {theirs['seconds_per_epoch']:,.0f} s, "
             f"{less_or_more(less['seconds_per_epoch'])} (by round {less_or_more(max(by_round))} to "
             f"{less_or_more(min(by_round))}); "
-            f"{ours['train_flops_per_image'] / 1e9:.2f} against {theirs['train_flops_per_image'] / 1e9:.2f} GFLOP an image",
+            f"{ours['train_flops_per_image'] / 1e9:.2f} against {theirs['train_flops_per_image'] / 1e9:.2f} GFLOP per image",
             basis,
             verdict(less["seconds_per_epoch"], 0.22),
         ),
@@ -126,17 +126,22 @@ def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
 
 
 def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Claim]:
-    """The report's claims, each beside what these runs, and a comparison with ResNet-18, say of it."""
+    """The report's claims, each with what these runs and the comparison with ResNet-18 measured.
+
+    Args:
+        groups: the runs.
+        comparison: the output of `reproduction.reproduce resnet18`, if there is one.
+    """
     finals = [group for group in groups if _is_reports_model(group.config)]
     own = [g for g in finals if not g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] > 0]
     authors = [g for g in finals if g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] == 0]
     return [
-        _accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for its 50 epochs"),
+        _accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for 50 epochs"),
         _accuracy(
             "93.93 % after 50 epochs (authors' log: AutoAugment, chosen on the test split)",
             0.9393,
             authors,
-            "configs/final.py:full with config.augment.policy=cifar10 for its 50 epochs",
+            "configs/final.py:full with config.augment.policy=cifar10 for 50 epochs",
         ),
         *_optimizers(groups),
         *_resnet18(comparison),
@@ -144,6 +149,6 @@ def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Cl
 
 
 def as_markdown(claims: Sequence[Claim]) -> str:
-    """The table for the README."""
-    lines = ["| the report | measured | on | verdict |", "|---|---|---|---|"]
+    """The table in Markdown."""
+    lines = ["| claim | measured | basis | verdict |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(claim)} |" for claim in claims)])

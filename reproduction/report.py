@@ -1,8 +1,9 @@
-"""The page of the runs in results/, with the claims of the report that this project reimplements beside them.
+"""The page of the runs in results/, compared with the claims of the report that this project reimplements.
 
     python -m reproduction.report RUN [RUN ...] --output DIR [--resnet18 FILE]
 
-It is the page of `resnet_jax.reporting.report` with a table of claims; `make report` builds it.
+It is the page of `resnet_jax.reporting.report` with a table of claims, and with the report's number of each figure.
+`make report` builds it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,14 @@ from resnet_jax.command_line import ArgumentParser, run
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, report
 from resnet_jax.runs import files
+
+NOTES = {  # which figures of the report the page repeats
+    "optimizers": "The report's figures 1 and 2.",
+    "learning_rate": "The report's figure 3.",
+    "loss": "The report's figure 4.",
+    "accuracy": "The report's figure 5.",
+    "architecture": "The report's figure 6.",
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"--resnet18 {arguments.resnet18} is something else ({error!r}): {hint}") from error
     runs = [report.read_run(path) for path in arguments.runs]
-    report.build(runs, arguments.output, partial(claims.table, comparison=comparison))
+    report.build(runs, arguments.output, partial(claims.table, comparison=comparison), NOTES)
     print(arguments.output / "index.html")
 
 

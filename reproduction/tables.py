@@ -1,9 +1,12 @@
-"""Write what README.md and docs/PERFORMANCE.md show of results/*.json: `python -m reproduction.tables`.
+"""Write the tables of README.md and docs/PERFORMANCE.md, and the README's figure, from results/*.json.
+
+    python -m reproduction.tables
 
 A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`, the report's claims between
-`<!-- claims -->` and `<!-- end -->`; tests hold them, and the README's figure, to the files.
+`<!-- claims -->` and `<!-- end -->`. Tests check that tables and figure are up to date.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -123,9 +126,23 @@ def refreshed(document: str) -> str:
     return re.sub(r"(<!-- (claims|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
 
 
+def figure_digest() -> str:
+    """SHA-256 of the values in the README's figure, which its file carries."""
+    values = [
+        [
+            group.name,
+            split,
+            [[column.tolist() for column in figures.rows(run, split, "accuracy")] for run in group.runs],
+        ]
+        for group in groups()
+        for split in ("train", "validation", "test")
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def draw(path: Path) -> None:
-    """Draw the README's figure."""
-    figures.save(partial(figures.draw_accuracy, groups()), path, "light", "white")
+    """Draw the README's figure as a PNG whose text "Source" is `figure_digest`."""
+    figures.save(partial(figures.draw_accuracy, groups()), path, "light", "white", {"Source": figure_digest()})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A page to try a trained network in a browser: drop a picture, see what it is taken for and which pixels mattered.
+"""A page to try a trained network in a browser: drop an image, see the predicted class and the pixels that mattered.
 
     python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
 
-Programs can ask too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` is answered with JSON.
+Programs can use it too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` returns JSON.
 """
 
 import base64
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
 
 MAX_BYTES = 10_000_000  # of an upload
-_MAX_PIXELS = 50_000_000  # of a picture: a small file can hold billions
+_MAX_PIXELS = 50_000_000  # of an image: a small file can decode to billions
 _TOP = 5
-_SAMPLES = 12
+_SAMPLES = 12  # fill 2, 3, 4 or 6 columns evenly
 
 
 class Sample(NamedTuple):
     """A test image to click.
 
     Attributes:
-        label: the name of its class.
-        png: its file.
+        label: the name of its true class.
+        png: the bytes of its PNG file.
     """
 
     label: str
@@ -48,60 +48,62 @@ class Sample(NamedTuple):
 
 
 def _png(image: np.ndarray) -> bytes:
-    """The file of an image uint8 [H, W, 3]."""
+    """The PNG file of a uint8 [H, W, 3] image."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
 
 
 def samples(model: "Model") -> list[Sample]:
-    """The first test image of each of the first classes, from the data of the model's run.
+    """Test images of the run's data: the first image of each class, then the second of each, up to 12 in all.
 
     Raises:
-        UserError: where the data are not there.
+        UserError: where the data cannot be loaded or have other classes.
     """
     from resnet_jax.data import datasets
 
     try:
         dataset = datasets.load(model.config.data)
         if dataset.class_names != model.class_names:
-            raise UserError(f"{dataset.name} has changed since the run began: its classes are others")
+            raise UserError(f"{dataset.name} has changed since the run began: it has other classes")
     except UserError as error:
-        raise UserError(f"{error}; --no-samples shows the page without test images") from error
-    _, firsts = np.unique(dataset.test.labels, return_index=True)
-    shown = firsts[:_SAMPLES]
+        raise UserError(f"{error}; use --no-samples to show no test images") from error
+    by_class = np.argsort(dataset.test.labels, kind="stable")
+    labels = dataset.test.labels[by_class]
+    rank_in_class = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    shown = by_class[np.lexsort((labels, rank_in_class))][:_SAMPLES]
     labels, images = dataset.test.labels[shown], dataset.test.images[shown]
     return [Sample(dataset.class_names[label], _png(image)) for label, image in zip(labels, images, strict=True)]
 
 
 def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """The picture of a file as a network takes it: uint8 [1, *image_shape].
+    """Decode an uploaded image file and resize it: uint8 [1, *image_shape].
 
     Raises:
-        ValueError: where it is none; the message is for whoever sent it.
+        ValueError: where it is not an image that can be read; the message is for the user of the page.
     """
     from resnet_jax.inference import predict, trained_model
 
     try:
         return trained_model.as_batch(predict.read_image(io.BytesIO(upload), _MAX_PIXELS), image_shape)
-    except Exception as error:  # what a decoder raises on hostile bytes is of every kind
+    except Exception as error:  # a decoder can raise anything on hostile bytes
         if isinstance(error, Image.DecompressionBombError):
-            raise ValueError(f"This picture is not read: it has more than {_MAX_PIXELS:,} pixels.") from error
+            raise ValueError(f"This image cannot be used: it has more than {_MAX_PIXELS:,} pixels.") from error
         if isinstance(error, ValueError):
-            raise ValueError(f"This picture is not read: {error}.") from error
-        raise ValueError("This is no PNG, JPEG or WebP picture that can be read.") from error
+            raise ValueError(f"This image cannot be used: {error}.") from error
+        raise ValueError("This file cannot be read. Use a PNG, JPEG or WebP image.") from error
 
 
 def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
-    """What the page shows of a picture.
+    """What the page shows for an image.
 
     Args:
-        model: with variables.
-        batch: from `picture`.
+        model: a model with variables.
+        batch: uint8 [1, H, W, 3] from `picture`.
 
     Returns:
-        {"predictions": [{"class", "probability"}] of the likeliest, "seen": the picture, "saliency": a map of which of its
-        pixels mattered, both PNG as data: URIs}.
+        {"predictions": [{"class", "probability"}] of the 5 likeliest classes, "seen": the resized image, "saliency": a map
+        of the pixels that mattered; both images are PNG files as data: URIs}.
     """
     from matplotlib import colormaps
 
@@ -114,19 +116,19 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
 
 
 def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | None = None) -> "flask.Flask":
-    """The page, its test images and its answers.
+    """The web application: the page, its test images and its predictions.
 
     Args:
-        model: with variables.
-        name: of the run.
+        model: a model with variables.
+        name: the run's name.
         shown: test images to click.
-        hosts: names by which it may be asked for, so that no other site's page can ask; None for any.
+        hosts: host names that requests may use, so that pages of other sites cannot send any; None for any name.
     """
     import flask
 
     app = flask.Flask(__name__, static_folder=None, template_folder=str(host.TEMPLATES))
     app.config["TRUSTED_HOSTS"] = hosts
-    one_at_a_time = threading.Lock()  # a picture may take hundreds of MB until it is scaled
+    one_at_a_time = threading.Lock()  # an image can take hundreds of MB until it is resized
 
     @app.get("/")
     def page() -> str:
@@ -152,21 +154,21 @@ def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | 
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket of that address.
+    """A socket that listens at an address.
 
     Raises:
-        UserError: where it cannot be had.
+        UserError: where the address is wrong or in use.
     """
     try:
         if not 0 <= port < 2**16:
-            raise OverflowError("there is no such port")
+            raise OverflowError("a port is 0 to 65535")
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address, family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port}: {reason}: give an address of this machine, as 127.0.0.1, and a free port, or "
-            "--port=0 for any"
+            f"--host {host} --port {port}: {reason}: give an address of this machine, such as 127.0.0.1, and a free "
+            "port, or --port=0 for any free port"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""A trained network looked at: its stages, the activations in them, its confusions and most confident mistakes.
+"""Analysis of a trained network: its stages and their activations, its confusion matrix and most confident mistakes.
 
-`summarise` puts it together with what the run left into one JSON object, from which `report.py` draws; it needs no data
-and no checkpoint any more, so summaries of runs can be kept in `results/`.
+`summarise` combines the analysis with the files of the run into one JSON object. `report.py` draws from that alone, without the
+data and the checkpoint, so summaries of runs can be kept in `results/`.
 """
 
 import base64
@@ -33,13 +33,15 @@ SUMMARY_KEYS = (*RESULT_KEYS, "metrics", "analysis")
 
 
 def summarise(directory: Path) -> dict[str, Any]:
-    """All that a report needs of a run: `result.json`, with the rows of `metrics.jsonl` and the analysis of its network.
+    """The summary of a run: `result.json`, the rows of `metrics.jsonl` and the analysis of its network.
 
     Raises:
-        UserError: where the run is not complete, or its data or checkpoint are not to be had.
+        UserError: where the run is not complete, or its data or checkpoint cannot be loaded.
     """
     if not (directory / "result.json").exists():
-        raise UserError(f"{directory} holds no complete run: give one that has a result.json, or go on with it first")
+        raise UserError(
+            f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
+        )
     result = files.read_json(directory / "result.json", RESULT_KEYS)
     config = config_lib.from_json(result["config"])
     setup, state, _ = evaluate.restored(config, directory, "best")
@@ -50,21 +52,21 @@ def summarise(directory: Path) -> dict[str, Any]:
 
 
 def analyse(config: ConfigDict, state: TrainState, dataset: datasets.Dataset) -> dict[str, Any]:
-    """Look at a network with the test split.
+    """Analyse a network on the test split.
 
     Returns:
-        {"stages": one a stage, as `_stages` gives it,
-        "class_names": of the data,
+        {"stages": one entry per stage, as `_stages` returns them,
+        "class_names": the names of the classes,
         "confusion": [num_classes][num_classes] counts, row the label,
-        "mistakes": the most confident ones first, {"index" in the split, "label", "prediction", "probability", "png"}}.
+        "mistakes": up to 16, the most confident first: {"index" in the split, "label", "prediction", "probability", "png"}}.
     """
     split = dataset.test
-    look = jax.jit(partial(_look, config=config))
+    activation_sums = jax.jit(partial(_activation_sums, config=config))
     logits, relus = [], []
     for batch in pipelines.eval_batches(split, min(config.eval_batch_size, len(split.labels))):
-        of_batch, of_relus = jax.device_get(look(state, batch))
-        logits.append(of_batch[batch["mask"]])
-        relus.append(of_relus)
+        batch_logits, batch_relus = jax.device_get(activation_sums(state, batch))
+        logits.append(batch_logits[batch["mask"]])
+        relus.append(batch_relus)
     probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)), np.float64)
     predictions = probabilities.argmax(axis=1)
     names = dataset.class_names
@@ -80,7 +82,7 @@ def analyse(config: ConfigDict, state: TrainState, dataset: datasets.Dataset) ->
 
 
 def _ends_in_relu(module: nn.Module, method: str) -> bool:
-    """Whether what a module gives is, or goes into, a ReLU: the stem's batch norm, a block, and its inner batch norms."""
+    """Whether a module's output is, or feeds, a ReLU: the stem's batch norm, a block, and a block's inner batch norms."""
     if method != "__call__":
         return False
     if isinstance(module, models.BottleneckBlock | models.BasicBlock):
@@ -90,7 +92,7 @@ def _ends_in_relu(module: nn.Module, method: str) -> bool:
 
 
 def _relus(network: Any, variables: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits, and the output of every ReLU [B, H, W, C] by "stage1_block2/norm1", in eval mode."""
+    """Logits, and the output [B, H, W, C] of every ReLU by a name such as "stage1_block2/norm1", in eval mode."""
     logits, captured = network(
         variables, images, train=False, capture_intermediates=_ends_in_relu, mutable=["intermediates"]
     )
@@ -98,42 +100,42 @@ def _relus(network: Any, variables: Mapping[str, Any], images: jax.Array) -> tup
     return logits, {"/".join(path[:-1]): jax.nn.relu(value[0]) for path, value in flat.items()}
 
 
-def _look(
+def _activation_sums(
     state: TrainState, batch: steps.Batch, *, config: ConfigDict
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-    """Logits of a batch, and of each ReLU, over the examples that `mask` keeps, figures that add up over batches."""
+    """Logits of a batch, and sums over the examples that `mask` keeps, for each ReLU."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, relus = _relus(state.apply_fn, variables, steps.normalize(batch["images"], config.data))
-    kept = batch["mask"].astype(jnp.float32)[:, None, None, None]
+    mask = batch["mask"].astype(jnp.float32)[:, None, None, None]
 
-    def figures(value: jax.Array) -> dict[str, jax.Array]:
-        value = value.astype(jnp.float32) * kept
+    def sums(value: jax.Array) -> dict[str, jax.Array]:
+        value = value.astype(jnp.float32) * mask
         return {
             "squares": jnp.sum(value**2),
             "positive": jnp.sum(value > 0, axis=(0, 1, 2)),  # of each channel
-            "count": jnp.sum(kept) * value[0].size,
+            "count": jnp.sum(mask) * value[0].size,
         }
 
-    return logits, {name: figures(value) for name, value in relus.items()}
+    return logits, {name: sums(value) for name, value in relus.items()}
 
 
 def _merged(batches: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The sums over batches."""
+    """The sums over all batches."""
     return {
-        name: {figure: sum(np.asarray(batch[name][figure], np.float64) for batch in batches) for figure in figures}
-        for name, figures in batches[0].items()
+        name: {key: sum(np.asarray(batch[name][key], np.float64) for batch in batches) for key in sums}
+        for name, sums in batches[0].items()
     }
 
 
 def _stages(
     config: ConfigDict, state: TrainState, shape: tuple[int, ...], num_classes: int, relus: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The stages in order, stem and classifier among them.
+    """The stages in order, including stem and classifier.
 
     Returns:
-        {"name", "blocks", "shape": [H, W, C] of the output, or [C], "num_params", and of those with ReLUs "rms": root of
-        the mean square of the last one's output, "zeros": share of all their outputs that are 0, "dead": share of their
-        channels that are 0 everywhere on every image}.
+        {"name", "blocks", "shape": [H, W, C] of the output, or [C], "num_params"} per stage. A stage with ReLUs also has
+        "rms": the root mean square of its last ReLU's output, "zeros": the share of all ReLU outputs that are 0, and
+        "dead": the share of channels that are 0 everywhere on every image.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -146,30 +148,30 @@ def _stages(
         *((f"stage{i}", blocks) for i, blocks in enumerate(config.model.block_list, start=1)),
         ("classifier", None),
     ]:
-        mine = [output for output in outputs if output.startswith(f"{name}_")]
+        in_stage = [output for output in outputs if output.startswith(f"{name}_")]
         stage = {
             "name": name,
             "blocks": blocks,
             "num_params": sum(size for module, size in sizes.items() if re.match(rf"{name}(_|$)", module)),
         }
-        if mine:
-            last = max(mine, key=lambda output: (_block(output), "/" not in output))
+        if in_stage:
+            last = max(in_stage, key=lambda output: (_block(output), "/" not in output))
             out_shape = list(outputs[last].shape[1:])
-            found = [relus[output] for output in mine]
-            alive = np.concatenate([figures["positive"] for figures in found])
+            sums = [relus[output] for output in in_stage]
+            positive = np.concatenate([of_relu["positive"] for of_relu in sums])
             stage |= {
                 "rms": float(np.sqrt(relus[last]["squares"] / relus[last]["count"])),
-                "zeros": float(1 - alive.sum() / sum(figures["count"] for figures in found)),
-                "dead": float(np.mean(alive == 0)),
+                "zeros": float(1 - positive.sum() / sum(of_relu["count"] for of_relu in sums)),
+                "dead": float(np.mean(positive == 0)),
             }
         stages.append(stage | {"shape": [num_classes] if name == "classifier" else out_shape})
     return stages
 
 
 def _block(output: str) -> int:
-    """The number of the block that an output is of; 0 for the stem."""
-    found = re.search(r"block(\d+)", output)
-    return int(found[1]) if found else 0
+    """The number of the block that an output belongs to; 0 for the stem."""
+    match = re.search(r"block(\d+)", output)
+    return int(match[1]) if match else 0
 
 
 def _mistakes(split: datasets.Split, predictions: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
@@ -187,7 +189,7 @@ def _mistakes(split: datasets.Split, predictions: np.ndarray, probabilities: np.
 
 
 def _png(image: np.ndarray) -> str:
-    """A uint8 [H, W, 3] image as a PNG in base64."""
+    """A uint8 [H, W, 3] image as base64 of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

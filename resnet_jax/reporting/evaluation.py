@@ -56,7 +56,7 @@ def run(
         print(_as_text(report, names))
         files.write_json(directory / "eval.json", report)
         test = report["test"]
-        curves = {"as it is": test["calibration"]}
+        curves = {"uncalibrated": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
             calibration.keep_temperature(directory, step, flip, temperature)

@@ -1,50 +1,76 @@
-"""The report's figures, drawn from summaries of runs; runs that differ in their seed alone are drawn as one group."""
+"""Figures of runs, drawn from their summaries. Runs that differ only in their seed form one group.
+
+A group has the same colour and marker in every figure. Where groups can coincide, their markers alternate or stand side by side,
+so that none hides another. Shares are shown in per cent.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter
 
 Summary = dict[str, Any]
+
+COLOURS = ("#3b7dd8", "#e0702a", "#2f9e62", "#b25bc2", "#a8841a", "#d6455d", "#2a93a6")  # legible on white and on black
+NEUTRAL = "#8a8f98"  # of what belongs to no group
+_MARKERS = "os^DvPX>"  # 8, so that 56 groups differ in colour or marker
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+_LINES = {"train": ":", "validation": "-"}
+_INK = {"light": "#1c2128", "dark": "#d7dde5"}
+_SIZE = (4.6, 3.5)  # inches: text of 10 points stays legible at the width of a phone
+_LONG_LABEL = 24  # characters; longer labels get a row of the legend each
+_MAX_CELLS = 20  # classes of a confusion matrix with a number in each cell
+_DEEPEST = 0.6  # opacity of a confusion matrix's darkest cell, on which text of either ink is legible
 
 
 class Group(NamedTuple):
     """Runs of one config with several seeds.
 
     Attributes:
-        name: of the group.
-        runs: their summaries, as `analysis.summarise` gives them.
+        name: the group's name.
+        runs: their summaries, as `analysis.summarise` returns them.
+        place: position among the groups of the page, which decides its colour and marker.
     """
 
     name: str
     runs: Sequence[Summary]
+    place: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config, of the first seed."""
+        """The config of the first seed."""
         config: dict[str, Any] = self.runs[0]["config"]
         return config
 
-    def values(self, figure: str) -> list[float]:
-        """A figure of every run's result."""
-        return [run[figure] for run in self.runs]
+    @property
+    def colour(self) -> str:
+        """The group's colour in every figure."""
+        return COLOURS[self.place % len(COLOURS)]
 
+    @property
+    def marker(self) -> str:
+        """The group's marker in every figure."""
+        return _MARKERS[self.place % len(_MARKERS)]
 
-COLOURS = ("#3b7dd8", "#e0702a", "#2f9e62", "#b25bc2", "#c9a227", "#d6455d", "#4bb3c4", "#8a8f98")
-_LINES = {"train": ":", "validation": "-"}
-_INK = {"light": "#1c2128", "dark": "#d7dde5"}
-_SIZE = (5.2, 3.7)  # inches: letters of 10 points stay legible at the width of a phone
-_MOST_CELLS = 20  # classes of a confusion matrix whose counts are written into it
+    def values(self, name: str) -> list[float]:
+        """One value of every run's result, such as `test_accuracy`."""
+        return [run[name] for run in self.runs]
 
 
 def learning_rate(config: dict[str, Any], epoch: float) -> float:
-    """The report's formulas (section 2d), written once more for comparison: the rate of the step that begins at an epoch."""
+    """The learning rate of the step that begins at `epoch`, by the formula of the config's schedule.
+
+    It is written independently of `optim.make_schedule`, to check what the runs logged.
+    """
     rate, schedule = config["optim"]["learning_rate"], config["schedule"]
     if schedule["name"] == "step":
         return float(rate * schedule["decay_factor"] ** math.floor(epoch / schedule["decay_every_epochs"] + 1e-9))
@@ -55,153 +81,192 @@ def learning_rate(config: dict[str, Any], epoch: float) -> float:
     return float(lowest + (rate - lowest) / 2 * (1 + math.cos(math.pi * done)))
 
 
-def rows(run: Summary, split: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, values) of a figure in the rows of a split."""
-    points = [(r["epoch"], r[figure]) for r in run["metrics"] if r["split"] == split and r.get(figure) is not None]
+def rows(run: Summary, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, values) of one metric of a split."""
+    points = [(r["epoch"], r[name]) for r in run["metrics"] if r["split"] == split and r.get(name) is not None]
     epochs, values = zip(*points, strict=True) if points else ((), ())
     return np.array(epochs), np.array(values)
 
 
-def _band(axes: Axes, group: Group, split: str, figure: str, colour: str, line: str, label: str | None = None) -> None:
-    """The mean over seeds, and the range of them."""
-    curves = [rows(run, split, figure) for run in group.runs]
+def _mean_line(
+    axes: Axes, group: Group, split: str, name: str, line: str, every: tuple[int, int] | None, label: str | None = None
+) -> None:
+    """Plot the mean over seeds with a band from the lowest to the highest; markers at `every` (first, step)."""
+    curves = [rows(run, split, name) for run in group.runs]
     length = min(len(epochs) for epochs, _ in curves)
     if not length:
         return
     epochs = curves[0][0][:length]
     values = np.stack([values[:length] for _, values in curves])
-    axes.plot(epochs, values.mean(axis=0), color=colour, ls=line, lw=1.5, label=label)
-    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
+    marker = group.marker if every else None
+    mean = values.mean(axis=0)
+    axes.plot(epochs, mean, color=group.colour, ls=line, lw=1.5, marker=marker, ms=5, markevery=every, label=label)
+    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=group.colour, alpha=0.2, lw=0)
+
+
+def _side_by_side(groups: Sequence[Group]) -> Iterator[tuple[Group, float]]:
+    """The groups, each with an offset in -0.3..0.3 at which it hides no other."""
+    step = min(0.12, 0.6 / len(groups))
+    for i, group in enumerate(groups):
+        yield group, step * (i - (len(groups) - 1) / 2)
 
 
 def new_axes(title: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
-    """A figure with axes under a title; its size in inches."""
+    """A figure of a size in inches, with axes under a title."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
+    axes.grid(alpha=0.25)
     return figure, axes
 
 
+def show_percent(axis: Axis, label: str) -> None:
+    """Label an axis of shares in 0..1 in per cent: 0.5 is shown as "50 %"."""
+    axis.set_label_text(label)
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+
+
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """The labels in rows below the axes, where they cover nothing."""
+    """Add a legend below the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    columns = 1 if any(len(label) > _LONG_LABEL for label in labels) else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _curves(groups: Sequence[Group], quantity: str) -> Figure:
-    """A quantity over epochs, in training and validation, and on test at the end."""
-    figure, axes = new_axes(f"{quantity.capitalize()}: dotted train, line validation, star test")
-    for group, colour in zip(groups, _colours(groups), strict=True):
+def _curves(groups: Sequence[Group], name: str) -> tuple[Figure, Axes]:
+    """A value over epochs in training and validation, and in the test at the end."""
+    figure, axes = new_axes(f"{name.capitalize()}: train dotted, validation solid, test star")
+    for i, group in enumerate(groups):
         for split, line in _LINES.items():
-            _band(axes, group, split, quantity, colour, line)
-        axes.plot([], [], color=colour, label=group.name)
+            _mean_line(axes, group, split, name, line, (i, len(groups)) if split == "validation" else None)
+        axes.plot([], [], color=group.colour, marker=group.marker, ms=5, label=group.name)
         for run in group.runs:
-            axes.plot(*rows(run, "test", quantity), "*", color=colour, ms=8)
-    axes.set(xlabel="epoch", ylabel=quantity)
-    axes.grid(alpha=0.25)
+            axes.plot(*rows(run, "test", name), "*", color=group.colour, mfc="none", ms=8)
+    axes.set(xlabel="epoch", ylabel=name)
     add_legend(figure, axes)
-    return figure
-
-
-def _colours(groups: Sequence[Group]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(groups))]
+    return figure, axes
 
 
 def draw_loss(groups: Sequence[Group]) -> Figure:
-    """The report's figure 4."""
-    return _curves(groups, "loss")
+    """Loss over epochs."""
+    return _curves(groups, "loss")[0]
 
 
 def draw_accuracy(groups: Sequence[Group]) -> Figure:
-    """The report's figure 5."""
-    return _curves(groups, "accuracy")
+    """Accuracy over epochs."""
+    figure, axes = _curves(groups, "accuracy")
+    show_percent(axes.yaxis, "accuracy")
+    return figure
 
 
 def draw_learning_rate(groups: Sequence[Group]) -> Figure:
-    """The report's figure 3: what the runs logged, on the formula."""
-    figure, axes = new_axes("Learning rate: line the formula, points the runs")
-    for group, colour in zip(groups, _colours(groups), strict=True):
+    """The learning rates that the runs logged, on the schedule of their config."""
+    figure, axes = new_axes("Learning rate: schedule as line, logged as points")
+    for i, group in enumerate(groups):
         epochs = np.linspace(0, group.config["num_epochs"], 1000)[:-1]
-        axes.plot(epochs, [learning_rate(group.config, epoch) for epoch in epochs], color=colour, lw=1)
+        scheduled = [learning_rate(group.config, epoch) for epoch in epochs]
+        axes.plot(epochs, scheduled, color=group.colour, lw=1.5, ls=_DASHES[i % len(_DASHES)])
         logged, rates = rows(group.runs[0], "train", "learning_rate")
-        axes.plot(logged, rates, ".", color=colour, ms=5, label=group.name)
+        every = (i, len(groups)) if len(logged) > len(groups) else None
+        axes.plot(logged, rates, group.marker, color=group.colour, ms=4, markevery=every, label=group.name)
     axes.set(xlabel="epoch", ylabel="learning rate")
-    axes.grid(alpha=0.25)
     add_legend(figure, axes)
     return figure
 
 
 def draw_optimizers(pairs: Sequence[tuple[Group, Group]]) -> Figure:
-    """The report's figures 1 and 2: test accuracy by SGD and by AdamW, all else alike, each seed a point."""
-    figure, axes = new_axes("Test accuracy by optimizer, a point a seed")
-    for i, pair in enumerate(pairs):
-        for group, shift, colour in zip(pair, (-0.15, 0.15), COLOURS, strict=False):
-            values = group.values("test_accuracy")
-            axes.plot([i + shift] * len(values), values, "o", color=colour, alpha=0.7)
-            axes.hlines(np.mean(values), i + shift - 0.1, i + shift + 0.1, color=colour, lw=2.5)
-    axes.plot([], [], "o", color=COLOURS[0], label="SGD")
-    axes.plot([], [], "o", color=COLOURS[1], label="AdamW")
-    axes.set_xticks(range(len(pairs)), [f"{sgd.name}\n{adamw.name}" for sgd, adamw in pairs])
-    axes.set(xlim=(-0.5, len(pairs) - 0.5), ylabel="test accuracy")
-    axes.grid(alpha=0.25, axis="y")
+    """Test accuracy with SGD and with AdamW for each pair (SGD, AdamW), one point per seed and a bar at the mean."""
+    figure, axes = new_axes("Test accuracy by optimizer, one point per seed")
+    ticks = np.array([i + shift for i in range(len(pairs)) for shift in (-0.2, 0.2)])
+    labelled = set()
+    for x, group in zip(ticks, (group for pair in pairs for group in pair), strict=True):
+        values = group.values("test_accuracy")
+        label = None if group.name in labelled else group.name
+        labelled.add(group.name)
+        beside = x + 0.03 * (np.arange(len(values)) - (len(values) - 1) / 2)
+        axes.plot(beside, values, group.marker, color=group.colour, alpha=0.7, label=label)
+        axes.hlines(np.mean(values), x - 0.12, x + 0.12, color=group.colour, lw=2.5)
+    axes.set_xticks(ticks, ["SGD", "AdamW"] * len(pairs), rotation=90 if len(pairs) > 4 else 0)
+    axes.set(xlim=(-0.5, len(pairs) - 0.5))
+    show_percent(axes.yaxis, "test accuracy")
     add_legend(figure, axes)
     return figure
 
 
 def draw_grad_norm(groups: Sequence[Group]) -> Figure:
-    """The gradient's global norm over time."""
-    figure, axes = new_axes("Gradient's global norm")
-    for group, colour in zip(groups, _colours(groups), strict=True):
-        _band(axes, group, "train", "grad_norm", colour, "-", group.name)
+    """The global norm of the gradient over epochs."""
+    figure, axes = new_axes("Global norm of the gradient")
+    most = max(len(rows(group.runs[0], "train", "grad_norm")[0]) for group in groups)
+    step = max(len(groups), most // 8)
+    for i, group in enumerate(groups):
+        _mean_line(axes, group, "train", "grad_norm", "-", (i * step // len(groups), step), group.name)
     axes.set(xlabel="epoch", ylabel="norm", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.25)
     add_legend(figure, axes)
     return figure
 
 
-def _by_stage(groups: Sequence[Group], title: str, figures: dict[str, str], **axes_settings: Any) -> Figure:
-    """Figures of each stage's activations, means over seeds; each figure has a line of its own style."""
+def _by_stage(groups: Sequence[Group], title: str, lines: dict[str, str], **settings: Any) -> tuple[Figure, Axes]:
+    """Values of each stage's activations, means over seeds.
+
+    Args:
+        groups: the groups.
+        title: of the figure.
+        lines: name of a value -> style of its line; "none" for crosses without a line.
+        settings: of the axes.
+    """
     figure, axes = new_axes(title)
-    for group, colour in zip(groups, _colours(groups), strict=True):
-        for (name, line), first in zip(figures.items(), (True, False), strict=False):
-            stages = [s for s in group.runs[0]["analysis"]["stages"] if name in s]
-            values = [
-                np.mean(
-                    [s[name] for run in group.runs for s in run["analysis"]["stages"] if s["name"] == stage["name"]]
-                )
-                for stage in stages
-            ]
-            label = group.name if first else None
-            axes.plot([s["name"] for s in stages], values, line, color=colour, label=label, lw=1.5, ms=6)
-    axes.set(**axes_settings)
-    axes.grid(alpha=0.25)
+    names = list(dict.fromkeys(s["name"] for g in groups for s in g.runs[0]["analysis"]["stages"] if "rms" in s))
+    for group, offset in _side_by_side(groups):
+        for name, line in lines.items():
+            by_stage: dict[str, list[float]] = {}
+            for run in group.runs:
+                for stage in run["analysis"]["stages"]:
+                    if name in stage:
+                        by_stage.setdefault(stage["name"], []).append(stage[name])
+            places = [names.index(stage) + offset for stage in by_stage]
+            values = [np.mean(values) for values in by_stage.values()]
+            marker, label = ("x", None) if line == "none" else (group.marker, group.name)
+            axes.plot(places, values, ls=line, color=group.colour, lw=1.2, marker=marker, ms=6, label=label)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(**settings)
     add_legend(figure, axes)
-    return figure
+    return figure, axes
 
 
 def draw_scale(groups: Sequence[Group]) -> Figure:
-    """The scale of each stage's output."""
-    return _by_stage(groups, "Scale of each stage's output", {"rms": "o-"}, ylabel="root mean square", ylim=(0, None))
+    """The root mean square of each stage's output."""
+    settings = {"ylabel": "root mean square", "ylim": (0, None)}
+    return _by_stage(groups, "Scale of each stage's output", {"rms": "-"}, **settings)[0]
 
 
 def draw_relus(groups: Sequence[Group]) -> Figure:
-    """The share of ReLU outputs that are 0, and of channels that always are."""
-    title = "ReLU: line share of zeros, crosses of dead channels"
-    return _by_stage(groups, title, {"zeros": "o-", "dead": "x:"}, ylabel="share", ylim=(-0.03, 1))
+    """The share of ReLU outputs that are 0, and of channels that are 0 on every image."""
+    title = "ReLU: zero outputs as lines, dead channels as crosses"
+    figure, axes = _by_stage(groups, title, {"zeros": "-", "dead": "none"}, ylim=(-0.03, 1))
+    show_percent(axes.yaxis, "share")
+    return figure
 
 
 def draw_per_class(groups: Sequence[Group]) -> Figure:
     """Test accuracy of each class."""
     names = groups[0].runs[0]["analysis"]["class_names"]
-    figure, axes = new_axes("Test accuracy by class", (5.2, max(3.7, 0.34 * len(names) + 1.2)))
-    for group, colour in zip(groups, _colours(groups), strict=True):
+    figure, axes = new_axes("Test accuracy by class", (_SIZE[0], max(_SIZE[1], 0.34 * len(names) + 1.2)))
+    for group, offset in _side_by_side(groups):
         confusion = _confusion(group)
-        axes.plot(np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1), names, "o", color=colour, label=group.name)
+        accuracies = np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1)
+        axes.plot(
+            accuracies,
+            np.arange(len(names)) + offset,
+            group.marker,
+            color=group.colour,
+            ms=5,
+            label=group.name,
+        )
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy")
-    axes.grid(alpha=0.25)
+    show_percent(axes.xaxis, "test accuracy")
     add_legend(figure, axes)
     return figure
 
@@ -212,41 +277,38 @@ def _confusion(group: Group) -> np.ndarray:
 
 
 def draw_confusion(group: Group) -> Figure:
-    """The confusion matrix of a group, in shares of each label's images."""
+    """The confusion matrix of a group, in per cent of each label's images, in the group's colour."""
     names = group.runs[0]["analysis"]["class_names"]
     confusion = _confusion(group)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    figure, axes = new_axes(f"Confusion, %: {group.name}", (5.2, 5.0))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= _MOST_CELLS:
+    figure, axes = new_axes(f"Confusion, %: {group.name}", (_SIZE[0], _SIZE[0]))
+    shades = [to_rgba(group.colour, 0), to_rgba(group.colour, _DEEPEST)]
+    axes.imshow(shares, cmap=LinearSegmentedColormap.from_list(group.name, shades), vmin=0, vmax=1)
+    axes.grid(visible=False)
+    if len(names) <= _MAX_CELLS:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
         for (i, j), share in np.ndenumerate(shares):
-            ink = "white" if share > 0.5 else "#1c2128"
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7.5)
-    axes.set(xlabel="prediction", ylabel="label")
+            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+    axes.set(xlabel="predicted class", ylabel="true class")
     return figure
 
 
 def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
-    """The report's figure 6: the stages of a network, each with its output's shape and its parameters."""
+    """The stages of a network, each with the shape of its output and its number of parameters."""
     figure, axes = new_axes(
-        f"{sum(stage['num_params'] for stage in stages):,} parameters", (5.2, 0.62 * len(stages) + 0.5)
+        f"{sum(stage['num_params'] for stage in stages):,} parameters", (_SIZE[0], 0.55 * len(stages) + 0.5)
     )
     most = max(stage["num_params"] for stage in stages)
     for i, stage in enumerate(stages):
-        share = stage["num_params"] / most
-        box = FancyBboxPatch((0, -i - 0.36), 10, 0.72, boxstyle="round,pad=0.02", fc="none", ec=COLOURS[7])
-        axes.add_patch(box)
-        axes.add_patch(
-            FancyBboxPatch((0, -i - 0.36), 10 * share, 0.72, boxstyle="round,pad=0.02", fc=COLOURS[0], alpha=0.3)
-        )
-        blocks = {None: "", 0: ", no block: identity", 1: ", 1 block"}.get(
-            stage["blocks"], f", {stage['blocks']} blocks"
-        )
-        shape = "x".join(map(str, stage["shape"]))
-        axes.text(0.25, -i, stage["name"] + blocks, va="center", weight="bold")
-        axes.text(6.9, -i, shape, va="center", ha="right")
+        for width, style in (
+            (10, {"fc": "none", "ec": NEUTRAL}),
+            (10 * stage["num_params"] / most, {"fc": NEUTRAL, "ec": "none", "alpha": 0.4}),
+        ):
+            axes.add_patch(FancyBboxPatch((0, -i - 0.36), width, 0.72, boxstyle="round,pad=0.02", **style))
+        counted = {None: "", 0: ", no block", 1: ", 1 block"}.get(stage["blocks"], f", {stage['blocks']} blocks")
+        axes.text(0.25, -i, stage["name"] + counted, va="center", weight="bold")
+        axes.text(7.2, -i, " x ".join(map(str, stage["shape"])), va="center", ha="right")
         axes.text(9.75, -i, f"{stage['num_params']:,}", va="center", ha="right")
     axes.set(xlim=(-0.1, 10.1), ylim=(-len(stages) + 0.5, 0.5))
     axes.axis("off")
@@ -254,30 +316,44 @@ def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_reliability(curves: Mapping[str, dict[str, Any]]) -> Figure:
-    """Accuracy by confidence, a curve for each of what `calibration.calibration_report` gives, by name; a calibrated network's is the diagonal."""
+    """Accuracy by confidence. A calibrated network follows the diagonal.
+
+    Args:
+        curves: name -> what `calibration.calibration_report` returns.
+    """
     figure, axes = new_axes("Reliability on the test split")
-    axes.plot([0, 1], [0, 1], ":", color=COLOURS[7])
-    for (name, found), colour in zip(curves.items(), COLOURS, strict=False):
-        label = f"{name}, error {100 * found['expected_calibration_error']:.2f} %"
-        axes.plot(
-            [b["confidence"] for b in found["bins"]],
-            [b["accuracy"] for b in found["bins"]],
-            "o-",
-            color=colour,
-            label=label,
-        )
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.grid(alpha=0.25)
+    axes.plot([0, 1], [0, 1], ":", color=NEUTRAL)
+    for i, (name, report) in enumerate(curves.items()):
+        label = f"{name}: calibration error {100 * report['expected_calibration_error']:.2f} %"
+        confidences, accuracies = ([b[key] for b in report["bins"]] for key in ("confidence", "accuracy"))
+        axes.plot(confidences, accuracies, f"{_MARKERS[i]}-", color=COLOURS[i], ms=5, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    show_percent(axes.xaxis, "confidence")
+    show_percent(axes.yaxis, "accuracy")
     add_legend(figure, axes)
     return figure
 
 
-def save(draw: Callable[[], Figure], path: Path, ink: str, background: str = "none") -> Path:
-    """Draw a figure in the ink of "light" or "dark" pages into a file, of the kind its suffix names."""
-    colour = _INK[ink]
+def save(
+    draw: Callable[[], Figure],
+    path: Path,
+    ink: str,
+    background: str = "none",
+    metadata: Mapping[str, str | None] | None = None,
+) -> Path:
+    """Draw a figure into a file.
+
+    Args:
+        draw: draws the figure.
+        path: of the file; its suffix names the format.
+        ink: "light" or "dark", the page that the text is to be legible on.
+        background: colour behind the figure.
+        metadata: texts that a PNG carries.
+    """
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    settings: Any = dict.fromkeys(names, colour)
+    settings: Any = dict.fromkeys(names, _INK[ink])
     settings |= {
+        "axes.facecolor": "none",  # the page's own background shows through
         "svg.fonttype": "none",
         "svg.hashsalt": path.stem,
         "font.family": "sans-serif",
@@ -285,6 +361,6 @@ def save(draw: Callable[[], Figure], path: Path, ink: str, background: str = "no
         "axes.titlesize": 10,
     }
     with rc_context(settings):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        draw().savefig(path, dpi=160, facecolor=background, metadata=metadata)
+        metadata = {"Date": None} if path.suffix == ".svg" else metadata
+        draw().savefig(path, dpi=180, facecolor=background, metadata=metadata)
     return path

@@ -1,9 +1,9 @@
-"""A model card of a run: its data, recipe, figures, limits and digests, read from what the run wrote.
+"""A model card of a run: its data, results, limits, recipe and digests, read from the run's files.
 
     python -m resnet_jax eval runs/final       # accuracy by class, calibration
     python -m resnet_jax card runs/final       # writes runs/final/MODEL_CARD.md
 
-Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993; the head is the one that Hugging Face's hub reads.
+Mitchell et al., Model Cards for Model Reporting, arXiv:1810.03993. The header is in the format of the Hugging Face Hub.
 """
 
 import json
@@ -25,57 +25,66 @@ from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
 from resnet_jax.runs import files
 
-_CONFUSIONS = 5  # that are named
+_CONFUSIONS = 5  # listed under "Limits"
 
 
 def _name_of_data(name: str) -> str:
-    """The name of a data set without the folders that a file of one's own lies in: "folder:/home/me/birds" -> "folder:birds"."""
+    """The name of a data set without the path of its folder: "folder:/home/me/birds" -> "folder:birds"."""
     kind, colon, path = name.partition(":")
     return f"{kind}:{Path(path).name}" if colon else name
 
 
 def _escaped(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text on one line, escaped for Markdown."""
     return re.sub(r"([\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(str(text).split()))
 
 
 def _code(value: object) -> str:
-    """A value as JSON, in a cell of a table."""
+    """A value as JSON, in the code style of Markdown, for a cell of a table."""
     text = json.dumps(value, ensure_ascii=False).replace("|", "\\|")
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each class its name, how many test images it has, how many of them were known, and what it was most taken for.
+    """Test accuracy and the most frequent wrong prediction of each class.
 
     Args:
-        test: that part of `eval.json`.
+        test: the "test" part of `eval.json`.
 
     Returns:
-        [{"name", "count", "accuracy", "taken_for": a name or None, "taken": a share of its images}], the worst last.
+        [{"name", "count": test images, "accuracy", "confused_with": a class or None, "confused": share of the class's images
+        that are predicted as that}], the highest accuracy first.
     """
     names, confusion = list(test["accuracy_per_class"]), np.array(test["confusion"])
-    found = []
+    classes = []
     for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
         others = np.delete(row, i)
         most = int(np.argmax(others)) if others.size else 0
         other = names[most + (most >= i)] if others.any() else None
         count = int(row.sum())
         share = int(others.max(initial=0)) / max(count, 1)
-        found.append(
-            {"name": name, "count": count, "accuracy": row[i] / max(count, 1), "taken_for": other, "taken": share}
+        classes.append(
+            {
+                "name": name,
+                "count": count,
+                "accuracy": row[i] / max(count, 1),
+                "confused_with": other,
+                "confused": share,
+            }
         )
-    return sorted(found, key=lambda of: -of["accuracy"])
+    return sorted(classes, key=lambda entry: -entry["accuracy"])
 
 
 def card(directory: Path) -> str:
-    """The card of a complete run that was evaluated.
+    """The card of a complete run that has been evaluated, in Markdown.
 
     Raises:
-        UserError: where it is not complete, its result was not evaluated, or its checkpoint is damaged.
+        UserError: where the run is not complete or not evaluated, its files do not match, or its checkpoint is corrupt.
     """
     if not (directory / "result.json").exists():
-        raise UserError(f"{directory} holds no complete run: give one that has a result.json, or go on with it first")
+        raise UserError(
+            f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
+        )
     if not (directory / "eval.json").exists():
         raise UserError(f"{directory} was not evaluated: run python -m resnet_jax eval {directory} first")
     from resnet_jax import train_state  # after these checks, because JAX takes seconds to import
@@ -91,7 +100,7 @@ def card(directory: Path) -> str:
         ("flip", False),
     ):
         if evaluation[key] != wanted:
-            raise UserError(f"{directory / 'eval.json'} is of another {key.replace('_', ' ')} than result.json: {hint}")
+            raise UserError(f"{directory / 'eval.json'} has another {key.replace('_', ' ')} than result.json: {hint}")
 
     model = trained_model.load(directory, result["checkpoint_step"])
     templates = jinja2.Environment(
@@ -110,7 +119,7 @@ def card(directory: Path) -> str:
         confusion = np.array(test["confusion"])
         count, correct = int(confusion.sum()), int(np.trace(confusion))
         if count != result["dataset"]["splits"]["test"] or correct / count != test["accuracy"]:
-            raise ValueError("the confusion matrix is not that of the accuracy and the test split")
+            raise ValueError("the confusion matrix does not match the accuracy or the size of the test split")
         return templates.get_template("model_card.md").render(
             name=directory.resolve().name,
             data=config["data.name"],
@@ -121,12 +130,12 @@ def card(directory: Path) -> str:
             interval=stats.binomtest(correct, count).proportion_ci(0.95, "wilson"),
             confidence=sum(b["count"] * b["confidence"] for b in test["calibration"]["bins"]) / count,
             classes=classes,
-            confusions=[c for c in sorted(classes, key=lambda c: -c["taken"]) if c["taken_for"]][:_CONFUSIONS],
+            confusions=[c for c in sorted(classes, key=lambda c: -c["confused"]) if c["confused_with"]][:_CONFUSIONS],
             config=config,
             machine=pages.machine(result["environment"]),
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
-        raise UserError(f"{directory}: result.json or eval.json is damaged ({error!r}): {hint}") from error
+        raise UserError(f"{directory}: result.json or eval.json is corrupt ({error!r}): {hint}") from error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,6 +146,6 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     path = arguments.output or arguments.run / "MODEL_CARD.md"
     if os.path.lexists(path):  # perhaps edited, or something else
-        raise UserError(f"{path} exists: move it away, or give another --output")
+        raise UserError(f"{path} exists and is not overwritten: move it away, or give another --output")
     files.write_text(path, card(arguments.run))
     print(path)

@@ -1,4 +1,4 @@
-"""Pages of figures and tables, each one file that shows all it needs, on light and dark screens of any width."""
+"""Pages of figures and tables. Each is one HTML file that needs no other, for light and dark screens of any width."""
 
 import base64
 import re
@@ -22,10 +22,10 @@ class Picture(NamedTuple):
     """A figure of the page.
 
     Attributes:
-        name: of its files.
-        caption: what it shows, and which figure of the report it repeats.
-        draw: draws it.
-        wide: takes the width of the page.
+        name: stem of its file names.
+        caption: what the figure shows.
+        draw: returns the figure.
+        wide: whether it takes the whole width of the page.
     """
 
     name: str
@@ -35,25 +35,25 @@ class Picture(NamedTuple):
 
 
 def check_output(directory: Path) -> None:
-    """Refuse a folder that holds anything else than a page, which would be lost, before anything is computed.
+    """Check, before anything is computed, that writing a page to a folder would delete nothing but an earlier page.
 
     Raises:
-        UserError: where it does.
+        UserError: where the folder holds something else.
     """
     try:
-        held = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()
-        page = (directory / "index.html").read_text(errors="replace") if "index.html" in held else ""
+        names = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()
+        page = (directory / "index.html").read_text(errors="replace") if "index.html" in names else ""
     except OSError as error:
         raise UserError(f"--output {directory} cannot be read ({error.strerror}): give a new folder") from error
-    others = sorted(name for name in held if not re.fullmatch(r"index\.html|figures(/\w+\.(png|svg))?", name))
-    if others or (held and _GENERATOR not in page) or (directory.exists() and not directory.is_dir()):
-        what = f", {others[0]}" if others else ""
-        raise UserError(f"--output {directory} holds something else than a report{what}: give a new folder")
+    others = sorted(name for name in names if not re.fullmatch(r"index\.html|figures(/\w+\.(png|svg))?", name))
+    if others or (names and _GENERATOR not in page) or (directory.exists() and not directory.is_dir()):
+        what = f" ({others[0]})" if others else ""
+        raise UserError(f"--output {directory} holds files that are not a report{what}: give a new folder")
 
 
 @contextmanager
 def writing(directory: Path) -> Iterator[Path]:
-    """A scratch folder, with an empty `figures` in it, that takes the place of an earlier page if nothing is raised."""
+    """A temporary folder with an empty `figures` in it. It replaces `directory` unless the block raises."""
     with files.atomic_directory(directory, replace=True) as new:
         (new / "figures").mkdir(parents=True)
         yield new
@@ -62,14 +62,17 @@ def writing(directory: Path) -> Iterator[Path]:
 def render(
     template: str, pictures: Sequence[Picture], environments: Sequence[dict[str, Any]], folder: Path, **values: Any
 ) -> str:
-    """The page of a template that extends `page.html`.
+    """Draw the figures and render a template that extends `page.html`.
 
     Args:
-        template: its path in this package.
-        pictures: are drawn into the folder for light paper; those for dark screens go into the page alone.
-        environments: of the runs that it is about.
-        folder: of the figures.
-        values: for the template.
+        template: its name in `resnet_jax/templates`.
+        pictures: the figures. The files are drawn for a light background; the page also holds a dark version.
+        environments: the environments of the runs.
+        folder: where to write the figures.
+        values: the template's other variables.
+
+    Returns:
+        The page's HTML.
     """
     shown = []
     for picture in pictures:
@@ -91,9 +94,9 @@ def _data_uri(path: Path) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Where and by which code a run was made, from its environment."""
+    """The hardware, versions and commit of a run, in one line."""
     git = environment.get("git")
-    commit = f", commit {git['commit'][:12]}{' with changes' * git['dirty']}" if git else ""
+    commit = f", commit {git['commit'][:12]}{' with local changes' * git['dirty']}" if git else ""
     devices = environment["devices"]
     count = environment["cpu_count"]
     cores = f", {count} core{'s' * (count > 1)}" if environment["backend"] == "cpu" else ""

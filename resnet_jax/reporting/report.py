@@ -1,4 +1,4 @@
-"""A page about runs: their curves, their networks, their confusions and mistakes.
+"""A page about runs: their curves, networks, confusion matrices and mistakes.
 
     python -m resnet_jax report RUN [RUN ...] --output DIR
 
@@ -10,11 +10,12 @@ DIR/index.html is self-contained; DIR/figures holds each figure as PNG and SVG.
 import base64
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from resnet_jax.reporting.figures import Group, Summary
 from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import files
 
-_ROWS = {  # what each row of a run's metrics has
+_ROWS = {  # the metrics in each row, by split
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
     "validation": ("loss", "accuracy"),
     "test": ("loss", "accuracy"),
@@ -36,15 +37,15 @@ _ROWS = {  # what each row of a run's metrics has
 
 
 def read_run(path: Path) -> tuple[str, Summary]:
-    """The name and summary of a run: of a workdir, which is analysed, or of a file.
+    """The name and summary of a run. A workdir is analysed; a file is read.
 
     Raises:
-        UserError: where there is no complete run, or the file is no summary.
+        UserError: where the run is not complete, or the file is not a summary.
     """
     from resnet_jax.reporting import analysis  # only here, because JAX takes seconds to import
 
     if path.is_dir():
-        with redirect_stdout(StringIO()):  # what a run says of itself
+        with redirect_stdout(StringIO()):  # what restoring a run prints
             return path.absolute().name, analysis.summarise(path)
     summary = files.read_json(path, analysis.SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
     try:
@@ -56,10 +57,10 @@ def read_run(path: Path) -> tuple[str, Summary]:
 
 
 def _check(summary: Summary) -> None:
-    """Touch all that is drawn, so that a file of something else is found before anything is written."""
+    """Read every value that is drawn, so that a wrong file is detected before anything is written."""
     analysis, classes = summary["analysis"], len(summary["analysis"]["class_names"])
     if np.array(analysis["confusion"]).shape != (classes, classes):
-        raise ValueError("the confusion matrix has another size than the classes")
+        raise ValueError("the size of the confusion matrix is not the number of classes")
     for row in summary["metrics"]:
         for name in ("epoch", "step", *_ROWS[row["split"]]):
             _ = float(row[name])
@@ -79,23 +80,23 @@ def _check(summary: Summary) -> None:
 
 
 def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
-    """The runs by config, in the order in which they were given; a seed given twice counts once.
+    """The runs grouped by config, in the order in which the configs first appear, each group's runs by seed.
 
     Raises:
-        UserError: where two groups would have the same name, or one seed has two results.
+        UserError: where two runs have the same config and seed.
     """
-    found: dict[str, dict[int, tuple[str, Summary]]] = {}
+    by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
         fields = config_lib.deciding(run["config"])
         seed = fields.pop("seed")
-        of_seed = found.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
-        if seed in of_seed:
-            raise UserError(f"{name} and {of_seed[seed][0]} are of the same config and seed: give one of them")
-        of_seed[seed] = name, run
+        by_seed = by_config.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
+        if seed in by_seed:
+            raise UserError(f"{name} and {by_seed[seed][0]} have the same config and seed: give only one of them")
+        by_seed[seed] = name, run
     groups = []
-    for by_seed in found.values():
+    for place, by_seed in enumerate(by_config.values()):
         name = re.sub(r"[-_.]?seed[-_]?\d+$", "", min(by_seed.items())[1][0]) or "run"
-        groups.append(Group(name, [run for _, (_, run) in sorted(by_seed.items())]))
+        groups.append(Group(name, [run for _, (_, run) in sorted(by_seed.items())], place))
     names = [group.name for group in groups]
     return [
         group if names.count(group.name) == 1 else group._replace(name=f"{group.name} ({i + 1})")
@@ -104,7 +105,7 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
 
 
 def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Groups (SGD, AdamW) that differ in optimizer and schedule alone."""
+    """Pairs of groups (SGD, AdamW) that differ only in optimizer and schedule."""
 
     def rest(group: Group) -> dict[str, Any]:
         fields = config_lib.deciding(group.config)
@@ -115,22 +116,22 @@ def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def pictures(groups: Sequence[Group]) -> list[Picture]:
-    """The figures that can be drawn of these groups."""
+    """The figures that can be drawn for these groups."""
     drawn = [
-        Picture("accuracy", "Accuracy (the report's figure 5).", partial(figures.draw_accuracy, groups)),
-        Picture("loss", "Loss (figure 4).", partial(figures.draw_loss, groups)),
+        Picture("accuracy", "Accuracy by epoch: mean and range over seeds.", partial(figures.draw_accuracy, groups)),
+        Picture("loss", "Loss by epoch: mean and range over seeds.", partial(figures.draw_loss, groups)),
         Picture("learning_rate", _schedule_caption(groups), partial(figures.draw_learning_rate, groups)),
-        Picture("grad_norm", "Means over the logged steps.", partial(figures.draw_grad_norm, groups)),
-        Picture("scale", "Activations on the test images, by stage.", partial(figures.draw_scale, groups)),
         Picture(
-            "relus",
-            "A dead channel is 0 everywhere on every test image.",
-            partial(figures.draw_relus, groups),
+            "grad_norm",
+            "Global norm of the gradient by epoch: mean and range over seeds.",
+            partial(figures.draw_grad_norm, groups),
         ),
+        Picture("scale", "Activations on the test images, by stage.", partial(figures.draw_scale, groups)),
+        Picture("relus", "A dead channel is 0 on every test image.", partial(figures.draw_relus, groups)),
         *_by_data(groups),
     ]
     if pairs := optimizer_pairs(groups):
-        caption = "SGD against AdamW, all else alike (figures 1 and 2)."
+        caption = "SGD against AdamW with everything else equal; the bar is the mean."
         drawn.insert(0, Picture("optimizers", caption, partial(figures.draw_optimizers, pairs)))
     architectures: dict[str, tuple[list[str], Any]] = {}
     for group in groups:
@@ -138,61 +139,68 @@ def pictures(groups: Sequence[Group]) -> list[Picture]:
         shown = json.dumps([[s["name"], s["blocks"], s["shape"], s["num_params"]] for s in stages])
         architectures.setdefault(shown, ([], stages))[0].append(group.name)
     for i, (names, stages) in enumerate(architectures.values(), start=1):
-        caption = f"The network, output's shape and parameters by stage (figure 6): {', '.join(names)}."
+        caption = f"Network by stage, with output shape and number of parameters: {', '.join(names)}."
         drawn.append(Picture(f"architecture{i}", caption, partial(figures.draw_architecture, stages)))
     for i, group in enumerate(groups, start=1):
-        caption = "Shares of each label's test images, over all seeds."
+        caption = "Per cent of the test images of each true class, over all seeds."
         drawn.append(Picture(f"confusion{i}", caption, partial(figures.draw_confusion, group)))
     return drawn
 
 
 def _by_data(groups: Sequence[Group]) -> list[Picture]:
-    """A figure of accuracy by class for each set of classes."""
+    """One figure of accuracy by class for each set of classes."""
     by_classes: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         by_classes.setdefault(tuple(group.runs[0]["analysis"]["class_names"]), []).append(group)
     return [
-        Picture(f"per_class{i}", "Over all seeds.", partial(figures.draw_per_class, alike))
-        for i, alike in enumerate(by_classes.values(), start=1)
+        Picture(f"per_class{i}", "Test accuracy by class, over all seeds.", partial(figures.draw_per_class, same))
+        for i, same in enumerate(by_classes.values(), start=1)
     ]
 
 
 def _schedule_caption(groups: Sequence[Group]) -> str:
-    """How far the rates that were logged are from the report's formula."""
-    farthest = 0.0
+    """The largest difference between the logged learning rates and the schedule."""
+    largest = 0.0
     for group in groups:
         config = group.config
         for run in group.runs:
             for row in run["metrics"]:
                 if row["split"] == "train":
                     epoch = row["epoch"] * (row["step"] - 1) / row["step"]  # at which the row's last step began
-                    wanted = figures.learning_rate(config, epoch)
-                    farthest = max(farthest, abs(row["learning_rate"] - wanted) / config["optim"]["learning_rate"])
-    return f"Learning rate (figure 3); logged and formula differ by at most {farthest:.1e} of the highest rate."
+                    expected = figures.learning_rate(config, epoch)
+                    largest = max(largest, abs(row["learning_rate"] - expected) / config["optim"]["learning_rate"])
+    shown = np.format_float_positional(100 * largest, precision=1, fractional=False, trim="-")
+    return f"Learning rate by epoch. Logged values and schedule differ by at most {shown} % of the peak."
 
 
 def build(
     runs: Sequence[tuple[str, Summary]],
     directory: Path,
     claims: Callable[[Sequence[Group]], Sequence[Any]] = lambda groups: (),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the page and its figures into a new or empty folder, or over an earlier report, all or nothing.
+    """Write the page and its figures into a new or empty folder, or replace an earlier page. It writes all or nothing.
 
     Args:
-        runs: (name, summary) of each.
-        directory: to write to.
-        claims: what somebody claims, beside what these groups measured: rows of `claim`, `measured`, `basis`, `verdict`.
+        runs: (name, summary) of each run.
+        directory: the folder to write.
+        claims: claims to compare with what the groups measured: rows of `claim`, `measured`, `basis`, `verdict`.
+        notes: name of a picture, without its number -> sentence to add to its caption.
     """
     groups = grouped(runs)
     with pages.writing(directory) as folder:
-        (folder / "index.html").write_text(_page(groups, claims(groups), folder / "figures"))
+        (folder / "index.html").write_text(_page(groups, claims(groups), notes, folder / "figures"))
 
 
-def _page(groups: Sequence[Group], claims: Sequence[Any], folder: Path) -> str:
-    """The page, whose figures are drawn into a folder."""
+def _page(groups: Sequence[Group], claims: Sequence[Any], notes: Mapping[str, str], folder: Path) -> str:
+    """The page. Its figures are drawn into `folder`."""
+    shown = []
+    for picture in pictures(groups):
+        note = notes.get(picture.name.rstrip("0123456789"), "")
+        shown.append(picture._replace(caption=f"{picture.caption} {note}".strip()))
     return pages.render(
         "report.html",
-        pictures(groups),
+        shown,
         [run["environment"] for group in groups for run in group.runs],
         folder,
         groups=groups,

@@ -1,4 +1,4 @@
-"""Means over seeds, their spread, and whether two of them differ."""
+"""Mean and spread over seeds, and the difference between two groups of seeds."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,18 @@ from scipy import stats
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Shares as per cent: "73.29 ± 0.41 %" with the standard deviation of a sample, or one value."""
+    """Shares as text in per cent: "73.29 ± 0.41 %" with the sample's standard deviation, or "73.29 %" for one value."""
     percent = 100 * np.array(values)
     spread = f" ± {percent.std(ddof=1):.2f}" if len(values) > 1 else ""
     return f"{percent.mean():.2f}{spread} %"
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float] | None:
-    """The mean of second - first with its 95 % interval, by Welch's t test; None where a side has a single value."""
+    """(mean, low, high) of second - first, with its 95 % interval by Welch's t test.
+
+    Returns:
+        None where a side has fewer than two values.
+    """
     if min(len(first), len(second)) < 2:
         return None
     interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)

@@ -3,36 +3,41 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from resnet_jax import config as config_lib
-from resnet_jax.reporting.figures import COLOURS, add_legend, new_axes
+from resnet_jax.reporting.figures import COLOURS, NEUTRAL, add_legend, new_axes, show_percent
 from resnet_jax.search import STAGES, space, summary
+from resnet_jax.search.cost import Cost
+from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary
 
-_COLOUR_OF = dict(zip(STAGES, COLOURS, strict=False))
-_LABELS = {"num_params": "parameters", "seconds_per_epoch": "seconds an epoch"}
+_COLOUR_OF = dict(zip(STAGES, COLOURS, strict=False))  # a stage has the same colour in every figure
+_MARKER_OF = dict(zip(STAGES, "os^", strict=True))
+_LABELS = {"num_params": "parameters", "seconds_per_epoch": "seconds per epoch"}
 
 
 def draw_history(found: Summary) -> Figure:
-    """Validation accuracy of the trials in the order in which they began, and the best so far."""
+    """Validation accuracy of the trials in the order in which they started, and the best so far."""
     figure, axes = new_axes("Validation accuracy, trial by trial")
     first, best, so_far = 0, -np.inf, []
     for stage, rows in found["trials"].items():
         ended = [(first + row["number"], row["accuracy"]) for row in rows if row["accuracy"] is not None]
-        left = [
+        unfinished = [
             (first + r["number"], r["validations"][-1]) for r in rows if r["state"] != "complete" and r["validations"]
         ]
-        axes.plot(*_columns(ended), "o", color=_COLOUR_OF[stage], label=stage)
-        axes.plot(*_columns(left), "x", color=_COLOUR_OF[stage], alpha=0.6)
+        axes.plot(*_columns(ended), _MARKER_OF[stage], color=_COLOUR_OF[stage], label=stage)
+        axes.plot(*_columns(unfinished), "x", color=_COLOUR_OF[stage], alpha=0.6)
         for trial, accuracy in ended if stage != "confirm" else []:
             best = max(best, accuracy)
             so_far.append((trial, best))
         first += max((row["number"] for row in rows), default=-1) + 1
-    axes.step(*_columns(so_far), where="post", color=COLOURS[7], lw=1, label="best so far")
-    axes.plot([], [], "x", color=COLOURS[7], label="ended early, at its last")
-    axes.set(xlabel="trial", ylabel="validation accuracy")
-    axes.grid(alpha=0.25)
+    axes.step(*_columns(so_far), where="post", color=NEUTRAL, lw=1, label="best so far")
+    axes.plot([], [], "x", color=NEUTRAL, label="ended early (last value)")
+    axes.set(xlabel="trial")
+    show_percent(axes.yaxis, "validation accuracy")
     add_legend(figure, axes)
     return figure
 
@@ -42,36 +47,43 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Se
 
 
 def draw_importances(found: Summary, stage: str) -> Figure:
-    """The share of the variance of accuracy that each parameter of a stage explains."""
+    """The share of the variance of the accuracy that each parameter of a stage explains."""
     shares = sorted(found["importances"][stage].items(), key=lambda item: item[1])
-    figure, axes = new_axes(f"What accuracy depends on: {stage}", (5.2, max(2.2, 0.3 * len(shares) + 1)))
+    figure, axes = new_axes(f"Importance for the accuracy: {stage}", (4.6, max(2.2, 0.3 * len(shares) + 1)))
     axes.barh([name.replace("_", " ") for name, _ in shares], [share for _, share in shares], color=_COLOUR_OF[stage])
-    axes.set(xlabel="share of the variance", xlim=(0, 1))
-    axes.grid(alpha=0.25, axis="x")
+    axes.set(xlim=(0, 1))
+    show_percent(axes.xaxis, "share of the variance")
     return figure
 
 
 def draw_pareto(found: Summary) -> Figure:
-    """Accuracy of the complete trials against what they cost, and the front that none is better than on both."""
+    """Accuracy of the complete trials against their cost, and the Pareto front of those within the budget."""
     cost = summary.costs_against(found)
     figure, axes = new_axes(f"Accuracy against {_LABELS[cost]}")
+    config = config_lib.from_json(found["config"], SEARCH_FIELDS)
     points: list[tuple[float, float]] = []
+    over: list[tuple[float, float]] = []
     for stage, rows in found["trials"].items():
-        of_stage = [(row[cost], row["accuracy"]) for row in rows if row["accuracy"] is not None]
-        axes.plot(*_columns(of_stage), "o", color=_COLOUR_OF[stage], label=stage, alpha=0.7)
+        of_stage: list[tuple[float, float]] = []
+        for row in (row for row in rows if row["accuracy"] is not None):
+            over_budget = space.why_infeasible(config, Cost(row["num_params"], row["gflops"]))
+            (over if over_budget else of_stage).append((row[cost], row["accuracy"]))
+        axes.plot(*_columns(of_stage), _MARKER_OF[stage], color=_COLOUR_OF[stage], label=stage, alpha=0.7)
         points += of_stage
+    if over:
+        axes.plot(*_columns(over), _MARKER_OF["confirm"], color=_COLOUR_OF["confirm"], mfc="none", label="over budget")
     front = [points[i] for i in summary.pareto(points)]
-    axes.step(*_columns(front), where="post", color=COLOURS[7], lw=1.5, label="Pareto front")
-    axes.set(xlabel=_LABELS[cost], ylabel="validation accuracy")
-    axes.xaxis.set_major_formatter("{x:,.4g}" if cost == "seconds_per_epoch" else "{x:,.0f}")
-    axes.tick_params(axis="x", rotation=30)
-    axes.grid(alpha=0.25)
+    axes.step(*_columns(front), where="post", color=NEUTRAL, lw=1.5, label="Pareto front")
+    axes.set(xlabel=_LABELS[cost])
+    show_percent(axes.yaxis, "validation accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250,000 parameters as "250k"
     add_legend(figure, axes)
     return figure
 
 
 def columns(found: Summary) -> dict[str, list[float]]:
-    """What differs among the complete trials of grid and refinement, a value a trial, accuracy last."""
+    """The values that differ among the complete trials of grid and refine: name -> one value per trial, accuracy last."""
     config = config_lib.flatten(found["config"])
     rows = [r for stage in ("grid", "refine") for r in found["trials"].get(stage, []) if r["accuracy"] is not None]
     values: dict[str, list[float]] = {}
@@ -91,19 +103,26 @@ def columns(found: Summary) -> dict[str, list[float]]:
 
 
 def draw_parallel(values: dict[str, list[float]]) -> Figure:
-    """Each trial a line over what differs among them, as `columns` gives it."""
-    figure, axes = new_axes("The stronger a line, the more accurate; the best in orange", (10.8, 3.9))
+    """Parallel coordinates: one line per trial over the values that `columns` returns, the best trial thick."""
+    figure, axes = new_axes("", (10.8, 3.6))
+    axes.grid(visible=False)
     heights = []
     for i, (name, column) in enumerate(values.items()):
         scaled = np.log(column) if name in ("lr", "wd") else np.array(column, float)
         heights.append((scaled - scaled.min()) / np.ptp(scaled))
-        axes.axvline(i, color=COLOURS[7], lw=0.8, alpha=0.5)
+        axes.axvline(i, color=NEUTRAL, lw=0.8, alpha=0.5)
         for value, y, place in ((min(column), -0.04, "top"), (max(column), 1.04, "bottom")):
-            axes.text(i, y, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va=place, fontsize=8)
+            shown = (
+                f"{100 * value:.2f} %" if name == "accuracy" else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+            )
+            axes.text(i, y, shown, ha="center", va=place, fontsize=9)
     lines, order = np.array(heights), np.argsort(values["accuracy"])
     for rank, trial in enumerate(order, start=1):
-        share = rank / len(order)
-        axes.plot(lines[:, trial], color=COLOURS[0] if share < 1 else COLOURS[1], alpha=0.15 + 0.85 * share**2, lw=1.6)
+        best = rank == len(order)
+        strength = 0.2 + 0.8 * (rank / len(order)) ** 2
+        axes.plot(
+            lines[:, trial], color=rcParams["text.color"] if best else NEUTRAL, alpha=strength, lw=3 if best else 1.6
+        )
     axes.set_xticks(range(len(values)), list(values))
     axes.set(yticks=[], ylim=(-0.2, 1.2), xlim=(-0.4, len(values) - 0.6))
     axes.tick_params(axis="x", length=0)

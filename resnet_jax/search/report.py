@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,32 +15,43 @@ from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import files
 from resnet_jax.search import figures, space, studies
 from resnet_jax.search.fields import SEARCH_FIELDS
-from resnet_jax.search.summary import Summary, costs_against, summarise
+from resnet_jax.search.summary import Summary, summarise
 
 _MARK = '"""Found by `python -m resnet_jax search`'  # begins the file of a config that was found
 
 
 def pictures(found: Summary) -> list[Picture]:
-    """The figures that can be drawn of a search."""
+    """The figures that can be drawn for a search."""
     drawn = [
-        Picture("history", "Validation accuracy of all trials that had any.", partial(figures.draw_history, found))
+        Picture(
+            "history",
+            "Validation accuracy of every trial that has been evaluated.",
+            partial(figures.draw_history, found),
+        )
     ]
     complete = sum(row["accuracy"] is not None for rows in found["trials"].values() for row in rows)
     if complete:
-        drawn.append(Picture("pareto", f"{complete} complete trials.", partial(figures.draw_pareto, found)))
+        drawn.append(
+            Picture(
+                "pareto", f"Accuracy against cost of {complete} complete trials.", partial(figures.draw_pareto, found)
+            )
+        )
     if "accuracy" in (columns := figures.columns(found)):
-        caption = "Parallel coordinates: what differs among the complete trials of grid and refinement."
+        caption = (
+            "Parallel coordinates of the complete trials of grid and refine: one line per trial, one axis per value "
+            "that differs. The more accurate a trial, the stronger its line; the thick line is the best."
+        )
         drawn.append(Picture("parallel", caption, partial(figures.draw_parallel, columns), wide=True))
     for stage, shares in found["importances"].items():
         if shares:
             count = sum(row["accuracy"] is not None for row in found["trials"][stage])
-            caption = f"fANOVA over {count} complete trials: of few, a hint at most."
+            caption = f"Importances by fANOVA over {count} complete trials; with few trials, only a hint."
             drawn.append(Picture(f"importances_{stage}", caption, partial(figures.draw_importances, found, stage)))
     return drawn
 
 
 def page(found: Summary, config_path: Path, folder: Path) -> str:
-    """The page, whose figures are drawn into a folder."""
+    """The page. Its figures are drawn into `folder`."""
     counts = {
         stage: {state: sum(row["state"] == state for row in rows) for state in dict.fromkeys(r["state"] for r in rows)}
         for stage, rows in found["trials"].items()
@@ -54,17 +66,18 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
         found["environments"],
         folder,
         found=found,
+        seeds=sorted({seed for entry in found["confirmed"] for seed in entry["accuracies"]}, key=int),
+        over=any(entry["over_budget"] for entry in found["confirmed"]),
         counts=counts,
         ranked=sorted(ranked, key=lambda row: -row["accuracy"])[:10],
         name=space.name,
         spread=statistics.mean_and_spread,
         config_path=config_path,
-        against=costs_against(found),
     )
 
 
 def found_config(found: Summary, path: Path) -> str:
-    """The text of the file of the config that was found: the search's, with the best candidate's fields."""
+    """The text of a config file: the search's config with the best candidate's fields."""
     config = space.training_config(config_lib.from_json(found["config"], SEARCH_FIELDS), found["best"])
     what = "one trial"
     for entry in found["confirmed"]:
@@ -74,14 +87,14 @@ def found_config(found: Summary, path: Path) -> str:
     lines = [
         f"{_MARK}, study {found['study']}: {what}.",
         "",
-        f"python launch.py --config {path}    # as in the search; --config.num_epochs=50.0 trains for longer",
+        f"python launch.py --config {path}    # as long as in the search; for longer: --config.num_epochs=50.0",
         '"""',
         "",
         "from ml_collections import ConfigDict",
         "",
         "",
         "def get_config() -> ConfigDict:",
-        '    """The config, whole."""',
+        '    """The whole config."""',
         *("    " + line for line in _as_python("config", config)),
         "    return config",
     ]
@@ -89,7 +102,7 @@ def found_config(found: Summary, path: Path) -> str:
 
 
 def _as_python(name: str, config: ConfigDict) -> list[str]:
-    """The lines that build a config."""
+    """The lines of Python that build a config."""
     lines = [f"{name} = ConfigDict()"]
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -100,39 +113,47 @@ def _as_python(name: str, config: ConfigDict) -> list[str]:
 
 
 def _signed(text: str) -> str:
-    """A text and its digest in a comment, by which it can be told whether it was edited."""
-    return f"{text}\n\n# {hashlib.sha256(text.encode()).hexdigest()}, of the lines above: an edited file is not written over\n"
+    """A text with its digest in a comment, which shows whether somebody edited it."""
+    return f"{text}\n\n# {_digest(text)}, digest of the lines above: an edited file is not overwritten\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_found(path: Path, study: str) -> None:
-    """Refuse to write over a file that is not, as it stands, what this was written to for the same search.
+    """Check that a file can be written: only an unedited found config of the same search is overwritten.
 
     Raises:
-        UserError: where it is there and is something else, or its folder is not there.
+        UserError: where the file is something else, or its folder does not exist.
     """
-    hint = "give another with --found"
+    hint = "give another file with --found"
     if not path.parent.is_dir():
-        raise UserError(f"--found {path}: there is no folder {path.parent}: make it, or {hint}")
+        raise UserError(f"--found {path}: the folder {path.parent} does not exist: create it, or {hint}")
     if not path.exists():
         return
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
+    lines, _, signature = text.rpartition("\n\n# ")
+    unedited = re.fullmatch(rf"{_digest(lines)}, .*\n", signature)  # whatever words an earlier version wrote after it
     known = text.replace("resnet_jax.search`", "resnet_jax search`", 1)  # earlier versions wrote that
-    if not known.startswith(f"{_MARK}, study {study}: ") or text != _signed(text.rpartition("\n\n# ")[0]):
-        raise UserError(f"--found {path} is there, and is of something else or was edited: {hint}")
+    if not known.startswith(f"{_MARK}, study {study}: ") or not unedited:
+        raise UserError(f"--found {path} exists, and was edited or belongs to something else: {hint}")
 
 
 def _check_summary(path: Path) -> None:
-    """Refuse to write over a file that is no summary of a search.
+    """Check that a file can be written: only the summary of a search is overwritten.
 
     Raises:
-        UserError: where it is there and is something else.
+        UserError: where the file is something else.
     """
     if path.exists():
         files.read_json(
-            path, ("study", "trials", "confirmed"), "--summary writes over an earlier summary alone: give another"
+            path,
+            ("study", "trials", "confirmed"),
+            "--summary overwrites only the summary of a search: give another file",
         )
 
 

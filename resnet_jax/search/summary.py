@@ -101,18 +101,18 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[str, Any]]:
-    """The candidates of the confirmation, the highest mean first.
+    """The candidates of the confirmation, the highest mean first, those over the budget last.
 
-    The best is the first that is within the budget: the config's own network takes part even if it is not.
+    The config's own network takes part even if it is over the budget. Such a candidate is never the best.
 
     Args:
         rows: of its trials.
         config: of the search.
 
     Returns:
-        {"fields", "own": whether it is the config's own, "over_budget": why it is, or "", "num_params", "gflops",
-        "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None of one seed, "best": whether it
-        is, "behind": what the best is ahead of it, as `paired` gives it} of each that has a result.
+        {"fields", "own": whether it is the config's own network, "over_budget": the reason, or "", "num_params", "gflops",
+        "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None for one seed, "best": whether it
+        is the best, "behind": the best's lead over it, as `paired` returns it} for each candidate with a result.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -135,8 +135,8 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         values = [*entry["accuracies"].values()]
         entry["mean"] = float(np.mean(values))
         entry["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    ranked = sorted(found.values(), key=lambda entry: -entry["mean"])
-    best = next((entry for entry in ranked if not entry["over_budget"]), None)
+    ranked = sorted(found.values(), key=lambda entry: (bool(entry["over_budget"]), -entry["mean"]))
+    best = ranked[0] if ranked and not ranked[0]["over_budget"] else None
     for entry in ranked:
         entry["best"] = entry is best
         entry["behind"] = None if best is None or entry["best"] else paired(entry["accuracies"], best["accuracies"])

@@ -25,7 +25,7 @@ from resnet_jax.inference import export, serve, trained_model
 
 pytest.importorskip("flask", reason="Flask is not installed here: there is no page to try a network")
 DEMO = ("-m", "resnet_jax", "serve")
-NO_PICTURE = "This is no PNG, JPEG or WebP picture that can be read."
+NO_PICTURE = "This file cannot be read. Use a PNG, JPEG or WebP image."
 
 
 @pytest.fixture(autouse=True)
@@ -106,14 +106,14 @@ def test_it_answers_what_the_model_predicts(client, model, digits):
     assert brightest == model.saliency(digits.images[0])[0].argmax()
 
 
-def test_the_samples_are_the_first_test_image_of_each_class(client, model, digits):
+def test_the_samples_are_the_first_test_images_of_each_class_in_turn(client, model, digits):
     shown = serve.samples(model)
-    assert [sample.label for sample in shown] == [str(i) for i in range(10)]
-    for label, sample in enumerate(shown):
-        image = np.asarray(Image.open(io.BytesIO(client.get(f"/samples/{label}.png").data)))
-        assert (image == digits.images[digits.labels.tolist().index(label)]).all()
+    assert [sample.label for sample in shown] == [*map(str, range(10)), "0", "1"]
+    for i, sample in enumerate(shown):
+        image = np.asarray(Image.open(io.BytesIO(client.get(f"/samples/{i}.png").data)))
+        assert (image == digits.images[np.flatnonzero(digits.labels == i % 10)[i // 10]]).all()
         assert sample.png == file_of(image)
-    assert client.get("/samples/10.png").status_code == 404
+    assert client.get("/samples/12.png").status_code == 404
 
 
 def png_of_size(width, height):
@@ -131,15 +131,15 @@ HOSTILE = {
     "noise after the head": (file_of(NOISE, "JPEG")[:20] + bytes(range(256)) * 9, NO_PICTURE),
     "larger than memory": (
         png_of_size(60_000, 60_000),
-        "This picture is not read: it has more than 50,000,000 pixels.",
+        "This image cannot be used: it has more than 50,000,000 pixels.",
     ),
     "too many pixels": (
         png_of_size(9_000, 9_000),
-        "This picture is not read: it has 9000 x 9000 pixels, and at most 50,000,000 are read.",
+        "This image cannot be used: it has 9000 x 9000 pixels, and at most 50,000,000 are read.",
     ),
     "long and thin": (
         file_of(np.zeros((1, 5000, 3), np.uint8)),
-        "This picture is not read: an image has shape (1, 5000, 3): one side may be 1000 times as long as the other.",
+        "This image cannot be used: an image has shape (1, 5000, 3): one side may be 1000 times as long as the other.",
     ),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n%%EOF\n", NO_PICTURE),
     "another kind": (file_of(NOISE, "TIFF"), NO_PICTURE),
@@ -254,9 +254,7 @@ def test_data_that_are_gone_are_named(model, tmp_path):
 
 def test_data_of_other_classes_are_refused(model):
     other = SimpleNamespace(config=model.config, class_names=("cat", "dog"))
-    with pytest.raises(
-        UserError, match=r"digits has changed since the run began: its classes are others.*--no-samples"
-    ):
+    with pytest.raises(UserError, match=r"digits has changed since the run began: it has other classes.*--no-samples"):
         serve.samples(other)
 
 
@@ -285,6 +283,20 @@ def test_without_flask_the_message_says_what_to_install(run, monkeypatch, capsys
 # In a browser
 
 
+@contextlib.contextmanager
+def in_thread(app):
+    """A server of an app in this process: its address."""
+    server = werkzeug.serving.make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 def shown_rows(page):
     """The classes and shares that are shown, once they are."""
     page.wait_for_selector("#result:not([hidden]):not([aria-busy=true]) li")
@@ -298,10 +310,13 @@ def test_a_picture_is_uploaded_and_its_result_shown(address, model, tmp_path, wi
     with browser.opened(address, scheme, width) as (page, said):
         assert browser.width_of(page) == width
         assert not page.is_visible("#result")
+        tops = [round(button.bounding_box()["y"]) for button in page.locator(".samples button").all()]
+        assert {tops.count(top) for top in tops} == {4 if width == 390 else 6}  # all rows are full
         page.set_input_files("input[type=file]", tmp_path / "noise.png")
         rows = shown_rows(page)
+        assert not page.is_visible("#verdict")  # nobody knows the true class
         page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert len(browser.images_loaded(page)) == 12
+        assert len(browser.images_loaded(page)) == 14
         assert browser.width_of(page) == width
         side = [page.locator(f"#{name}").bounding_box() for name in ("seen", "saliency")]
         bars = page.locator("#result ol").bounding_box()
@@ -334,6 +349,19 @@ def test_test_images_are_clicked_and_pictures_dropped(address, model, digits):
 
 
 @browser.needed
+def test_the_page_says_whether_the_answer_for_a_test_image_is_right(model, digits):
+    predicted = model.predict(digits.images[0]).names[0]
+    png = file_of(digits.images[0])
+    other = str((int(predicted) + 1) % 10)
+    app = serve.make_app(model, "run", [serve.Sample(predicted, png), serve.Sample(other, png)])
+    with in_thread(app) as url, browser.opened(url) as (page, _):
+        for n, words in ((1, f"Right: predicted {predicted}"), (2, f"Wrong: predicted {predicted}, true {other}")):
+            page.click(f".samples button:nth-child({n})")
+            page.wait_for_function("text => document.querySelector('#verdict').textContent === text", arg=words)
+            assert page.is_visible("#verdict")
+
+
+@browser.needed
 def test_a_file_that_is_no_picture_or_too_large_gets_a_message(address, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "large.png").write_bytes(bytes(serve.MAX_BYTES + 1))
@@ -358,7 +386,7 @@ def test_a_server_that_has_ended_is_told(run, tmp_path):
         process.wait()
         page.set_input_files("input[type=file]", tmp_path / "noise.png")
         page.wait_for_selector("#error:not([hidden])")
-        assert page.inner_text("#error") == "The server does not answer: is it still running?"
+        assert page.inner_text("#error") == "The server does not reply. Is it still running?"
 
 
 @browser.needed
@@ -372,23 +400,15 @@ def test_it_shows_that_it_is_at_work_and_no_older_error(model, tmp_path, monkeyp
     monkeypatch.setattr(serve, "answer", slowly)
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "noise.png").write_bytes(file_of(NOISE))
-    server = werkzeug.serving.make_server("127.0.0.1", 0, serve.make_app(model, "run", []), threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with browser.opened(f"http://127.0.0.1:{server.port}") as (page, _):
-            page.set_input_files("input[type=file]", tmp_path / "notes.txt")
-            page.wait_for_selector("#error:not([hidden])")
-            page.set_input_files("input[type=file]", tmp_path / "noise.png")
-            page.wait_for_selector("#busy:not([hidden])")
-            assert not page.is_visible("#error")
-            answers.release()
-            shown_rows(page)
-            assert not page.is_visible("#busy")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with in_thread(serve.make_app(model, "run", [])) as url, browser.opened(url) as (page, _):
+        page.set_input_files("input[type=file]", tmp_path / "notes.txt")
+        page.wait_for_selector("#error:not([hidden])")
+        page.set_input_files("input[type=file]", tmp_path / "noise.png")
+        page.wait_for_selector("#busy:not([hidden])")
+        assert not page.is_visible("#error")
+        answers.release()
+        shown_rows(page)
+        assert not page.is_visible("#busy")
 
 
 @browser.needed

@@ -87,8 +87,8 @@ def test_every_class_is_in_it_the_worst_last(evaluated):
         row = np.array(test["confusion"][int(of["name"])])
         assert of["accuracy"] == test["accuracy_per_class"][of["name"]]
         row[int(of["name"])] = 0
-        assert of["taken"] * of["count"] == pytest.approx(row.max())
-        assert of["taken_for"] == (str(row.argmax()) if row.any() else None)
+        assert of["confused"] * of["count"] == pytest.approx(row.max())
+        assert of["confused_with"] == (str(row.argmax()) if row.any() else None)
     text = model_card.card(evaluated)
     table = [cells for cells in rows(text, "") if len(cells) == 4 and cells[0].isdecimal()]
     assert [cells[0] for cells in table] == [of["name"] for of in classes]
@@ -97,12 +97,12 @@ def test_every_class_is_in_it_the_worst_last(evaluated):
 def test_classes_that_nothing_is_known_of_are_shown():
     test = {"accuracy_per_class": {"a": 1.0, "b": 0.0, "c": 0.0}, "confusion": [[3, 0, 0], [0, 0, 0], [1, 1, 2]]}
     assert model_card.by_class(test) == [
-        {"name": "a", "count": 3, "accuracy": 1.0, "taken_for": None, "taken": 0.0},
-        {"name": "c", "count": 4, "accuracy": 0.5, "taken_for": "a", "taken": 0.25},
-        {"name": "b", "count": 0, "accuracy": 0.0, "taken_for": None, "taken": 0.0},
+        {"name": "a", "count": 3, "accuracy": 1.0, "confused_with": None, "confused": 0.0},
+        {"name": "c", "count": 4, "accuracy": 0.5, "confused_with": "a", "confused": 0.25},
+        {"name": "b", "count": 0, "accuracy": 0.0, "confused_with": None, "confused": 0.0},
     ]
     one = {"accuracy_per_class": {"only": 1.0}, "confusion": [[7]]}
-    assert model_card.by_class(one)[0]["taken_for"] is None
+    assert model_card.by_class(one)[0]["confused_with"] is None
 
 
 def test_the_head_is_yaml_that_a_hub_reads(evaluated):
@@ -120,7 +120,7 @@ def test_the_snippet_runs(evaluated, monkeypatch):
     monkeypatch.chdir(evaluated.parent)
     names = {"images": np.zeros((2, 8, 8, 3), np.uint8)}
     exec(code, names)
-    assert len(names["found"].names) == 2
+    assert len(names["predictions"].names) == 2
 
 
 def test_folders_of_the_data_are_not_published_and_names_are_shown_as_text(changed):
@@ -166,7 +166,7 @@ def test_what_is_there_is_not_written_over(evaluated, capsys):
         with pytest.raises(SystemExit) as stop:
             tool("card", evaluated, f"--output={path}")
         assert stop.value.code == 2
-        assert "exists: move it away, or give another --output" in capsys.readouterr().err
+        assert "exists and is not overwritten: move it away, or give another --output" in capsys.readouterr().err
         assert (evaluated / "result.json").read_text() == before
 
 
@@ -177,7 +177,7 @@ def test_a_run_without_validation_says_so(changed):
     run = changed("eval.json", plain)
     changed("result.json", lambda value: value.update(validation_accuracy=None))
     text = model_card.card(run)
-    assert "the last." in text
+    assert ": the last." in text
     assert "at temperature" not in text
     assert rows(text, "validation |") == []
 
@@ -185,19 +185,19 @@ def test_a_run_without_validation_says_so(changed):
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("eval.json", lambda value: value.update(checkpoint_step=7), "eval.json is of another checkpoint step"),
-        ("eval.json", lambda value: value["dataset"].update(fingerprint="0"), "eval.json is of another dataset"),
-        ("eval.json", lambda value: value["test"].pop("confusion"), "result.json or eval.json is damaged"),
-        ("eval.json", lambda value: value["test"].update(confusion=[["a"]]), "result.json or eval.json is damaged"),
-        ("eval.json", lambda value: value["test"].update(confusion=[[1] * 10] * 10), "is not that of the accuracy"),
-        ("eval.json", lambda value: value["test"].update(accuracy=float("inf")), "result.json or eval.json is damaged"),
-        ("eval.json", lambda value: value["test"]["confusion"][0].append(1), "result.json or eval.json is damaged"),
-        ("eval.json", lambda value: value.update(flip=True), "eval.json is of another flip than result.json"),
+        ("eval.json", lambda value: value.update(checkpoint_step=7), "eval.json has another checkpoint step"),
+        ("eval.json", lambda value: value["dataset"].update(fingerprint="0"), "eval.json has another dataset"),
+        ("eval.json", lambda value: value["test"].pop("confusion"), "result.json or eval.json is corrupt"),
+        ("eval.json", lambda value: value["test"].update(confusion=[["a"]]), "result.json or eval.json is corrupt"),
+        ("eval.json", lambda value: value["test"].update(confusion=[[1] * 10] * 10), "does not match the accuracy"),
+        ("eval.json", lambda value: value["test"].update(accuracy=float("inf")), "result.json or eval.json is corrupt"),
+        ("eval.json", lambda value: value["test"]["confusion"][0].append(1), "result.json or eval.json is corrupt"),
+        ("eval.json", lambda value: value.update(flip=True), "eval.json has another flip than result.json"),
         ("result.json", lambda value: value.pop("checkpoint_step"), "it lacks checkpoint_step"),
-        ("result.json", lambda value: value["environment"].update(devices=[]), "result.json or eval.json is damaged"),
+        ("result.json", lambda value: value["environment"].update(devices=[]), "result.json or eval.json is corrupt"),
         ("eval.json", lambda value: value.pop("test"), r"it lacks test\): evaluate the run again"),
         ("result.json", lambda value: value.pop("seconds"), "it lacks seconds"),
-        ("result.json", lambda value: value.pop("state_digest"), "result.json or eval.json is damaged"),
+        ("result.json", lambda value: value.pop("state_digest"), "result.json or eval.json is corrupt"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(changed, file, change, words):
@@ -207,7 +207,7 @@ def test_files_that_do_not_belong_together_are_refused(changed, file, change, wo
 
 def test_a_run_that_is_not_complete_or_not_evaluated_is_refused(tmp_path, capsys):
     for name, words in (
-        (None, "holds no complete run"),
+        (None, "is not a complete run"),
         ("result.json", "was not evaluated: run python -m resnet_jax eval"),
     ):
         if name:
@@ -222,4 +222,4 @@ def test_a_run_that_is_not_complete_or_not_evaluated_is_refused(tmp_path, capsys
 
 def test_the_checkpoint_it_names_is_the_one_that_is_loaded(evaluated):
     text = model_card.card(evaluated)
-    assert f"Of checkpoint {trained_model.load(evaluated).step:,} of" in text
+    assert f"Checkpoint of step {trained_model.load(evaluated).step:,} of" in text

@@ -1,4 +1,5 @@
 import base64
+import html
 import io
 import json
 import re
@@ -11,11 +12,12 @@ import browser
 import numpy as np
 import pytest
 from helpers import ROOT, make_tiny_config, tool
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from configs import final, narrow, sgd
 from reproduction import claims
-from reproduction import report as report_with_claims
+from reproduction import report as reproduction_report
 from resnet_jax import config as config_lib
 from resnet_jax import evaluate, optim, training
 from resnet_jax.data import datasets
@@ -188,6 +190,117 @@ def test_chromium_shows_the_page(page, scheme, width):
     assert browser.images_shown(page / "index.html", scheme, width) >= 11
 
 
+@browser.needed
+def test_a_phone_shows_the_test_accuracy_of_every_run(page):
+    with browser.opened((page / "index.html").as_uri(), width=390) as (shown, _):
+        cells = shown.locator("#runs td[data-of='test accuracy']")
+        boxes = [cell.bounding_box() for cell in cells.all()]
+        assert len(boxes) == 2
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+        assert all(re.fullmatch(r"\d+\.\d\d( ± \d+\.\d\d)? %", text) for text in cells.all_inner_texts())
+        hidden = "element => element.parentElement.scrollWidth > element.parentElement.clientWidth"
+        assert not shown.locator("#runs").evaluate(hidden)
+
+
+def captions(page):
+    """Caption of each figure by its name."""
+    found = re.findall(r'<figure id="(\w+)".*?<figcaption>(.*?)</figcaption>', page.read_text(), re.DOTALL)
+    return {name: html.unescape(caption) for name, caption in found}
+
+
+def test_only_the_reports_own_page_names_the_reports_figures(page, summaries, tmp_path):
+    reproduction_report.main([*map(str, summaries), "--output", str(tmp_path / "page")])
+    ours, of_anybody = captions(tmp_path / "page" / "index.html"), captions(page / "index.html")
+    for name, numbers in (("optimizers", "figures 1 and 2"), ("accuracy", "figure 5"), ("architecture1", "figure 6")):
+        assert ours[name] == f"{of_anybody[name]} The report's {numbers}."
+    assert not re.search(r"the report|figures? \d", (page / "index.html").read_text().partition("</style>")[2], re.I)
+
+
+def test_a_mistake_says_what_was_predicted_and_what_is_true(page, summaries):
+    analysis = json.loads(summaries[0].read_text())["analysis"]
+    text = html.unescape(re.sub(r"<[^>]+>", "", (page / "index.html").read_text()))
+    for mistake in analysis["mistakes"]:
+        predicted, true = (analysis["class_names"][mistake[key]] for key in ("prediction", "label"))
+        assert f"predicted {predicted}, true {true}" in text
+
+
+@pytest.fixture
+def three_groups(summaries):
+    """The groups, and a third one of another data set with the same curves as the second."""
+    runs = [report.read_run(path) for path in summaries]
+    other = json.loads(json.dumps(runs[2][1]))
+    other["dataset"]["fingerprint"] = "other"
+    other["analysis"]["class_names"] = [f"class {i}" for i in range(10)]
+    return report.grouped([*runs, ("other", other)])
+
+
+def test_a_group_has_the_same_colour_and_marker_in_every_figure(three_groups):
+    style = {group.name: (group.colour, group.marker) for group in three_groups}
+    assert len(set(style.values())) == 3
+    of_groups, seen = 0, set()
+    for picture in report.pictures(three_groups):
+        figure = picture.draw()
+        for legend in figure.legends:
+            names = [text.get_text() for text in legend.get_texts()]
+            shown = {n: (h.get_color(), h.get_marker()) for n, h in zip(names, legend.legend_handles, strict=True)}
+            assert shown == {name: style[name] for name in shown}
+            of_groups, seen = of_groups + 1, seen | shown.keys()
+    assert of_groups == 9
+    assert seen == style.keys()
+    for i, group in enumerate(three_groups, start=1):
+        (picture,) = [p for p in report.pictures(three_groups) if p.name == f"confusion{i}"]
+        (image,) = picture.draw().axes[0].images
+        assert to_hex(image.cmap(1.0)) == group.colour
+
+
+def points(axes, group):
+    """Where a group's markers are."""
+    found = set()
+    for line in axes.lines:
+        if line.get_color() == group.colour and line.get_marker() not in ("None", "", None):
+            first, step = line.get_markevery() or (0, 1)
+            axes_points = zip(line.get_xdata(orig=False), line.get_ydata(orig=False), strict=True)
+            found |= {(round(float(x), 9), round(float(y), 9)) for x, y in list(axes_points)[first::step]}
+    return found
+
+
+@pytest.mark.parametrize("draw", ["draw_learning_rate", "draw_grad_norm", "draw_scale", "draw_relus", "draw_per_class"])
+def test_a_group_with_the_same_values_as_another_stays_visible(three_groups, draw):
+    first, second = three_groups[1:]
+    second.runs[0]["analysis"]["class_names"] = first.runs[0]["analysis"]["class_names"]
+    (axes,) = getattr(figures, draw)([first, second]).axes
+    ours, theirs = points(axes, first), points(axes, second)
+    assert ours
+    assert theirs
+    assert not ours & theirs
+
+
+def test_the_accuracy_figure_shows_the_rows_of_the_runs(three_groups):
+    group = three_groups[0]
+    (axes,) = figures.draw_accuracy([group]).axes
+    _, validation, _, *tests = [line.get_xydata() for line in axes.lines]
+    expected = [[r["accuracy"] for r in run["metrics"] if r["split"] == "validation"] for run in group.runs]
+    assert validation[:, 1] == pytest.approx(np.mean(expected, axis=0))
+    assert [float(xy[-1, 1]) for xy in tests] == [run["test_accuracy"] for run in group.runs]
+
+
+def test_shares_are_shown_in_per_cent(three_groups):
+    drawn = {p.name: p.draw().axes[0] for p in report.pictures(three_groups) if p.name[:4] in ("opti", "accu", "relu")}
+    assert len(drawn) == 3
+    for axes in (*drawn.values(), figures.draw_reliability({}).axes[0]):
+        assert axes.yaxis.get_major_formatter()(0.725) == "72.5 %"
+    assert figures.draw_per_class(three_groups[:2]).axes[0].xaxis.get_major_formatter()(0.5) == "50 %"
+
+
+@pytest.mark.parametrize("draw", [figures.draw_accuracy, lambda groups: figures.draw_confusion(groups[0])])
+def test_a_figure_for_a_dark_page_has_no_white_ground(three_groups, tmp_path, draw):
+    figures.save(partial(draw, three_groups[:2]), tmp_path / "dark.png", "dark")
+    with Image.open(tmp_path / "dark.png") as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    assert not ((pixels[..., :3].min(axis=2) > 240) & (pixels[..., 3] > 128)).any()
+    assert (pixels[..., 3] == 0).mean() > 0.5
+
+
 # Its figures and claims
 
 
@@ -226,9 +339,9 @@ def test_accuracy_is_claimed_of_runs_of_the_reports_own_recipe_alone():
     ("adamw", "sgd_accuracies", "verdict"),
     [
         ([0.80, 0.81, 0.82], [0.70, 0.71, 0.72], "holds in this protocol"),
-        ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "the opposite holds in this protocol"),
-        ([0.70, 0.75, 0.80], [0.71, 0.74, 0.79], "undecided: within the seeds' noise"),
-        ([0.80], [0.70], "undecided: one seed tells no spread"),
+        ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "does not hold: SGD is better in this protocol"),
+        ([0.70, 0.75, 0.80], [0.71, 0.74, 0.79], "undecided: the difference is not significant"),
+        ([0.80], [0.70], "undecided: needs at least two seeds"),
     ],
 )
 def test_optimizers_are_compared_where_all_else_is_alike(adamw, sgd_accuracies, verdict):
@@ -270,9 +383,9 @@ def test_size_and_speed_are_claimed_beside_resnet18():
     (*_, speed) = claims.table([], comparison((4_918_602, 78), (11_173_962, 100)))
     assert (
         speed.measured
-        == "78 s against 100 s, 22 % less (by round 25 % less to 20 % less); 1.00 against 1.00 GFLOP an image"
+        == "78 s against 100 s, 22 % less (by round 25 % less to 20 % less); 1.00 against 1.00 GFLOP per image"
     )
-    assert speed.basis == "2 CPU cores, float32, batch 128, in turns, 2 rounds"
+    assert speed.basis == "2 CPU cores, float32, batch 128, measured alternately in 2 rounds"
     assert verdicts([], comparison((7_400_000, 120), (10_000_000, 100)))[-3:] == [
         "does not hold",
         "holds",
@@ -293,20 +406,23 @@ def test_runs_of_one_config_are_one_group(summaries):
 SMALL = {"config": {}, "dataset": {}, "environment": {}, "num_params": 1, "test_accuracy": 1, "test_loss": 1}
 MISTAKES = {
     "no run": (["nowhere", "--output", "page"], "nowhere"),
-    "a run under way": (["unfinished", "--output", "page"], "holds no complete run"),
+    "a run under way": (["unfinished", "--output", "page"], "is not a complete run"),
     "a file of something else": (["other.json", "--output", "page"], "lacks metrics, analysis"),
     "a file that only looks like one": (["fake.json", "--output", "page"], "config.seed is missing"),
     "no JSON": (["text.json", "--output", "page"], "text.json cannot be used"),
-    "the same run twice": (["good.json", "twin.json", "--output", "page"], "are of the same config and seed"),
-    "a folder of something else": (["good.json", "--output", "unfinished"], "something else than a report"),
-    "a file as folder": (["good.json", "--output", "text.json"], "something else than a report"),
+    "the same run twice": (["good.json", "twin.json", "--output", "page"], "have the same config and seed"),
+    "a folder of something else": (["good.json", "--output", "unfinished"], "holds files that are not a report"),
+    "a file as folder": (["good.json", "--output", "text.json"], "holds files that are not a report"),
     "a folder in a file": (["good.json", "--output", "text.json/page"], "cannot be written"),
     "a summary of two": (["good.json", "twin.json", "--summary", "x.json"], "--summary takes one RUN"),
     "a summary nowhere": (["good.json", "--summary", "nowhere/x.json"], "cannot be written"),
     "no comparison": (["good.json", "--resnet18", "nowhere", "--output", "page"], "reproduction.reproduce resnet18"),
     "another comparison": (["good.json", "--resnet18", "good.json", "--output", "page"], "is something else"),
-    "a report with a file of the user's": (["good.json", "--output", "kept"], "a report, mine.txt: give a new folder"),
-    "a page that is no report": (["good.json", "--output", "site"], "something else than a report"),
+    "a report with a file of the user's": (
+        ["good.json", "--output", "kept"],
+        "not a report (mine.txt): give a new folder",
+    ),
+    "a page that is no report": (["good.json", "--output", "site"], "holds files that are not a report"),
     "no rate": (["rate.json", "--output", "page"], "is not the summary of a run"),
     "no stages": (["stages.json", "--output", "page"], "the network has no stages"),
     "no devices": (["devices.json", "--output", "page"], "is not the summary of a run"),
@@ -343,7 +459,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
     Path("text.json").write_text("no JSON")
     before = sorted(tmp_path.rglob("*"))
     arguments, words = MISTAKES[mistake]
-    main = report_with_claims.main if "--resnet18" in arguments else report.main
+    main = reproduction_report.main if "--resnet18" in arguments else report.main
     with pytest.raises(SystemExit) as stop, exit_on_user_error():
         main(arguments)
     assert stop.value.code == 2
@@ -353,9 +469,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_page_comes_with_the_package():
-    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    for path in (ROOT / "resnet_jax").rglob("*.html"):
-        package = ".".join(path.parent.relative_to(ROOT).parts)
-        assert package in packaged["packages"]
-        assert path.name in packaged["package-data"][package]
+def test_the_templates_come_with_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["resnet_jax"]
+    templates = [path for path in (ROOT / "resnet_jax").rglob("*") if path.suffix in (".html", ".md")]
+    assert templates
+    for path in templates:
+        assert any(path.relative_to(ROOT / "resnet_jax").match(pattern) for pattern in patterns)

@@ -22,7 +22,7 @@ from resnet_jax import errors
 from resnet_jax.errors import UserError
 from resnet_jax.runs import preemption
 from resnet_jax.runs.result import RunResult
-from resnet_jax.search import check_folder, cost, report, space, studies, summary, worker
+from resnet_jax.search import check_folder, cost, figures, report, space, studies, summary, worker
 from resnet_jax.search.locks import JournalLock, lock
 
 SMOKE = ("--config", "configs/search.py:smoke")
@@ -530,6 +530,25 @@ def test_the_best_is_within_the_budget(run, config):
     assert found["best"] == best["fields"]
     assert best["behind"] is None
     assert own["behind"]["mean"] == pytest.approx(best["mean"] - own["mean"])
+    assert own["mean"] > best["mean"]  # and still it is not first
+    assert found["confirmed"][0] is best
+    assert found["confirmed"][-1] is own
+
+
+def test_the_page_shows_the_best_within_the_budget_first(run, config, tmp_path):
+    config.model.max_params = 20_000
+    found = summary.summarise("s", run(by_width, "grid", "refine", "confirm"))
+    text = report.page(found, tmp_path / "found.py", tmp_path)
+    table = text.partition("<h2>Confirmed</h2>")[2].partition("</table>")[0]
+    rows = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", row)).strip() for row in table.split("<tr>")[2:]]
+    assert rows[0].startswith(space.name(found["best"]))
+    assert "the best" in rows[0]
+    assert "parameters of 20,000 allowed" not in rows[0]
+    assert "over budget: " in rows[-1]
+    assert "candidates over the budget come last" in re.sub(r"\s+", " ", text)
+    (axes,) = figures.draw_pareto(found).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert min(lines["over budget"].get_xdata()) > 20_000 >= max(lines["Pareto front"].get_xdata())
 
 
 # The real thing: two workers at once, and its page
@@ -696,22 +715,36 @@ REPORT_MISTAKES = {
     ),
     "a summary on the journal": (
         ["--study=s", "--storage=study.journal", "--summary=study.journal"],
-        "an earlier summary",
+        "only the summary of a search",
     ),
-    "a summary on a file": (["--study=s", "--storage=study.journal", "--summary=mine.py"], "an earlier summary"),
+    "a summary on a file": (
+        ["--study=s", "--storage=study.journal", "--summary=mine.py"],
+        "only the summary of a search",
+    ),
     "an edited config": (["--study=s", "--storage=study.journal", "--found=edited.py"], "or was edited"),
     "a config of another search": (
         ["--study=s", "--storage=study.journal", "--found=other.py"],
-        "is of something else",
+        "belongs to something else",
     ),
-    "a page that is no text": (["--study=s", "--storage=study.journal", "--output=site"], "something else"),
-    "a folder of something else": (["--study=s", "--storage=study.journal", "--output=runs"], "something else"),
+    "a page that is no text": (["--study=s", "--storage=study.journal", "--output=site"], "not a report"),
+    "a folder of something else": (["--study=s", "--storage=study.journal", "--output=runs"], "not a report"),
     "a config of the user's": (
         ["--study=s", "--storage=study.journal", "--found=mine.py"],
-        "mine.py is there, and is of something else",
+        "mine.py exists, and was edited or belongs to something else",
     ),
     "a summary nowhere": (["--study=s", "--storage=study.journal", "--summary=no/x.json"], "cannot be written"),
 }
+
+
+def test_a_config_that_an_earlier_version_found_is_overwritten_and_one_with_a_line_more_is_not(run, tmp_path):
+    found, path = summary.summarise("s", run(by_width, "grid")), tmp_path / "found.py"
+    written = report.found_config(found, path)
+    path.write_text(re.sub(r", digest of .*\n$", ", of the lines above: an edited file is not written over\n", written))
+    assert path.read_text() != written
+    report._check_found(path, "s")
+    path.write_text(written + "x = 1\n")
+    with pytest.raises(UserError, match="was edited"):
+        report._check_found(path, "s")
 
 
 @pytest.mark.parametrize("mistake", REPORT_MISTAKES)

@@ -16,8 +16,7 @@ from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
 from resnet_jax import config as config_lib
-from resnet_jax import setup, steps
-from resnet_jax import training as train
+from resnet_jax import setup, steps, training
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import evaluation
@@ -44,7 +43,7 @@ def at_step(monkeypatch, step, action):
 
 def at_evaluation_after(monkeypatch, step, action):
     """Do something right after a batch of the evaluation after the given step was dispatched."""
-    make = train.steps.jit_eval_step
+    make = training.steps.jit_eval_step
 
     def made(*arguments):
         compiled = make(*arguments)
@@ -57,7 +56,7 @@ def at_evaluation_after(monkeypatch, step, action):
 
         return call
 
-    monkeypatch.setattr(train.steps, "jit_eval_step", made)
+    monkeypatch.setattr(training.steps, "jit_eval_step", made)
 
 
 class Died(BaseException):
@@ -79,7 +78,7 @@ def config(request, tiny_config):
 
 
 def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
-    result = train.train(tiny_config, tmp_path)
+    result = training.train(tiny_config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == dataclasses.asdict(result)
     assert set(dataclasses.asdict(result)) == {
         *("test_accuracy", "test_loss", "validation_accuracy", "num_params", "checkpoint_step", "steps", "seconds"),
@@ -94,12 +93,12 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(tiny_config)
     assert json.loads((tmp_path / "environment.json").read_text()) == result.environment
 
-    training = rows(tmp_path, "train")
-    assert [row["step"] for row in training] == [10, 20, 30, 40, 41]
-    for row in training:
+    train_rows = rows(tmp_path, "train")
+    assert [row["step"] for row in train_rows] == [10, 20, 30, 40, 41]
+    for row in train_rows:
         assert set(row) == {"step", "epoch", "split", "loss", "accuracy", "learning_rate", "grad_norm"}
         assert row["epoch"] == pytest.approx(row["step"] * 64 / 1294, abs=1e-5)
-    assert training[-1]["loss"] < training[0]["loss"]
+    assert train_rows[-1]["loss"] < train_rows[0]["loss"]
     validation = rows(tmp_path, "validation")
     assert [row["step"] for row in validation] == [21, 41]
     best = max(validation, key=lambda row: row["accuracy"])
@@ -117,16 +116,16 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
 
 
 def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypatch):
-    result = train.train(tiny_config, tmp_path)
+    result = training.train(tiny_config, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(train, "setup", die)
-    assert train.train(tiny_config, tmp_path) == result
+    monkeypatch.setattr(training, "setup", die)
+    assert training.train(tiny_config, tmp_path) == result
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "is complete: test accuracy" in capsys.readouterr().out
 
 
 def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, config, monkeypatch):
-    whole = train.train(config, tmp_path / "whole")
+    whole = training.train(config, tmp_path / "whole")
     of_call = {13: 15, 22: 26, 30: 31} if config.pipeline == "device" else {}  # the step at which the call ends
     for step, signum in ((13, signal.SIGTERM), (22, signal.SIGUSR1), (30, signal.SIGINT)):
         with monkeypatch.context() as patch:
@@ -134,10 +133,10 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
             with pytest.raises(
                 preemption.TrainingInterrupted, match=f"at step {of_call.get(step, step)} of 41"
             ) as stop:
-                train.train(config, tmp_path / "parts")
+                training.train(config, tmp_path / "parts")
         assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
-    parts = train.train(config, tmp_path / "parts")
+    parts = training.train(config, tmp_path / "parts")
     assert parts.state_digest == whole.state_digest
     assert parts.test_loss == whole.test_loss
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
@@ -145,13 +144,13 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_path, config, monkeypatch):
     config.checkpoint_every_steps = 7
-    whole = train.train(config, tmp_path / "whole")
+    whole = training.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 35, die)
         with pytest.raises(Died):
-            train.train(config, tmp_path / "parts")
+            training.train(config, tmp_path / "parts")
     assert max(row["step"] for row in rows(tmp_path / "parts")) == 30  # later than the checkpoint of step 28
-    parts = train.train(config, tmp_path / "parts")
+    parts = training.train(config, tmp_path / "parts")
     assert parts.state_digest == whole.state_digest
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
@@ -159,16 +158,16 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGTERM, None], ids=["SIGTERM", "kill -9"])
 def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_path, tiny_config, monkeypatch, signum):
     tiny_config.eval_batch_size = 16
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     for step, evaluated in ((21, []), (41, [21])):
         end = die if signum is None else lambda: os.kill(os.getpid(), signum)
         with monkeypatch.context() as patch:
             at_evaluation_after(patch, step, end)
             with pytest.raises(Died if signum is None else preemption.TrainingInterrupted):
-                train.train(tiny_config, tmp_path / "parts")
+                training.train(tiny_config, tmp_path / "parts")
         assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
         assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
-    parts = train.train(tiny_config, tmp_path / "parts")
+    parts = training.train(tiny_config, tmp_path / "parts")
     assert parts.state_digest == whole.state_digest
     assert parts.checkpoint_step == whole.checkpoint_step
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
@@ -178,21 +177,21 @@ def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_end
     tmp_path, tiny_config, monkeypatch
 ):
     tiny_config.eval_batch_size = 16
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_validate", lambda *_: None)
+        patch.setattr(training, "_validate", lambda *_: None)
         at_evaluation_after(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted, match="at step 41 of 41"):
-            train.train(tiny_config, tmp_path / "parts")
+            training.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert train.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
+    assert training.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
 
 
 def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
     digests = set()
     for every in (3, 10):
         tiny_config.log_every_steps = every
-        digests.add(train.train(tiny_config, tmp_path / str(every)).state_digest)
+        digests.add(training.train(tiny_config, tmp_path / str(every)).state_digest)
     assert len(digests) == 1
 
 
@@ -200,13 +199,13 @@ def test_another_config_is_refused_and_neutral_fields_are_not(tmp_path, tiny_con
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted):
-            train.train(tiny_config, tmp_path)
+            training.train(tiny_config, tmp_path)
     tiny_config.seed = 1
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     tiny_config.seed = 0
     tiny_config.checkpoint_every_steps = 1000
-    assert train.train(tiny_config, tmp_path).steps == 41
+    assert training.train(tiny_config, tmp_path).steps == 41
 
 
 def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
@@ -221,11 +220,11 @@ def test_data_that_changed_are_refused(tmp_path, tiny_config, monkeypatch):
     tiny_config.data.name = f"npz:{tmp_path / 'data.npz'}"
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(preemption.TrainingInterrupted):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     arrays["train_images"] = np.roll(arrays["train_images"], 1, axis=1)
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(UserError, match="has changed since the run began"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     with pytest.raises(UserError, match="has changed since the run began"):
         evaluation.run(tiny_config, tmp_path / "run", "latest")
 
@@ -236,7 +235,7 @@ def rows_of_single_steps(tmp_path_factory, cache_dir):
     directory = tmp_path_factory.mktemp("single")
     config = make_tiny_config(cache_dir)
     config.pipeline, config.steps_per_call = "device", 1
-    train.train(config, directory)
+    training.train(config, directory)
     return rows(directory)
 
 
@@ -258,7 +257,7 @@ def test_the_rows_do_not_depend_on_the_pipeline_and_how_it_cuts_steps_into_calls
     tmp_path, tiny_config, rows_of_single_steps, pipeline, steps_per_call
 ):
     tiny_config.pipeline, tiny_config.steps_per_call = pipeline, steps_per_call
-    train.train(tiny_config, tmp_path)
+    training.train(tiny_config, tmp_path)
     assert_rows_agree(rows(tmp_path), rows_of_single_steps)
 
 
@@ -268,9 +267,9 @@ def test_a_resumed_run_may_switch_its_pipeline(tmp_path, tiny_config, rows_of_si
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(preemption.TrainingInterrupted):
-                train.train(tiny_config, tmp_path)
+                training.train(tiny_config, tmp_path)
     tiny_config.pipeline = "tf_data"
-    train.train(tiny_config, tmp_path)
+    training.train(tiny_config, tmp_path)
     assert_rows_agree(rows(tmp_path), rows_of_single_steps)
 
 
@@ -279,7 +278,7 @@ def test_data_that_do_not_fit_on_the_device_are_refused_with_the_figures(tmp_pat
     free = 2 * 1294 * (8 * 8 * 3 + 4) - 1  # for two devices
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
     with pytest.raises(UserError, match=r"needs 507,248 bytes for the training images, and 507,247 are free: set it"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -299,7 +298,7 @@ def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
 def fails(directory, config):
     """The message of a run that stops at a step that cannot be taken, and what it says of that step."""
     with pytest.raises(UserError) as stop:
-        train.train(config, directory)
+        training.train(config, directory)
     assert not (directory / "result.json").exists()
     return str(stop.value), json.loads((directory / "failed_step.json").read_text())
 
@@ -326,7 +325,7 @@ def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit
 ):
     tiny_config.pipeline = pipeline
     tiny_config.log_every_steps = 1
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     norms = [row["grad_norm"] for row in rows(tmp_path / "whole", "train")]
     tiny_config.abort_grad_norm = sorted(norms[5:])[-1] * 0.999
     first = next(step for step, norm in enumerate(norms, start=1) if norm > tiny_config.abort_grad_norm)
@@ -335,7 +334,7 @@ def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit
     assert report["grad_norm"] == pytest.approx(norms[first - 1], rel=1e-5)
     assert f"config.abort_grad_norm allows {tiny_config.abort_grad_norm:g}" in message
     tiny_config.abort_grad_norm = 0.0
-    assert train.train(tiny_config, tmp_path / "run").state_digest == whole.state_digest
+    assert training.train(tiny_config, tmp_path / "run").state_digest == whole.state_digest
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
@@ -361,7 +360,7 @@ def test_the_report_on_a_failed_step_names_its_examples_and_the_norms_of_its_lay
 def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_config):
     tiny_config.data.validation_ratio = 0.0
     tiny_config.num_epochs = 1.5
-    result = train.train(tiny_config, tmp_path)
+    result = training.train(tiny_config, tmp_path)
     assert result.validation_accuracy is None
     assert result.checkpoint_step == result.steps == math.ceil(1.5 * 1438 / 64)
     assert rows(tmp_path, "validation") == []
@@ -370,26 +369,26 @@ def test_without_validation_the_last_checkpoint_is_the_result(tmp_path, tiny_con
 def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path, tiny_config):
     tiny_config.num_epochs = 1e300
     with pytest.raises(UserError, match="num_epochs"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
 
 
 def test_a_model_far_over_its_budget_is_refused_before_it_is_built(tmp_path, tiny_config):
     tiny_config.model.channel_list = (1_000_000, 8)
     with pytest.raises(UserError, match=r"has [\d,]+ parameters of 5,000,000 allowed"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_path, tiny_config, monkeypatch):
-    setup = train.setup
+    setup = training.setup
 
     def interrupted_setup(config):
         os.kill(os.getpid(), signal.SIGINT)
         return setup(config)
 
-    monkeypatch.setattr(train, "setup", interrupted_setup)
+    monkeypatch.setattr(training, "setup", interrupted_setup)
     with pytest.raises(preemption.TrainingInterrupted, match="stopped by SIGINT before the first step") as stop:
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert stop.value.exit_code == 130
     assert not (tmp_path / "run").exists()
 
@@ -397,13 +396,13 @@ def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_p
 def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):
     tiny_config.model.max_params = 1000
     with pytest.raises(UserError, match=r"has [\d,]+ parameters of 1,000 allowed \(config.model.max_params\)"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_names_the_nearest_that_do(tmp_path, tiny_config):
     tiny_config.batch_size = 63
     with pytest.raises(UserError, match="63 does not divide over 2 devices: set it to 62 or 64"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
 
 
 def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_config):
@@ -411,7 +410,7 @@ def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_conf
     tiny_config.model.block = "bottleneck"
     tiny_config.label_smoothing, tiny_config.optim.max_grad_norm = 0.1, 1.0
     tiny_config.optim.decay_mask = "kernels"
-    result = train.train(tiny_config, tmp_path)
+    result = training.train(tiny_config, tmp_path)
     assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
     assert 0 <= result.test_accuracy <= 1
 
@@ -423,7 +422,7 @@ def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tm
         config = quickstart.get_config()
         config.num_epochs, config.schedule.warmup_epochs, config.log_every_steps = 4.0, 1.0, 10
         config.pipeline, config.model.dtype = "device", dtype
-        train.train(config, tmp_path / dtype)
+        training.train(config, tmp_path / dtype)
         losses[dtype] = np.array([row["loss"] for row in rows(tmp_path / dtype, "train")])
         state = setup.setup(config).state
         batch = {"images": np.zeros((64, 8, 8, 3), np.uint8), "labels": np.zeros(64, np.int32)}
@@ -437,27 +436,27 @@ def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tm
 
 
 def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, tiny_config):
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     for step in (1, 2, 3):
         with pytest.raises(
             preemption.TrainingInterrupted, match=f"stopped by its time limit at step {step} of 41"
         ) as stop:
-            train.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
+            training.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
         assert stop.value.exit_code == 124
-    assert train.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
+    assert training.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
 
 
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(
     tmp_path, tiny_config, monkeypatch, capsys
 ):
     tiny_config.checkpoint_every_steps = 7
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted):
-            train.train(tiny_config, tmp_path / "parts")
+            training.train(tiny_config, tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "17" / "meta" / "metadata").unlink()
-    parts = train.train(tiny_config, tmp_path / "parts")
+    parts = training.train(tiny_config, tmp_path / "parts")
     assert "resuming" in capsys.readouterr().out
     assert len(list((tmp_path / "parts" / "damaged").iterdir())) == 1
     assert parts.state_digest == whole.state_digest
@@ -466,13 +465,13 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to
 
 def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, tiny_config, monkeypatch):
     directory = tmp_path / "run"
-    whole = train.train(tiny_config, tmp_path / "whole")
+    whole = training.train(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted):
-            train.train(tiny_config, directory)
+            training.train(tiny_config, directory)
     forget_later_fields(directory)
-    assert train.train(tiny_config, directory).state_digest == whole.state_digest
+    assert training.train(tiny_config, directory).state_digest == whole.state_digest
     forget_later_fields(directory)
     assert evaluation.run(tiny_config, directory, "best")["test"]["accuracy"] == whole.test_accuracy
 
@@ -490,9 +489,9 @@ def forget_later_fields(directory):
 def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, tiny_config, monkeypatch):
     at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(preemption.TrainingInterrupted):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     tiny_config.seed = 1
     (tmp_path / "run" / "config.json").write_text(json.dumps(config_lib.to_json(tiny_config)))
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
