@@ -34,7 +34,9 @@ def make_prints(*arguments, **environment):
 
 def released():
     """The versions of the changelog with their dates, newest first."""
-    return re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    return re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
 
 
 def test_the_newest_version_of_the_changelog_is_that_of_the_package():
@@ -127,14 +129,17 @@ def test_the_dockerfile_starts_the_command_as_a_user_that_is_not_root():
 
 def test_the_dockerfile_installs_what_make_installs():
     installed = re.findall(r"pip (install .+)", make_prints("--always-make", ".venv/installed", "PYTHON=python3"))
-    runs = [value.removeprefix("python -m pip ") for name, values, _ in dockerfile() if name == "RUN" for value in values]
+    runs = [
+        value.removeprefix("python -m pip ") for name, values, _ in dockerfile() if name == "RUN" for value in values
+    ]
     assert len(installed) == 2
     assert all(any(run.startswith(command) for run in runs) for command in installed)
 
 
 def test_make_takes_the_newest_python_that_works(tmp_path):
-    for name, runs in {"python3.13": "exit 127", "python3.12": "exit 0", "python3.11": "exit 0", "python3": "exit 0"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{runs}\n")  # 3.13 is there and fails, as one of pyenv may
+    for name in ("python3.13", "python3.12", "python3.11", "python3"):
+        code = 127 if name == "python3.13" else 0  # it is there and fails, as one of pyenv may
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
         (tmp_path / name).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
