@@ -1,6 +1,7 @@
 # make run, make test and make lint set up .venv by themselves; a set-up that is current is left alone.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# The newest supported Python that can make an environment: its newer JAX is up to 1.4 times as fast on a CPU.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
@@ -8,6 +9,8 @@ RUN := runs/quickstart
 .PHONY: run test test-slow lint soak reproduce report clean
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
+	@echo "Training a small model on scikit-learn's digits: loading and compiling take up to a minute on two cores, and"
+	@echo "training about as long. Ctrl-C stops and saves; make run then goes on."
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN) --mode eval --checkpoint best
 	@echo
@@ -42,10 +45,13 @@ lint: $(VENV)/installed ## ruff, mypy, and which package may import which
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version). This happens once and takes 2 to 10 minutes: pip downloads TensorFlow,"
+	@echo "JAX and about 130 smaller packages, naming each, then installs them without a word for a minute or more."
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --no-deps --requirement requirements.txt
+	$(BIN)/python -m pip install --no-deps --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 clean: ## remove .venv and the tools' caches; runs/ stays

@@ -1,0 +1,20 @@
+# The command resnet-jax on a CPU:
+#   docker build --tag resnet-jax .
+#   docker run --rm --volume resnet-jax:/home/trainer resnet-jax train --config quickstart
+# The volume keeps the runs, the data and the compiled programs. For a GPU, add '.[cuda]' to the last pip install.
+FROM python:3.12-slim
+
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+WORKDIR /opt/resnet_jax
+COPY requirements.txt ./
+RUN python -m pip install --no-deps --requirement requirements.txt
+COPY pyproject.toml README.md LICENSE launch.py ./
+COPY configs configs
+COPY resnet_jax resnet_jax
+RUN python -m pip install --no-deps --editable . \
+    && useradd --create-home trainer
+
+USER trainer
+WORKDIR /home/trainer
+ENTRYPOINT ["resnet-jax"]
+CMD ["--help"]
