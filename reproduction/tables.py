@@ -4,12 +4,16 @@ A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a
 `claims` and `evaluations`, which read several files. Tests check that every table and the figure are up to date.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from reproduction import claims
 from resnet_jax.reporting import figures, report, statistics
@@ -177,9 +181,18 @@ def refreshed(document: str) -> str:
     return re.sub(r"(<!-- (claims|evaluations|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
 
 
+def runs_digest() -> str:
+    """SHA-256 of the runs that the README's figure shows, in hexadecimal."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in run_files())).hexdigest()
+
+
 def draw(path: Path) -> None:
-    """Draw the README's figure."""
+    """Draw the README's figure; its PNG text `runs` is the digest of the runs that it shows."""
     figures.save(partial(figures.draw_accuracy, groups()), path, "light", "white")
+    note = PngInfo()
+    note.add_text("runs", runs_digest())
+    with Image.open(path) as image:
+        image.save(path, pnginfo=note, optimize=True)
 
 
 if __name__ == "__main__":

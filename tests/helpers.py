@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCH = ("-m", "resnet_jax.search")
 
 
