@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launch
 import numpy as np
 import pytest
 import waitress
 from helpers import DOCUMENTS, ROOT
 from PIL import Image
 
+import launch
 from resnet_jax import __main__ as command
 from resnet_jax.search import studies
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads configs so
 
 Argv = list[str]
 
@@ -56,28 +58,26 @@ def codes(path: Path) -> Iterator[Code]:
             yield Code(f"{path.name}:{line}", match[1], match[2])
 
 
-# How the tools run here. Each rule takes the words after those by which it is chosen.
+# Which compiles in a second, and comes after the command's own flags.
+SMALL = ["--config.model.channel_list=(8,)", "--config.model.block_list=(0,)"]
+
+# How the commands run here. Each rule takes the words after those by which it is chosen.
 
 
 def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
     """The same command with a tiny variant of its config, which trains on digits unless the command names other data."""
-    configs = [i for i, word in enumerate(argv) if word == "--config"]
-    if not configs:
+    if "--config" not in argv:
         return argv
-    (i,) = configs
-    stem = Path(argv[i + 1].partition(":")[0]).stem
+    i = argv.index("--config") + 1
+    source, stem = argv[i].partition(":")[0], Path(argv[i].partition(":")[0]).stem
     variant = {"final": ":smoke", "search": ":smoke", "found": ""}[stem]
-    argv = [*argv[: i + 1], argv[i + 1].partition(":")[0] + variant, *argv[i + 2 :]]
-    if any(word.startswith("--config.model.block_list=") for word in argv):
-        argv += ["--config.model.channel_list=(8,8,16,16)"]
-    if default_workdir and "--workdir" not in argv:
-        argv += ["--workdir", f"runs/{stem}"]
-    return argv
+    argv = [*argv[:i], source + variant, *argv[i + 1 :], *SMALL]
+    return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 
 def run_launch(argv: Argv) -> None:
     """Train or evaluate."""
-    argv = ["2:2" if argv[i - 1 : i] == ["--profile"] else word for i, word in enumerate(argv)]  # 11 steps are few
+    argv = ["2:2" if argv[i - 1 : i] == ["--profile"] else word for i, word in enumerate(argv)]  # there are 11 steps
     launch.main(tiny(argv, default_workdir=True))
 
 
@@ -86,12 +86,9 @@ def run_tool(argv: Argv) -> None:
     match argv:
         case ["search", "report", *_]:
             command.main(argv)
-        case ["search", *rest]:
-            small = ["--config.num_epochs=1.0", "--config.search.confirm_top=1", "--config.search.confirm_seeds=2"]
-            trials = "--config.search.refine_trials="
-            more = any(word.startswith(trials) for word in rest)
-            rest = [word for word in rest if not word.startswith((trials, "--workers"))]
-            command.main(["search", *tiny(rest), *small, f"{trials}{1 + more}", "--workers=1"])
+        case ["search", *rest]:  # the confirmation of the config's own network alone, by one worker
+            one = ["--stage=confirm", "--config.search.confirm_seeds=2", "--config.num_epochs=1.0", "--workers=1"]
+            command.main(["search", *tiny(rest), *one])
         case ["benchmark", *rest]:
             torch = ("--against-torch", "--torch-python", "--seconds")
             rest = [word for word in rest if not word.startswith(torch)]
@@ -161,8 +158,8 @@ def check_module(module: str) -> Callable[[Argv], None]:
 
     def check(argv: Argv) -> None:
         spec = importlib.util.find_spec(module)
-        assert spec and spec.origin
-        source = Path(spec.origin).read_text()
+        assert spec
+        source = Path(str(spec.origin)).read_text()
         assert all(f'"{word.partition("=")[0]}"' in source for word in argv if word.startswith("-"))
 
     return check
@@ -185,6 +182,15 @@ RULES: dict[str, Callable[[Argv], None]] = {
 }
 
 
+def exit_code(rule: Callable[[Argv], None], argv: Argv) -> int | str:
+    """How a rule ends."""
+    try:
+        rule(argv)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
 def run_shell(text: str) -> None:
     """Run a command by its rule; variables before it are left out, for they are of the machine."""
     words = shlex.split(text, comments=True)
@@ -193,11 +199,8 @@ def run_shell(text: str) -> None:
     for beginning, rule in RULES.items():
         first = beginning.split()
         if words[: len(first)] == first:
-            try:
-                rule(words[len(first) :])
-            except SystemExit as stop:
-                allowed = (0, None, 124) if "--max-seconds" in words else (0, None)
-                assert stop.code in allowed, stop.code
+            code = exit_code(rule, words[len(first) :])
+            assert code == 0 or (code == 124 and "--max-seconds" in words), code
             return
     pytest.fail("no rule knows this command")
 
