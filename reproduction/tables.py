@@ -1,30 +1,29 @@
-"""Write the tables of README.md and docs/PERFORMANCE.md, and the README's figure, from results/*.json.
+"""Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
 
-    python -m reproduction.tables
-
-A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`, the report's claims between
-`<!-- claims -->` and `<!-- end -->`. Tests check that tables and figure are up to date.
+A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of
+`claims` and `evaluations`, which read several files. Tests check that every table and the figure are up to date.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reproduction import claims
-from resnet_jax.reporting import figures, report
+from resnet_jax.reporting import figures, report, statistics
+from resnet_jax.search import space
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "PERFORMANCE.md"]
+DOCUMENTS = [ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md"]
 FIGURE = ROOT / "results" / "accuracy.png"
 RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
 
 
 def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """A row a figure that `benchmarks.benchmark` measured, case by case."""
+    """One row for each figure that `benchmarks.benchmark` measured."""
     yield ["batch", "dtype", "devices", "figure", "median", "min", "max", "repeats"]
     for case in result["cases"]:
         for name, figure in case["figures"].items():
@@ -36,36 +35,37 @@ def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def run_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """The figures of a run of `reproduction.reproduce`."""
-    yield ["seed", "steps", "test accuracy", "seconds", "after start-up", "images/s", "share of peak"]
-    yield [
-        str(result["seed"]),
-        str(result["steps"]),
-        f"{result['test_accuracy']:.2%}",
-        f"{result['seconds']:.1f}",
-        f"{result['seconds_after_startup']:.1f}",
-        f"{result['images_per_second']:,.0f}",
-        f"{result['share_of_peak']:.1%} of {result['peak_tflops']:g} TFLOP/s",
-    ]
+    """The result of one run; speeds only if `reproduction.reproduce` measured them."""
+    cells = {
+        "seed": str(result["seed"]),
+        "parameters": f"{result['num_params']:,}",
+        "steps": f"{result['steps']:,}",
+        "test accuracy": f"{result['test_accuracy']:.2%}",
+        "seconds": f"{result['seconds']:.0f}",
+    }
+    if "share_of_peak" in result:
+        cells |= {
+            "seconds after startup": f"{result['seconds_after_startup']:.1f}",
+            "images/s": f"{result['images_per_second']:,.0f}",
+            "share of peak": f"{result['share_of_peak']:.1%} of {result['peak_tflops']:g} TFLOP/s",
+        }
+    yield [*cells]
+    yield [*cells.values()]
 
 
 def resnet18_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The final model beside ResNet-18."""
-    yield ["", "final", "ResNet-18", "final has less by"]
+    yield ["", "final", "ResNet-18", "reduction"]
     for name, decimals in (("num_params", 0), ("train_flops_per_image", 0), ("seconds_per_epoch", 3)):
         pair = [f"{result[which][name]:,.{decimals}f}" for which in ("final", "resnet18")]
         yield [name.replace("_", " "), *pair, f"{result['final_has_less_by'][name]:.1%}"]
 
 
 def export_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """The exports of a run as `benchmarks.exports` measured them: their sizes, and medians of their latencies."""
+    """Sizes and median latencies of a run's exports, as `benchmarks.exports` measured them."""
     cases, differences = result["cases"], result["differences"]
-    yield [
-        "",
-        "MB",
-        "differs by",
-        *(cell for case in cases for cell in (f"batch {case['batch_size']}", "of PyTorch's")),
-    ]
+    latencies = (cell for case in cases for cell in (f"batch {case['batch_size']}", "time / PyTorch's"))
+    yield ["", "MB", "largest difference", *latencies]
     for name in dict.fromkeys([*cases[0]["figures"], *result["bytes"]]):
         if "/" not in name:
             size = result["bytes"].get(name)
@@ -81,21 +81,64 @@ def export_rows(result: dict[str, Any]) -> Iterator[list[str]]:
             yield row
 
 
+def search_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """The networks that a search confirmed with several seeds, best first."""
+    yield ["network", "parameters", "validation accuracy", "points behind the best (95 % interval)"]
+    for entry in sorted(result["confirmed"], key=lambda entry: -entry["mean"]):
+        behind = {k: 100 * v for k, v in (entry["behind"] or {}).items() if k != "verdict"}
+        yield [
+            space.name(entry["fields"]) + (" (the report's)" if entry["own"] else ""),
+            f"{entry['num_params']:,}",
+            statistics.mean_and_spread([*entry["accuracies"].values()]),
+            "{mean:.2f} ({low:.2f} to {high:.2f})".format(**behind) if behind else "",
+        ]
+
+
 def table(result: dict[str, Any]) -> str:
-    """The table of a result, and under it the machine and the code that it is of."""
-    if "bytes" in result:
-        rows, environment = list(export_rows(result)), result["environment"]
+    """The table of a result, with the machine and the commit that it was measured on."""
+    if "confirmed" in result:
+        rows, environment = search_rows(result), result["environments"][0]
+    elif "bytes" in result:
+        rows, environment = export_rows(result), result["environment"]
     elif "cases" in result:
-        rows, environment = list(benchmark_rows(result)), result["environment"]
+        rows, environment = benchmark_rows(result), result["environment"]
     elif "resnet18" in result:
-        rows, environment = list(resnet18_rows(result)), result["benchmarks"]["final"]["environment"]
+        rows, environment = resnet18_rows(result), result["benchmarks"]["final"]["environment"]
     else:
-        rows, environment = list(run_rows(result)), result["environment"]
-    rows.insert(1, ["---"] * len(rows[0]))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    machine = f"{environment['devices'][0]}, {environment['cpu_count']} CPU core{'s' * (environment['cpu_count'] > 1)}, jax {environment['versions']['jax']}"
-    code = (environment["git"] or {"commit": "unknown"})["commit"][:9]
-    return "\n".join([*lines, "", f"{machine}, commit {code}."])
+        rows, environment = run_rows(result), result["environment"]
+    note = measured_on(environment)
+    if "confirmed" in result:  # its environments are those of the workers
+        note = f"Each worker: {note} The search took {result['seconds'] / 60:.0f} minutes; "
+        note += f"{result['share_outside_training']:.1%} of the workers' time was spent outside training."
+    return f"{as_markdown(rows)}\n\n{note}"
+
+
+def as_markdown(rows: Iterable[list[str]]) -> str:
+    """A Markdown table of a header and its rows."""
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    """The machine and the versions of a result, in one line."""
+    cores = f"{environment['cpu_count']} CPU core{'s' * (environment['cpu_count'] > 1)}"
+    machine = cores if environment["backend"] == "cpu" else f"{environment['devices'][0]}, {cores}"
+    commit = (environment["git"] or {"commit": "unknown"})["commit"][:9]
+    return f"{machine}, jax {environment['versions']['jax']}, commit {commit}."
+
+
+def evaluations_table() -> str:
+    """Test accuracy and calibration of the search's three confirming runs, with and without `--flip`; means."""
+    rows = [["evaluated", "test accuracy", "calibration error", "calibration error at the fitted temperature"]]
+    for label, suffix in (("as it is", ""), ("with `--flip`", "-flip")):
+        tests = [read_result(f"eval-found-{seed}{suffix}.json")["test"] for seed in (1, 2, 3)]
+        errors = [
+            [(test if fitted is None else test[fitted])["calibration"]["expected_calibration_error"] for test in tests]
+            for fitted in (None, "calibrated")
+        ]
+        means = (sum(values) / len(values) for values in ([test["accuracy"] for test in tests], *errors))
+        rows.append([label, *(f"{mean:.2%}" for mean in means)])
+    return f"{as_markdown(rows)}\n\n{measured_on(read_result('eval-found-1.json')['environment'])}"
 
 
 def run_files() -> list[Path]:
@@ -104,26 +147,35 @@ def run_files() -> list[Path]:
 
 
 def groups() -> list[figures.Group]:
-    """The runs in results/, by config."""
+    """The runs in results/, grouped by config."""
     return report.grouped([report.read_run(path) for path in run_files()])
 
 
 def comparison_file() -> Path:
-    """The comparison with ResNet-18 in results/: a GPU's, where there is one."""
+    """The comparison with ResNet-18 in results/; one from a GPU if there is one."""
     return sorted((ROOT / "results").glob("resnet18-*.json"))[-1]
 
 
+def read_result(name: str) -> dict[str, Any]:
+    """The content of a file in results/."""
+    result: dict[str, Any] = json.loads((ROOT / "results" / name).read_text())
+    return result
+
+
+def claims_table() -> str:
+    """The report's claims beside what the runs in results/ measured."""
+    return claims.as_markdown(claims.table(groups(), read_result(comparison_file().name)))
+
+
 def refreshed(document: str) -> str:
-    """The document with each table as the results have it."""
+    """The document with each table rewritten from results/."""
 
-    def block(found: re.Match[str]) -> str:
-        if found[2] == "claims":
-            text = claims.as_markdown(claims.table(groups(), json.loads(comparison_file().read_text())))
-        else:
-            text = table(json.loads((ROOT / found[2]).read_text()))
-        return f"{found[1]}\n{text}\n<!-- end -->\n"
+    def block(match: re.Match[str]) -> str:
+        named = {"claims": claims_table, "evaluations": evaluations_table}
+        text = named[match[2]]() if match[2] in named else table(read_result(Path(match[2]).name))
+        return f"{match[1]}\n{text}\n<!-- end -->\n"
 
-    return re.sub(r"(<!-- (claims|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
+    return re.sub(r"(<!-- (claims|evaluations|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
 
 
 def figure_digest() -> str:

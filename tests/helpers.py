@@ -18,6 +18,7 @@ from resnet_jax.__main__ import main as resnet_jax
 from resnet_jax.errors import exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCH = ("-m", "resnet_jax", "search")
 
 

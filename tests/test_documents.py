@@ -1,129 +1,151 @@
-import json
+"""README.md and docs/*.md: their figures, tables, links, paths and words. `test_documented_commands.py` runs their commands."""
+
 import re
 import subprocess
 
-import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import DOCUMENTS, ROOT
 from PIL import Image
 
 from reproduction import tables
-from resnet_jax.reporting import statistics
-from resnet_jax.search import space
+from resnet_jax.config import ALL_FIELDS
+from resnet_jax.search.fields import SEARCH_FIELDS
 
-README = (ROOT / "README.md").read_text()
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
-
-def result(name):
-    return json.loads((ROOT / "results" / name).read_text())
-
-
-def against_torch(result):
-    return "train step {train_step[median]:,.0f} images/s, {train_step / torch_train_step[median]:.2f} of PyTorch's".format(
-        **result["cases"][0]["figures"]
-    )
-
-
-def confirmed(result):
-    best = next(entry for entry in result["confirmed"] if entry["best"])
-    own = next(entry for entry in result["confirmed"] if entry["own"])
-    spread = [statistics.mean_and_spread([*entry["accuracies"].values()]) for entry in (best, own)]
-    ahead = {name: 100 * value for name, value in own["behind"].items() if name in ("mean", "low", "high")}
-    return (
-        f"{space.name(best['fields'])}: {spread[0]} validation accuracy; the report's {space.name(own['fields'])}: {spread[1]}, "
-        f"{ahead['mean']:.2f} points behind ({ahead['low']:.2f} to {ahead['high']:.2f}, 95 %), {own['behind']['verdict']}; "
-        f"{result['share_outside_training']:.1%} of the workers' time outside the trials' runs, {result['seconds'] / 60:.0f} minutes in all"
-    )
+# The left column of the project's style table, and what is like it.
+CLIPPED = (
+    r"\bmend",
+    r"start the same command again",
+    r"\bare of \w+:",
+    r"\bis no (?:file|folder|number|run)\b",
+    r"what is said of",
+    r"\bare meant\b",
+    r"tells? no spread",
+    r"\bto be had\b",
+    r"ha(?:s|ve) not\b(?! been)",
+    r"of which nothing",
+    r"what is not (?:here|there)",
+    r"\bwhere there is one\b",
+    r"\bgoes? on\b",
+)
 
 
-def flipped(_):
-    """Means over the three seeds."""
-
-    def mean(suffix, *keys):
-        found = []
-        for seed in (1, 2, 3):
-            value = result(f"eval-found-{seed}{suffix}.json")["test"]
-            for key in keys:
-                value = value[key]
-            found.append(value)
-        return np.mean(found)
-
-    error = ("calibration", "expected_calibration_error")
-    return (
-        f"test accuracy {mean('', 'accuracy'):.2%}, with `--flip` {mean('-flip', 'accuracy'):.2%}; expected calibration error "
-        f"{mean('', *error):.2%}, at the fitted temperature {mean('', 'calibrated', *error):.2%}"
-    )
+def without_code(text):
+    """A document without fenced and indented code, generated tables and HTML comments."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^<!-- (?!end).*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
 
 
-CELLS = {
-    "eval-found-1.json": flipped,
-    "search-cpu.json": confirmed,
-    "quickstart-cpu.json": lambda r: f"{r['test_accuracy']:.2%} test accuracy in {r['seconds']:.0f} s",
-    "final-321-steps-cpu.json": lambda r: (
-        f"{r['test_accuracy']:.2%} test accuracy after {r['steps']} steps in {r['seconds']:.0f} s"
-    ),
-    "benchmark-final-cpu.json": lambda r: (
-        f"{against_torch(r)}; pipeline alone {r['cases'][0]['figures']['pipeline']['median']:,.0f} images/s"
-    ),
-    "benchmark-final-cpu-tcmalloc.json": lambda r: against_torch(r),
-}
+def prose(text):
+    """The paragraphs and list items of a document, each on one line, without inline code."""
+    text = re.sub(r"`[^`]*`", "CODE", without_code(text))
+    text = re.sub(r"^(?=[-|#] ?|\d+\. )", "\n", text, flags=re.MULTILINE)
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_a_figure_is_the_one_that_a_run_wrote(name):
-    (row,) = [line for line in README.splitlines() if line.startswith("|") and f"results/{name}" in line]
-    assert f"| {CELLS[name](result(name))} |" in row
+def spans(text):
+    """The inline code of a document."""
+    return re.findall(r"`([^`\n]+)`", without_code(text))
 
 
-def test_every_result_named_in_the_readme_is_held_to_its_file():
-    named = set(re.findall(r"results/([\w-]+\.json)", README))
-    assert named == set(CELLS)
+def anchors(text):
+    """What a link into a document may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_quickstart_has_the_parameters_that_the_readme_says():
-    assert f"{result('quickstart-cpu.json')['num_params']:,} parameters" in README
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().split()) <= 550
 
 
-def test_every_file_that_the_readme_points_at_is_there():
-    paths = re.findall(r"(?:`|\()((?:resnet_jax|configs|results|docs|examples)/[\w/.-]+\.\w+|LICENSE)", README)
-    assert len(paths) > 15
-    for path in paths:
-        assert (ROOT / path).is_file(), path
+def test_the_core_reads_in_an_hour():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "resnet_jax").glob("*.py")}
+    assert sum(lines.values()) <= 1400, lines
 
 
-def test_every_promise_of_reliability_names_tests_that_are_there_and_every_slow_test_is_named():
-    tests = {
-        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-        for path in (ROOT / "tests").rglob("test_*.py")
-    }
-    rows = [line for line in (ROOT / "docs" / "RELIABILITY.md").read_text().splitlines() if line.startswith("| ")]
-    promises = [row for row in rows if not row.startswith("| promise")]
-    assert len(promises) > 20
-    for row in promises:
-        _, cell, command = row.strip("| ").split(" | ")
-        named = set(re.findall(r"`(test_\w+)`", cell))
-        assert named, row
-        assert named <= set.union(*tests.values()), row
-        assert ("make test-slow" in command) == (named <= tests["test_reliability.py"]), row
-    assert tests["test_reliability.py"] <= set(re.findall(r"`(test_\w+)`", "".join(promises)))
+def test_the_readme_links_to_every_document():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"({path.relative_to(ROOT)})" in readme for path in DOCUMENTS[1:])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda path: path.name)
+def test_a_document_first_says_who_needs_it(path):
+    _, first, *_ = prose(path.read_text())
+    assert first.startswith("Read this ")
+
+
+@every_document
+def test_the_english_is_plain(path):
+    text = without_code(path.read_text())
+    assert [line for line in text.splitlines() if any(re.search(words, line, re.IGNORECASE) for words in CLIPPED)] == []
+
+
+@every_document
+def test_a_paragraph_has_at_most_four_sentences(path):
+    paragraphs = prose(path.read_text())
+    assert len(paragraphs) > 5
+    assert [part for part in paragraphs if len(re.findall(r"[.!?]\)?(?= |$)", part)) > 4] == []
+
+
+def test_a_cell_of_the_readme_holds_a_phrase():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert rows
+    assert all(len(cell) <= 60 for row in rows for cell in row.split("|"))
+
+
+@every_document
+def test_every_link_leads_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text()))
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if target.startswith(("http:", "https:")):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text()), link
+
+
+@every_document
+def test_every_path_and_field_that_is_named_exists(path):
+    roots = (ROOT, ROOT / "resnet_jax", ROOT / "configs")
+    written = {"configs/found.py"}  # by a search
+    fields = ALL_FIELDS | SEARCH_FIELDS
+    for span in spans(path.read_text()):
+        if re.fullmatch(
+            r"(?:resnet_jax|configs|results|docs|examples|benchmarks|reproduction|tests)/[\w/.-]*|[\w/]+\.py", span
+        ):
+            assert span in written or any((root / span).exists() for root in roots), span
+        if (name := re.match(r"(?:--)?config\.((?!json|py)[\w.]+)", span)) and name[1] not in fields:
+            assert any(field.startswith(f"{name[1]}.") for field in fields), span
+
+
+@pytest.mark.parametrize(
+    ("document", "result"), [("usage.md", "quickstart-cpu.json"), ("performance.md", "exports-found-cpu.json")]
+)
+def test_the_number_of_parameters_is_that_of_the_run(document, result):
+    found = tables.read_result(result)
+    count = found["num_params"] if "num_params" in found else found["cases"][0]["num_params"]
+    assert f"{count:,} parameters" in (ROOT / "docs" / document).read_text()
 
 
 @pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.stem)
 def test_the_tables_are_those_that_the_results_make(path):
     document = path.read_text()
     assert tables.refreshed(document) == document, "run python -m reproduction.tables"
-    assert document.count("<!-- end -->") == len(re.findall(r"<!-- (claims|results/[\w-]+\.json) -->", document)) > 0
+    assert document.count("<!-- end -->") == document.count("<!-- ") / 2 > 0
 
 
-def test_every_result_named_in_performance_has_its_table():
-    document = tables.DOCUMENTS[1].read_text()
-    shown = set(re.findall(r"results/([\w-]+\.json)", document))
-    assert shown
-    assert all(f"<!-- results/{name} -->" in document for name in shown)
+def test_every_benchmark_and_every_comparison_has_its_table():
+    shown = set(re.findall(r"<!-- results/([\w-]+\.json) -->", "".join(path.read_text() for path in tables.DOCUMENTS)))
+    groups = {path.name for path in tables.run_files()} | {tables.comparison_file().name}  # in the table of claims
+    evaluated = {path.name for path in (ROOT / "results").glob("eval-*.json")}  # in that of evaluations
+    assert shown | groups | evaluated == {path.name for path in (ROOT / "results").glob("*.json")}
 
 
 def test_the_figure_is_drawn_from_the_results():
-    assert f"({tables.FIGURE.relative_to(ROOT)})" in README
+    assert f"({tables.FIGURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
     with Image.open(tables.FIGURE) as image:
         assert image.text["Source"] == tables.figure_digest(), "run python -m reproduction.tables"
 
@@ -139,3 +161,20 @@ def test_make_report_shows_the_runs_of_the_claims_table():
     printed = subprocess.run(["make", "-n", "report"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = {str(path.relative_to(ROOT)) for path in [*tables.run_files(), tables.comparison_file()]}
     assert set(re.findall(r"results/[\w-]+\.json", printed)) == wanted
+
+
+def test_every_promise_of_reliability_names_tests_that_are_there_and_every_slow_test_is_named():
+    tests = {
+        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise")]
+    assert len(promises) > 20
+    for row in promises:
+        _, cell, command = row.strip("| ").split(" | ")
+        named = set(re.findall(r"`(test_\w+)`", cell))
+        assert named, row
+        assert named <= set.union(*tests.values()), row
+        assert ("make test-slow" in command) == (named <= tests["test_reliability.py"]), row
+    assert tests["test_reliability.py"] <= set(re.findall(r"`(test_\w+)`", "".join(promises)))

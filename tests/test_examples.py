@@ -42,9 +42,7 @@ def test_the_slurm_script_is_bash_and_says_how_it_is_to_be_signalled():
     ("code", "restarts", "requeued"),
     [(0, 0, False), (2, 0, False), (1, 0, True), (138, 19, True), (143, 0, True), (134, 20, False)],
 )
-def test_the_slurm_script_queues_a_job_again_unless_it_is_done_or_a_person_must_mend_it(
-    tmp_path, code, restarts, requeued
-):
+def test_the_slurm_script_queues_a_job_again_unless_it_is_complete_or_a_user_error(tmp_path, code, restarts, requeued):
     for name, text in {"srun": f"exit {code}", "scontrol": 'echo "$@" > requeued', ".venv/bin/activate": ""}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
