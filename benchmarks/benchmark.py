@@ -34,6 +34,7 @@ from resnet_jax import command_line
 from resnet_jax import config as config_lib
 from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
 
 THROUGHPUTS = ("train_step", "eval_step", "pipeline", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
@@ -195,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
             results.append(measure_case(case_config, num_devices, arguments))
         print("\n".join(table(results[-1])), flush=True)
         if output:  # after each, so that none is lost with a later one
-            result = {"cases": results, "config": config_lib.to_json(config), "environment": environment.collect()}
+            result = {"cases": results, "config": stored_config.to_json(config), "environment": environment.collect()}
             files.write_json(output, result)
     if output:
         print(output)

@@ -27,7 +27,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, preemption, workdir
+from resnet_jax.runs import files, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call
@@ -159,7 +159,7 @@ def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
         for step in range(repeats + 1):
             state = start.state.replace(step=jnp.full_like(start.state.step, step))
             began = time.perf_counter()
-            checkpoints.save(state, {"config": config_lib.to_json(config)})
+            checkpoints.save(state, {"config": stored_config.to_json(config)})
             took.append(time.perf_counter() - began)
             checkpoints.wait()
     return took[1:]
@@ -168,7 +168,7 @@ def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
 def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """Start `launch.py` on a config, its workdir and its stderr in a folder."""
     config_file = directory / "config.json"
-    files.write_json(config_file, config_lib.to_json(config))
+    files.write_json(config_file, stored_config.to_json(config))
     with (directory / "stderr").open("w") as stderr:
         return subprocess.Popen(
             [sys.executable, ROOT / "launch.py", "--config", config_file, "--workdir", directory / "run", *flags],
@@ -230,7 +230,7 @@ def torch_step(
         UserError: where that Python has no PyTorch.
     """
     spec = {
-        "config": config_lib.to_json(config),
+        "config": stored_config.to_json(config),
         "num_classes": num_classes,
         "image_shape": image_shape,
         "mode": mode,

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from resnet_jax import command_line, host
-from resnet_jax.errors import UserError, report
+from resnet_jax.errors import UserError
+from resnet_jax.runs.exits import report
 
 # Tool -> where its function is, imported only to run it, because JAX takes seconds; and what it does.
 TOOLS = {

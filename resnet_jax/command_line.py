@@ -17,8 +17,9 @@ from ml_collections import ConfigDict, config_flags
 from resnet_jax import config as config_lib
 from resnet_jax import host
 from resnet_jax.config import Field
-from resnet_jax.errors import UserError, exit_immediately, exit_on_user_error, hide_closed_loops
-from resnet_jax.runs import files
+from resnet_jax.errors import UserError
+from resnet_jax.runs import files, stored_config
+from resnet_jax.runs.exits import exit_immediately, exit_on_user_error, hide_closed_loops
 
 Tool = Callable[[Sequence[str]], None]  # runs on the arguments after its name; raises a `UserError` for a mistake
 
@@ -163,7 +164,7 @@ def load_config(
     values, argv = flags.FlagValues(), ["", *overrides]
     try:
         if file.suffix == ".json":
-            stored = config_lib.from_json(files.read_json(file, hint="give another --config"), extra_fields)
+            stored = stored_config.from_json(files.read_json(file, hint="give another --config"), extra_fields)
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:
             _make_configs_importable(file)

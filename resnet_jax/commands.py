@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from resnet_jax import command_line
 from resnet_jax.command_line import ArgumentParser
-from resnet_jax.config import RESUMABLE_FIELDS
 from resnet_jax.errors import UserError
 from resnet_jax.runs.profiling import Profile
+from resnet_jax.runs.stored_config import RESUMABLE_FIELDS
 
 _TRAIN = """Train a run, or resume it.
 

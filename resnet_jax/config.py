@@ -6,7 +6,6 @@ This module imports neither JAX nor TensorFlow, so a mistake in a config shows w
 """
 
 import difflib
-import json
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -128,17 +127,6 @@ ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }
 
-# Fields that say where, how often, how fast or how far, and leave the steps as they are: a resumed run may change them.
-RESUMABLE_FIELDS = frozenset(
-    {
-        *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
-    }
-)
-
-# Fields that came later, each with the value that does what runs without it did.
-LATER_FIELDS: dict[str, Any] = {"augment.policy": ""}
-
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
@@ -223,46 +211,3 @@ def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(fields)
     return copy
-
-
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON holds it: tuples become lists."""
-    as_json: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    return as_json
-
-
-def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = MappingProxyType({})) -> ConfigDict:
-    """The config that `to_json` gave these values of.
-
-    Args:
-        values: of the config.
-        extra_fields: as `validate` takes them.
-
-    Raises:
-        UserError: where it is not one that this version runs.
-    """
-    fields = ALL_FIELDS | dict(extra_fields)
-    nested: dict[str, Any] = {}
-    for name, value in (LATER_FIELDS | flatten(dict(values))).items():
-        section, _, leaf = name.rpartition(".")
-        holder = nested.setdefault(section, {}) if section else nested
-        holder[leaf] = _tuples(value) if name in fields and fields[name].type is tuple else value
-    config = ConfigDict(nested)
-    validate(config, extra_fields)
-    return config
-
-
-def _tuples(value: Any) -> Any:
-    """Lists, and lists in them, as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config as JSON holds it that decide the result, flat: all but the neutral ones."""
-    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
-
-
-def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """The fields in which a config differs from a stored one in a way that changes the result, as "field: old -> new"."""
-    old, new = deciding(stored), deciding(to_json(config))
-    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(old | new) if old.get(n) != new.get(n)]

@@ -1,24 +1,15 @@
 """Evaluation: every image of a split counts exactly once."""
 
 from collections.abc import Callable
-from contextlib import closing
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from resnet_jax import steps
 from resnet_jax.data import pipelines
 from resnet_jax.data.datasets import Split
-from resnet_jax.errors import UserError
-from resnet_jax.runs import workdir
-from resnet_jax.runs.checkpoints import Checkpoints
-from resnet_jax.runs.metrics_log import validation_accuracies
-from resnet_jax.setup import Setup, setup
 from resnet_jax.train_state import TrainState
 
 
@@ -71,32 +62,3 @@ def evaluate(
         raise RuntimeError(f"evaluated {count} images of {len(split.labels)}")
     loss = float(np.sum(losses, dtype=np.float64)) / count
     return Evaluation(loss, int(np.trace(confusion)) / count, confusion, np.concatenate(logits)[:count])
-
-
-def restored(config: ConfigDict, directory: Path, which: str) -> tuple[Setup, TrainState, int]:
-    """The setup of a run, the state of one of its checkpoints, and that checkpoint's step.
-
-    Args:
-        config: of the run.
-        directory: the run's workdir.
-        which: "best", "latest" or a step.
-
-    Raises:
-        UserError: if the folder holds no such run or checkpoint, the data are missing, or the config differs.
-    """
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
-    workdir.check(directory, config)
-    with _checkpoints(directory) as checkpoints:
-        checkpoints.choose(which)  # a mistake shows before the data are loaded
-    start = setup(config)
-    check_meta = partial(workdir.check_meta, directory, config, start.dataset.fingerprint)
-    with _checkpoints(directory) as checkpoints:  # again, for a run under way replaces its checkpoints
-        step = checkpoints.choose(which)
-        state, _ = checkpoints.restore(step, start.state, check_meta)
-    return start, state, step
-
-
-def _checkpoints(directory: Path) -> "closing[Checkpoints]":
-    accuracies = validation_accuracies(directory)
-    return closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True))

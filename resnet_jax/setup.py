@@ -15,7 +15,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import host, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
-from resnet_jax.runs import processes
+from resnet_jax.runs import processes, stored_config
 from resnet_jax.runs.progress import waiting
 
 
@@ -77,7 +77,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
     meta = {
-        "config": config_lib.to_json(config),
+        "config": stored_config.to_json(config),
         "fingerprint": dataset.fingerprint,
         "class_names": list(dataset.class_names),
         "image_shape": list(image_shape),

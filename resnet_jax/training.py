@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from resnet_jax import config as config_lib
 from resnet_jax import optim, steps, train_state
 from resnet_jax.data import datasets, feed, pipelines
-from resnet_jax.errors import TrainingDiverged, UserError, exit_immediately
+from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.runs import environment, processes, workdir
+from resnet_jax.runs import environment, processes, stored_config, workdir
 from resnet_jax.runs.diagnose import diagnose_step
+from resnet_jax.runs.exits import exit_immediately
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
@@ -323,7 +323,7 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
         seconds=run.seconds(),
         startup_seconds=run.startup_seconds,
         peak_memory_bytes=environment.peak_memory_bytes(),
-        config=config_lib.to_json(run.config),
+        config=stored_config.to_json(run.config),
         seed=run.config.seed,
         initial_weights=workdir.initial_weights(run.folder.path),
         dataset=datasets.describe(run.start.dataset, run.start.train, run.start.validation),

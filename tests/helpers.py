@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from resnet_jax.__main__ import main as resnet_jax
-from resnet_jax.errors import exit_on_user_error
+from resnet_jax.runs.exits import exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

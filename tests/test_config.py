@@ -10,15 +10,10 @@ from ml_collections import ConfigDict
 
 from configs import final, found_cpu, narrow, quickstart, search, sgd
 from resnet_jax import config as config_lib
-from resnet_jax.config import (
-    ALL_FIELDS,
-    FIELDS,
-    LATER_FIELDS,
-    OPTIMIZER_FIELDS,
-    RESUMABLE_FIELDS,
-    SCHEDULE_FIELDS,
-)
+from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
+from resnet_jax.runs.stored_config import LATER_FIELDS, RESUMABLE_FIELDS
 from resnet_jax.search.fields import SEARCH_FIELDS
 
 NARROW = ("adamw", "adamw_plain", "sgd", "sgd_plain")
@@ -253,52 +248,52 @@ def test_flatten_joins_the_names_of_sections():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_config_stored_as_json_differs_in_nothing_when_read_back(name):
     config = SHIPPED[name]()
-    stored = json.loads(json.dumps(config_lib.to_json(config)))
+    stored = json.loads(json.dumps(stored_config.to_json(config)))
     assert stored["model"]["block_list"] == list(config.model.block_list)
-    assert config_lib.differences(config, stored) == []
+    assert stored_config.differences(config, stored) == []
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_config_read_from_json_is_the_one_that_was_written(name):
     config = SHIPPED[name]()
-    read = config_lib.from_json(json.loads(json.dumps(config_lib.to_json(config))), extra_fields(config))
+    read = stored_config.from_json(json.loads(json.dumps(stored_config.to_json(config))), extra_fields(config))
     assert repr(read.to_dict()) == repr(config.to_dict())  # tuples are tuples again
 
 
 def test_a_config_of_another_version_is_refused_when_read_from_json():
-    stored = config_lib.to_json(final.get_config())
+    stored = stored_config.to_json(final.get_config())
     stored["augment"]["cutout"] = 8
     with pytest.raises(UserError, match=r"config\.augment\.cutout is not a field"):
-        config_lib.from_json(stored)
+        stored_config.from_json(stored)
 
 
 @pytest.mark.parametrize("name", LATER_FIELDS)
 def test_a_config_older_than_a_field_is_one_that_does_what_was_done_before(name):
     config = with_value(name, LATER_FIELDS[name])
-    stored = config_lib.to_json(config)
+    stored = stored_config.to_json(config)
     section, _, leaf = name.rpartition(".")
     del (stored[section] if section else stored)[leaf]
-    assert config_lib.differences(config, stored) == []
-    assert repr(config_lib.from_json(stored).to_dict()) == repr(config.to_dict())
-    assert config_lib.differences(with_value(name, "new"), stored) == [f"{name}: {LATER_FIELDS[name]!r} -> 'new'"]
+    assert stored_config.differences(config, stored) == []
+    assert repr(stored_config.from_json(stored).to_dict()) == repr(config.to_dict())
+    assert stored_config.differences(with_value(name, "new"), stored) == [f"{name}: {LATER_FIELDS[name]!r} -> 'new'"]
 
 
 @pytest.mark.parametrize("name", ALL_FIELDS)
 def test_a_changed_field_is_a_difference_unless_it_is_neutral(name):
     config = with_value(name, "something else")
-    stored = config_lib.to_json(with_value(name, "as it was"))
+    stored = stored_config.to_json(with_value(name, "as it was"))
     expected = [] if name in RESUMABLE_FIELDS else [f"{name}: 'as it was' -> 'something else'"]
-    assert config_lib.differences(config, stored) == expected
+    assert stored_config.differences(config, stored) == expected
 
 
 def test_differences_name_old_and_new_and_fields_that_only_one_has():
-    stored = config_lib.to_json(final.get_config())
+    stored = stored_config.to_json(final.get_config())
     del stored["augment"]["brightness"]
     stored["augment"]["cutout"] = 8
     config = final.get_config()
     config.seed = 7
     config.model.block_list = (3, 5, 2, 0)
-    assert config_lib.differences(config, stored) == [
+    assert stored_config.differences(config, stored) == [
         "augment.brightness: None -> 0.2",
         "augment.cutout: 8 -> None",
         "model.block_list: [3, 5, 3, 0] -> [3, 5, 2, 0]",

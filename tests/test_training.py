@@ -15,12 +15,11 @@ import pytest
 from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
-from resnet_jax import config as config_lib
 from resnet_jax import setup, steps, training
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import preemption
+from resnet_jax.runs import preemption, stored_config
 
 
 def at_step(monkeypatch, step, action):
@@ -89,8 +88,8 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     assert result.dataset["splits"] == {"train": 1294, "validation": 144, "test": 359}
     assert result.dataset["name"] == "digits"
     assert len(result.dataset["fingerprint"]) == len(result.state_digest) == 64
-    assert result.config == config_lib.to_json(tiny_config)
-    assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(tiny_config)
+    assert result.config == stored_config.to_json(tiny_config)
+    assert json.loads((tmp_path / "config.json").read_text()) == stored_config.to_json(tiny_config)
     assert json.loads((tmp_path / "environment.json").read_text()) == result.environment
 
     train_rows = rows(tmp_path, "train")
@@ -507,7 +506,7 @@ def forget_later_fields(directory):
     """Make a run's folder that of a version that did not have them."""
     for path in [directory / "config.json", *directory.glob("checkpoints/*/meta/metadata")]:
         stored = json.loads(path.read_text())
-        for name in config_lib.LATER_FIELDS:
+        for name in stored_config.LATER_FIELDS:
             section, leaf = name.split(".")
             del stored.get("config", stored)[section][leaf]
         path.write_text(json.dumps(stored))
@@ -518,7 +517,7 @@ def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, t
     with pytest.raises(preemption.TrainingInterrupted):
         training.train(tiny_config, tmp_path / "run")
     tiny_config.seed = 1
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config_lib.to_json(tiny_config)))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored_config.to_json(tiny_config)))
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         training.train(tiny_config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "5").is_dir()

@@ -25,6 +25,7 @@ import numpy as np
 
 from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
 
 if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
@@ -37,12 +38,11 @@ _CHECKED_ON = (1, 2, 17)  # numbers of images
 
 def metadata(model: "Model") -> dict[str, Any]:
     """What a file says of its network, as JSON holds it."""
-    from resnet_jax import config as config_lib
     from resnet_jax import train_state
     from resnet_jax.inference import calibration
 
     return {
-        "config": config_lib.to_json(model.config),
+        "config": stored_config.to_json(model.config),
         "class_names": list(model.class_names),
         "image_shape": list(model.image_shape),
         "checkpoint_step": model.step,

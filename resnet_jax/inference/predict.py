@@ -24,9 +24,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from resnet_jax.command_line import ArgumentParser
-from resnet_jax.errors import UserError, report
+from resnet_jax.errors import UserError
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files
+from resnet_jax.runs.exits import report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed

@@ -30,7 +30,7 @@ from resnet_jax import kernels, models, steps, train_state
 from resnet_jax.data import sources
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration
-from resnet_jax.runs import metrics_log
+from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 
 _LARGEST_BATCH = 128  # images a call; fewer are padded to the next power of two, so that few sizes are compiled
@@ -253,7 +253,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
             raise UserError(
                 f"{directory} is of a version that kept no class names with its checkpoints: train it again"
             )
-        config, image_shape = config_lib.from_json(meta["config"]), tuple(meta["image_shape"])
+        config, image_shape = stored_config.from_json(meta["config"]), tuple(meta["image_shape"])
         # The schedule is part of the optimizer, and of no use here: any number of steps an epoch will do.
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
@@ -267,7 +267,7 @@ def _load_file(path: Path) -> Model:
         meta, variables, program, payload = _FILES[path.suffix](path)
         if meta.pop("sha256") != seal(meta, payload):
             raise ValueError("it is damaged: its SHA-256 is another")
-        config, names = config_lib.from_json(meta["config"]), tuple(meta["class_names"])
+        config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
         if program:
             if [a.shape[1:] for a in (*program.in_avals, *program.out_avals)] != [shape, (len(names),)]:

@@ -20,11 +20,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from resnet_jax import config as config_lib
-from resnet_jax import evaluate, models, steps
+from resnet_jax import models, steps
 from resnet_jax.data import datasets, pipelines
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, metrics_log
+from resnet_jax.inference.restore import restore_run
+from resnet_jax.runs import files, metrics_log, stored_config
 from resnet_jax.train_state import TrainState
 
 _MISTAKES = 16
@@ -43,8 +43,8 @@ def summarise(directory: Path) -> dict[str, Any]:
             f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
         )
     result = files.read_json(directory / "result.json", RESULT_KEYS)
-    config = config_lib.from_json(result["config"])
-    setup, state, _ = evaluate.restored(config, directory, "best")
+    config = stored_config.from_json(result["config"])
+    setup, state, _ = restore_run(config, directory, "best")
     return result | {
         "metrics": metrics_log.metrics_rows(directory),
         "analysis": analyse(config, state, setup.dataset),

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from resnet_jax import steps
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
-from resnet_jax.evaluate import Evaluation, evaluate, restored
+from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.inference import calibration
+from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import figures
 from resnet_jax.runs import environment, files
 from resnet_jax.runs.progress import waiting
@@ -34,7 +35,7 @@ def run(
         raise UserError(
             "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
         )
-    run_setup, state, step = restored(config, directory, which)
+    run_setup, state, step = restore_run(config, directory, which)
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report: dict[str, Any] = {
         "checkpoint": which,

@@ -18,12 +18,11 @@ import jinja2
 import numpy as np
 from scipy import stats
 
-from resnet_jax import config as config_lib
 from resnet_jax import host
 from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
-from resnet_jax.runs import files
+from resnet_jax.runs import files, stored_config
 
 _CONFUSIONS = 5  # listed under "Limits"
 
@@ -113,7 +112,7 @@ def card(directory: Path) -> str:
     to_json = partial(json.dumps, ensure_ascii=False)
     templates.filters |= {"md": _escaped, "json": to_json, "code": _code, "percent": "{:.2%}".format}
     try:
-        test, config = evaluation["test"], config_lib.deciding(result["config"])
+        test, config = evaluation["test"], stored_config.deciding(result["config"])
         config["data.name"] = _name_of_data(config["data.name"])
         classes = by_class(test)
         confusion = np.array(test["confusion"])

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from resnet_jax import config as config_lib
 from resnet_jax.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import figures, pages, statistics
 from resnet_jax.reporting.figures import Group, Summary
 from resnet_jax.reporting.pages import Picture
-from resnet_jax.runs import files
+from resnet_jax.runs import files, stored_config
 
 _ROWS = {  # the metrics in each row, by split
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
@@ -49,7 +48,7 @@ def read_run(path: Path) -> tuple[str, Summary]:
             return path.absolute().name, analysis.summarise(path)
     summary = files.read_json(path, analysis.SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
     try:
-        config_lib.from_json(summary["config"])
+        stored_config.from_json(summary["config"])
         _check(summary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the summary of a run ({error!r}): write it again with --summary") from error
@@ -87,7 +86,7 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     """
     by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
-        fields = config_lib.deciding(run["config"])
+        fields = stored_config.deciding(run["config"])
         seed = fields.pop("seed")
         by_seed = by_config.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
         if seed in by_seed:
@@ -108,7 +107,7 @@ def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Pairs of groups (SGD, AdamW) that differ only in optimizer and schedule."""
 
     def rest(group: Group) -> dict[str, Any]:
-        fields = config_lib.deciding(group.config)
+        fields = stored_config.deciding(group.config)
         return {k: v for k, v in fields.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
 
     by_name = {name: [g for g in groups if g.config["optim"]["name"] == name] for name in ("sgd", "adamw")}

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from resnet_jax.errors import UserError, exit_immediately, report
+from resnet_jax.errors import UserError
+from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.preemption import TrainingInterrupted
 
 _LOST_AFTER_SECONDS = 30  # without a sign of life of another process

@@ -15,9 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files
+from resnet_jax.runs import environment, files, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.metrics_log import MetricsLog, validation_accuracies
 from resnet_jax.runs.result import RunResult
@@ -46,7 +45,7 @@ def check(directory: Path, config: ConfigDict) -> None:
 
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
-    if differences := config_lib.differences(config, stored):
+    if differences := stored_config.differences(config, stored):
         raise UserError(
             f"{what} holds a run with another config ({'; '.join(differences)}): choose another --workdir, or use the "
             "values of that run"
@@ -200,7 +199,7 @@ def open_workdir(
             check(directory, config)
             for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
                 shutil.rmtree(scratch, ignore_errors=True)
-            files.write_json(directory / "config.json", config_lib.to_json(config))
+            files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
         if jax.process_count() > 1:
             _check_shared(directory, lock)

@@ -9,6 +9,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from resnet_jax import config as config_lib
 from resnet_jax.reporting.figures import COLOURS, NEUTRAL, add_legend, new_axes, show_percent
+from resnet_jax.runs import stored_config
 from resnet_jax.search import STAGES, space, summary
 from resnet_jax.search.cost import Cost
 from resnet_jax.search.fields import SEARCH_FIELDS
@@ -60,7 +61,7 @@ def draw_pareto(found: Summary) -> Figure:
     """Accuracy of the complete trials against their cost, and the Pareto front of those within the budget."""
     cost = summary.costs_against(found)
     figure, axes = new_axes(f"Accuracy against {_LABELS[cost]}")
-    config = config_lib.from_json(found["config"], SEARCH_FIELDS)
+    config = stored_config.from_json(found["config"], SEARCH_FIELDS)
     points: list[tuple[float, float]] = []
     over: list[tuple[float, float]] = []
     for stage, rows in found["trials"].items():

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, statistics
 from resnet_jax.reporting.pages import Picture
-from resnet_jax.runs import files
+from resnet_jax.runs import files, stored_config
 from resnet_jax.search import figures, space, studies
 from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary, summarise
@@ -78,7 +77,7 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
 
 def found_config(found: Summary, path: Path) -> str:
     """The text of a config file: the search's config with the best candidate's fields."""
-    config = space.training_config(config_lib.from_json(found["config"], SEARCH_FIELDS), found["best"])
+    config = space.training_config(stored_config.from_json(found["config"], SEARCH_FIELDS), found["best"])
     what = "one trial"
     for entry in found["confirmed"]:
         if entry["best"]:

@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
 from resnet_jax.search import cost
 
 Fields = dict[str, Any]  # {"model.block_list": (3, 5, 3, 0)}
@@ -167,7 +168,7 @@ def distinct(config: ConfigDict, candidates: Sequence[Fields]) -> list[Fields]:
     """The candidates without those whose run would be that of one before."""
     found: dict[str, Fields] = {}
     for fields in candidates:
-        run = config_lib.deciding(config_lib.to_json(training_config(config, fields)))
+        run = stored_config.deciding(stored_config.to_json(training_config(config, fields)))
         used = [i == 0 or blocks > 0 for i, blocks in enumerate(run["model.block_list"])]
         run["model.channel_list"] = [c * u for c, u in zip(run["model.channel_list"], used, strict=True)]
         found.setdefault(json.dumps(run, sort_keys=True), fields)

@@ -17,8 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from resnet_jax import config as config_lib
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
 from resnet_jax.search import STAGES
 from resnet_jax.search.locks import JournalLock
 
@@ -126,7 +126,7 @@ def create(storage: Storage, name: str, stage: str, config: ConfigDict) -> optun
         directions=[*OBJECTIVES[config.search.objective].values()],
     )
     stored = study.user_attrs.get("config")
-    if stored and (differences := config_lib.differences(config, stored)):
+    if stored and (differences := stored_config.differences(config, stored)):
         raise UserError(
             f"--study {name} is of another config ({'; '.join(differences)}): give another --study, or its own values"
         )

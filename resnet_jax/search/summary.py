@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
-from resnet_jax import config as config_lib
+from resnet_jax.runs import stored_config
 from resnet_jax.search import space, studies
 from resnet_jax.search.cost import Cost
 from resnet_jax.search.fields import SEARCH_FIELDS
@@ -33,7 +33,7 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
         "share_outside_training": of the workers' time, "seconds": from the first trial's start to the last one's end}.
     """
     attributes = [study.user_attrs for study in found.values()]
-    config = config_lib.from_json(attributes[0]["config"], SEARCH_FIELDS)
+    config = stored_config.from_json(attributes[0]["config"], SEARCH_FIELDS)
     trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in found.items()}
     candidates = confirmed(trials.get("confirm", []), config)
     ranked = sorted(

@@ -21,11 +21,10 @@ import optuna
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
-from resnet_jax import config as config_lib
 from resnet_jax import training
 from resnet_jax.data import datasets
 from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
-from resnet_jax.runs import environment, metrics_log, preemption
+from resnet_jax.runs import environment, metrics_log, preemption, stored_config
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.result import RunResult
 from resnet_jax.search import check_folder, cost, space, stages, studies
@@ -183,7 +182,7 @@ class Worker:
             if stage == "refine":
                 study.enqueue_trial(space.centre(self.config, candidates[0]), skip_if_exists=True)
             for key, value in {
-                "config": config_lib.to_json(self.config),
+                "config": stored_config.to_json(self.config),
                 "fingerprint": self.fingerprint,
                 "folder": token,
                 "environment": environment.collect(),

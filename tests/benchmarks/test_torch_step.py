@@ -13,6 +13,7 @@ from benchmarks import measure
 from resnet_jax import config as config_lib
 from resnet_jax import models, train_state
 from resnet_jax.inference import torch_weights
+from resnet_jax.runs import stored_config
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here: the yardstick has nothing to run on")
 from benchmarks import torch_step  # noqa: E402  needs PyTorch
@@ -38,7 +39,7 @@ def test_the_yardstick_has_our_parameters_and_given_them_our_logits(final_config
     ours = models.from_config(config.model, 10, train_state.make_mesh(1))
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     variables = ours.lazy_init(jax.random.key(0), jax.ShapeDtypeStruct(images.shape, np.float32), train=False)
-    theirs = torch_step.ResNet(config_lib.to_json(config)["model"], 10)
+    theirs = torch_step.ResNet(stored_config.to_json(config)["model"], 10)
     copy_to_torch(variables, theirs)
     count = sum(p.numel() for p in theirs.parameters())
     assert count == train_state.num_params(variables["params"])

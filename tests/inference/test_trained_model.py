@@ -9,10 +9,11 @@ from helpers import make_tiny_config
 from PIL import Image
 
 import resnet_jax
-from resnet_jax import evaluate, models, steps, train_state
+from resnet_jax import models, steps, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
+from resnet_jax.inference.restore import restore_run
 
 SHAPE = (8, 8, 3)
 
@@ -179,7 +180,7 @@ def test_any_checkpoint_can_be_loaded(run):
 
 
 def test_the_parameters_are_those_of_the_checkpoint(run, model, cache_dir):
-    _, state, step = evaluate.restored(make_tiny_config(cache_dir), run, "best")
+    _, state, step = restore_run(make_tiny_config(cache_dir), run, "best")
     assert step == model.step
     jax.tree.map(
         np.testing.assert_array_equal, model.variables, {"params": state.params, "batch_stats": state.batch_stats}

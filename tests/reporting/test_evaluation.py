@@ -6,9 +6,10 @@ import pytest
 import scipy
 from PIL import Image
 
-from resnet_jax import evaluate, steps, training
+from resnet_jax import steps, training
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, trained_model
+from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
 
 
@@ -81,7 +82,7 @@ def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     report = evaluation.run(config, directory, "best", flip=True)
     assert "each image and its mirror averaged" in capsys.readouterr().out
     assert json.loads((directory / "eval.json").read_text())["flip"]
-    setup, state, _ = evaluate.restored(config, directory, "best")
+    setup, state, _ = restore_run(config, directory, "best")
     test = setup.dataset.test
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     views = [steps.normalize(images, config.data) for images in (test.images, test.images[:, :, ::-1])]
@@ -102,7 +103,7 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     temperatures = [r["test"]["calibrated"]["temperature"] for r in (report, flipped)]
     assert model.temperatures == dict(zip((False, True), temperatures, strict=True))
     assert 1.0 not in temperatures
-    setup, _, _ = evaluate.restored(config, directory, "best")
+    setup, _, _ = restore_run(config, directory, "best")
     test = setup.dataset.test
     for flip, of in ((False, report), (True, flipped)):
         probabilities = model.predict(test.images, flip=flip).probabilities

@@ -19,11 +19,13 @@ from configs import final, narrow, sgd
 from reproduction import claims
 from reproduction import report as reproduction_report
 from resnet_jax import config as config_lib
-from resnet_jax import evaluate, optim, training
+from resnet_jax import optim, training
 from resnet_jax.data import datasets
-from resnet_jax.errors import exit_on_user_error
+from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import analysis, figures, pages, report, statistics
 from resnet_jax.reporting.figures import Group
+from resnet_jax.runs import stored_config
+from resnet_jax.runs.exits import exit_on_user_error
 
 
 def trained(folder, cache_dir, seed, optimizer="adamw"):
@@ -85,7 +87,7 @@ def test_a_summary_is_the_result_with_what_the_run_logged_and_its_network(runs, 
 
 def test_the_most_confident_mistakes_are_those_of_the_test_split(runs, summaries):
     found = json.loads(summaries[0].read_text())["analysis"]
-    config = config_lib.from_json(json.loads((runs[0] / "config.json").read_text()))
+    config = stored_config.from_json(json.loads((runs[0] / "config.json").read_text()))
     split = datasets.load(config.data).test
     mistakes = found["mistakes"]
     wrong = np.sum(found["confusion"]) - np.trace(found["confusion"])
@@ -104,7 +106,7 @@ def test_activations_are_those_of_every_relu(tiny_config, tmp_path, block):
     """Half of the inner channels of stage 1 are shut, and all of them in stage 2."""
     tiny_config.num_epochs, tiny_config.schedule.warmup_epochs, tiny_config.model.block = 0.1, 0.05, block
     training.train(tiny_config, tmp_path)
-    setup, state, _ = evaluate.restored(tiny_config, tmp_path, "latest")
+    setup, state, _ = restore_run(tiny_config, tmp_path, "latest")
     params = state.params
     for stage, shut in (("stage1_block1", 4), ("stage2_block1", 16)):
         norm = params[stage]["norm1"]
@@ -315,7 +317,7 @@ def test_the_formula_that_is_drawn_is_the_schedule_that_runs(get_config):
 
 
 def group(name, config, accuracies):
-    runs = [{"config": config_lib.to_json(config), "test_accuracy": accuracy} for accuracy in accuracies]
+    runs = [{"config": stored_config.to_json(config), "test_accuracy": accuracy} for accuracy in accuracies]
     return Group(name, runs)
 
 

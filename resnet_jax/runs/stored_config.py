@@ -1,0 +1,64 @@
+"""Configs as JSON, in the folder of a run, and how two of them differ."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from resnet_jax.config import ALL_FIELDS, Field, flatten, validate
+
+# Fields that do not change the steps of a run: a resumed run may change them.
+RESUMABLE_FIELDS = frozenset(
+    {
+        *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
+        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
+    }
+)
+
+# Fields added since the first version, each with the value that stands for its absence.
+LATER_FIELDS: dict[str, Any] = {"augment.policy": ""}
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON; tuples become lists."""
+    as_json: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return as_json
+
+
+def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = MappingProxyType({})) -> ConfigDict:
+    """The config from which `to_json` made these values.
+
+    Args:
+        values: of the config.
+        extra_fields: as `config.validate` takes them.
+
+    Raises:
+        UserError: if this version cannot run it.
+    """
+    fields = ALL_FIELDS | dict(extra_fields)
+    nested: dict[str, Any] = {}
+    for name, value in (LATER_FIELDS | flatten(dict(values))).items():
+        section, _, leaf = name.rpartition(".")
+        holder = nested.setdefault(section, {}) if section else nested
+        holder[leaf] = _tuples(value) if name in fields and fields[name].type is tuple else value
+    config = ConfigDict(nested)
+    validate(config, extra_fields)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    """Turn lists, and lists in them, into tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that change the result, flat, of a config as JSON: {"optim.eps": 1e-8}."""
+    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
+
+
+def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
+    """The differences between a config and a stored one that change the result, as "field: old -> new"."""
+    old, new = deciding(stored), deciding(to_json(config))
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(old | new) if old.get(n) != new.get(n)]
