@@ -7,7 +7,7 @@ python launch.py --config configs/final.py [--workdir DIR] --mode eval     # eva
 import time
 from collections.abc import Sequence
 
-from resnet_jax import command_line, commands
+from resnet_jax.cli import command_line, train_and_eval
 from resnet_jax.errors import UserError
 
 
@@ -15,18 +15,18 @@ def main(argv: Sequence[str]) -> None:
     """Do what the flags say."""
     started = time.monotonic()
     parser = command_line.ArgumentParser("python launch.py", __doc__)
-    commands.add_train_arguments(parser)
+    train_and_eval.add_train_arguments(parser)
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
-    commands.add_eval_arguments(parser)
+    train_and_eval.add_eval_arguments(parser)
     arguments, config = command_line.parse_config(parser, argv)
     if arguments.mode == "eval":
         if arguments.profile or arguments.max_seconds is not None:
             raise UserError("--profile and --max-seconds need --mode train")
-        commands.start_evaluation(arguments, config, commands.workdir(arguments), arguments.distributed)
+        train_and_eval.start_evaluation(arguments, config, train_and_eval.workdir(arguments), arguments.distributed)
     else:
         if arguments.checkpoint or arguments.flip or arguments.fit_temperature:
             raise UserError("--checkpoint, --flip and --fit-temperature need --mode eval")
-        commands.start_training(arguments, config, started)
+        train_and_eval.start_training(arguments, config, started)
 
 
 if __name__ == "__main__":

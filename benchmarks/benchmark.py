@@ -30,9 +30,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import timing
-from resnet_jax import command_line
 from resnet_jax import config as config_lib
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import measure, timing
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.command_line import ArgumentParser, run
+from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.inference import export, trained_model
 from resnet_jax.runs import environment, files, stored_config
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import logging
 
 from reproduction import claims
-from resnet_jax.command_line import ArgumentParser, run
+from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, report
 from resnet_jax.runs import files

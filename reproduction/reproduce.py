@@ -32,8 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax import command_line
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files
 

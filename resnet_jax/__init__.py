@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load", "train"]
 
-if sys.argv[:1] == [
-    "-m"
-]:  # Python is looking for the module of `python -m`, which is the last word before the arguments
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m`, the last word before the arguments
     _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
     if _module.startswith("resnet_jax.") and _module != "resnet_jax.__main__":
-        from resnet_jax.__main__ import refuse_old_spelling
+        from resnet_jax.cli.tools import refuse_old_spelling
 
         refuse_old_spelling(_module)
 
@@ -40,8 +38,8 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
         resnet_jax.errors.UserError: if the config, the data or the folder does not allow the run.
         resnet_jax.runs.preemption.TrainingInterrupted: after a signal or `max_seconds`; the same call resumes the run.
     """
-    from resnet_jax import command_line
     from resnet_jax import config as config_lib
+    from resnet_jax.cli import command_line
 
     config_lib.validate(config)
     directory = command_line.folder(workdir, "workdir")

@@ -122,7 +122,6 @@ SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
     },
 }
 
-
 ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }

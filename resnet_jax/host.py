@@ -1,7 +1,6 @@
-"""Where things are on this machine, and what it has: cores, memory, caches, the package's templates and configs."""
+"""What is where on this machine: cores, caches, the package's templates and configs."""
 
 import os
-import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -20,10 +19,3 @@ def usable_cores() -> int:
 def cache_dir() -> Path:
     """The user's cache folder for this project."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax"
-
-
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not say."""
-    status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(peak[1]) * 1024 if peak else None

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from resnet_jax import kernels
 from resnet_jax.train_state import TrainMetrics, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -180,17 +181,6 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool
     return EvalMetrics(loss, counts.reshape(num_classes, num_classes), logits)
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What XLA is told where it compiles for a CPU, whose defaults were measured to be slower or larger."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return None
-    # Operations one after another, each on all cores; side by side they are no faster and take half as much memory again.
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    if jax.__version_info__ < (0, 11):  # whose YNNPACK computes products and convolutions in a single thread
-        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
-    return options
-
-
 def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` compiled for a mesh: state replicated and donated, batch sharded."""
     return _jit(partial(train_step, config=config), mesh, (P(), P("data")), donate_argnums=0)
@@ -209,15 +199,9 @@ def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> jax.sta
 
 def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **settings: Any) -> jax.stages.Wrapped:
     """Compile a function for a mesh, its arguments sharded by `specs`, its results replicated."""
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-    options = _compiler_options(mesh)
-    return jax.jit(
-        function,
-        in_shardings=shardings,
-        out_shardings=NamedSharding(mesh, P()),
-        compiler_options=options,
-        **settings,
-    )
+    shardings, replicated = tuple(NamedSharding(mesh, spec) for spec in specs), NamedSharding(mesh, P())
+    options = kernels.compiler_options(mesh)
+    return jax.jit(function, in_shardings=shardings, out_shardings=replicated, compiler_options=options, **settings)
 
 
 def put(arrays: Any, mesh: Mesh, spec: P) -> Any:

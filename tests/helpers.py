@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from resnet_jax.__main__ import main as resnet_jax
+from resnet_jax.cli.tools import main as resnet_jax
 from resnet_jax.runs.exits import exit_on_user_error
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, assert_user_error, launch, make_tiny_config, rows, tool
 
-from resnet_jax import command_line, config
-from resnet_jax.__main__ import TOOLS
+from resnet_jax import config
+from resnet_jax.cli import command_line
+from resnet_jax.cli.tools import TOOLS
 from resnet_jax.errors import UserError
 from resnet_jax.runs.preemption import TrainingInterrupted
 
@@ -90,7 +91,7 @@ def test_an_unknown_tool_is_one_line(arguments, words, capsys):
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_imports_neither_jax_nor_tensorflow(name, tmp_path):
     program = (
-        "import sys; from resnet_jax.__main__ import main\n"
+        "import sys; from resnet_jax.cli.tools import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print(sorted({'jax', 'flax', 'optuna', 'tensorflow'} & set(sys.modules)))"
     )
@@ -101,7 +102,7 @@ def test_help_imports_neither_jax_nor_tensorflow(name, tmp_path):
 
 def test_a_config_is_checked_before_jax_or_tensorflow_is_imported():
     program = (
-        "import sys; from resnet_jax.command_line import load_config\n"
+        "import sys; from resnet_jax.cli.command_line import load_config\n"
         "print(load_config(sys.argv[1], sys.argv[2:]).batch_size, sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
     )
     done = run_in(ROOT, "-c", program, "final:smoke", "--config.batch_size=8")
@@ -267,11 +268,11 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_configs(installed):
     found = {path.relative_to(installed) for path in (installed / "resnet_jax").rglob("*") if path.is_file()}
     assert found == expected
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "resnet-jax = resnet_jax.__main__:run" in entry_points.read_text()
+    assert "resnet-jax = resnet_jax.cli.tools:run" in entry_points.read_text()
 
 
 def test_what_a_wheel_installs_trains_and_evaluates_outside_a_checkout(installed, tmp_path):
-    command = ("-c", "from resnet_jax.__main__ import run; run()")  # as the script resnet-jax does
+    command = ("-c", "from resnet_jax.cli.tools import run; run()")  # as the script resnet-jax does
     environment = {"PYTHONPATH": str(installed)}
     done = run_in(tmp_path, *command, "train", "--config", "final:smoke", **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -280,7 +281,7 @@ def test_what_a_wheel_installs_trains_and_evaluates_outside_a_checkout(installed
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     own = tmp_path / "own.py"
     own.write_text("from configs import sgd\ndef get_config():\n    return sgd.get_config()\n")
-    program = "import resnet_jax, sys; from resnet_jax.command_line import load_config as load\nfor source in sys.argv[1:]: print(load(source).optim.name, resnet_jax.__file__)"
+    program = "import resnet_jax, sys; from resnet_jax.cli.command_line import load_config as load\nfor source in sys.argv[1:]: print(load(source).optim.name, resnet_jax.__file__)"
     done = run_in(tmp_path, "-c", program, "sgd", own, **environment)
     assert done.stdout == f"sgd {installed}/resnet_jax/__init__.py\n" * 2, done.stderr
     assert_user_error(run_in(tmp_path, *command, "benchmark", **environment), "benchmark needs a checkout")
@@ -292,5 +293,7 @@ def test_a_config_file_imports_its_neighbours_first_in_a_folder_called_configs(t
         "from configs import final\ndef get_config():\n    c = final.get_config()\n    c.seed = 5\n    return c\n"
     )
     (tmp_path / "configs" / "mine.py").write_text("from configs import base\nget_config = base.get_config\n")
-    program = "import sys; from resnet_jax.command_line import load_config; print(load_config('configs/mine.py').seed)"
+    program = (
+        "import sys; from resnet_jax.cli.command_line import load_config; print(load_config('configs/mine.py').seed)"
+    )
     assert run_in(tmp_path, "-c", program, PYTHONPATH=ROOT).stdout == "5\n"

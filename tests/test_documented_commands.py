@@ -23,7 +23,7 @@ from helpers import DOCUMENTS, ROOT
 from PIL import Image
 
 import launch
-from resnet_jax import __main__ as command
+from resnet_jax.cli import tools as command
 from resnet_jax.search import studies
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads configs so

@@ -78,7 +78,9 @@ def test_what_the_examples_start_is_a_command_line_that_is_taken(example, monkey
     assert {"--distributed", "--workdir", "--config"} <= set(arguments)
     parsed = {}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(launch.commands, "start_training", lambda flags, config, started: parsed.update(vars(flags)))
+    monkeypatch.setattr(
+        launch.train_and_eval, "start_training", lambda flags, config, started: parsed.update(vars(flags))
+    )
     launch.main(arguments)
     assert parsed["distributed"] is True
     assert "runs/" in parsed["workdir"]

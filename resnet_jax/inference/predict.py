@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax import host
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_jax import command_line
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")

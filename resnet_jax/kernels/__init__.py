@@ -1,4 +1,4 @@
-"""Faster formulations of convolutions on a CPU, and the one place that chooses between them and XLA's own."""
+"""Faster convolutions on a CPU, the one place that chooses between them and XLA's own, and XLA's settings there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +32,17 @@ def for_inference(mesh: Mesh) -> Convolution:
         return chosen(x, *arguments, **settings)
 
     return convolution
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Settings of XLA for a mesh of CPUs, where its defaults are slower or need more memory; None elsewhere."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    # Operations one after another, each on all cores; side by side they are no faster and take half as much memory again.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.__version_info__ < (0, 11):  # whose YNNPACK computes products and convolutions in a single thread
+        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
+    return options
 
 
 def _is_one_cpu(mesh: Mesh) -> bool:

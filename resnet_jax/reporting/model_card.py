@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from resnet_jax import host
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
 from resnet_jax.runs import files, stored_config

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import figures, pages, statistics
 from resnet_jax.reporting.figures import Group, Summary

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def collect() -> dict[str, Any]:
 def peak_memory_bytes() -> dict[str, int | None]:
     """The peak memory of this process: {"host": resident, "device": of its first device}; None if the system does not say."""
     device = jax.local_devices()[0].memory_stats() or {}
-    return {"host": host.peak_resident_bytes(), "device": device.get("peak_bytes_in_use")}
+    status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return {"host": int(peak[1]) * 1024 if peak else None, "device": device.get("peak_bytes_in_use")}
 
 
 def _git_state() -> dict[str, Any] | None:

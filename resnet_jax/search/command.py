@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnet_jax import command_line
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.search import STAGES, check_folder, default_storage, default_workdir, is_name
 from resnet_jax.search.fields import SEARCH_FIELDS

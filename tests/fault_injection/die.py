@@ -78,7 +78,8 @@ def main() -> None:
     moment, n = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     import launch
-    from resnet_jax import command_line, steps
+    from resnet_jax import steps
+    from resnet_jax.cli import command_line
     from resnet_jax.data import feed
 
     pass_by = countdown(n)

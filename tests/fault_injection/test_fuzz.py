@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import final
-from resnet_jax import command_line, config
+from resnet_jax import config
+from resnet_jax.cli import command_line
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import serve

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, assert_user_error
 
 from reproduction import claims, reproduce
-from resnet_jax import command_line
+from resnet_jax.cli import command_line
 from resnet_jax.reporting import report
 
 

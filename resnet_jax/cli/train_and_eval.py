@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from resnet_jax import command_line
-from resnet_jax.command_line import ArgumentParser
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs.profiling import Profile
 from resnet_jax.runs.stored_config import RESUMABLE_FIELDS

@@ -1,0 +1,1 @@
+"""The command line: one command, with a tool for each task."""
