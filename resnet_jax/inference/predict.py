@@ -71,7 +71,7 @@ def read_npz(path: Path) -> np.ndarray:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend that, or leave it out") from error
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): fix this, or leave it out") from error
 
 
 def listed(arguments: Sequence[str]) -> list[Path]:

@@ -206,7 +206,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     """Make the workdir of a run of this config that starts from the weights of a file.
 
     Raises:
-        UserError: where the folder is there already, or the weights are not of `config.model`.
+        UserError: if the folder exists, or the weights do not fit `config.model`.
     """
     from resnet_jax.runs import files, workdir
     from resnet_jax.setup import setup

@@ -28,9 +28,7 @@ def lock(path: Path, wait: bool) -> IO[str] | None:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}): mend that, or give another folder"
-            ) from error
+            raise UserError(f"{path} cannot be written ({error.strerror}): fix this, or give another folder") from error
         stack.pop_all()
         return file
 

@@ -61,7 +61,7 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
             )
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise UserError(f"--storage {_shown(where)} cannot be used ({reason}): mend that, or give another") from error
+        raise UserError(f"--storage {_shown(where)} cannot be used ({reason}): fix this, or give another") from error
 
 
 def _shown(url: str) -> str:
@@ -81,7 +81,7 @@ def _database(url: str) -> RDBStorage:
                 time.sleep(seconds)
         return connect()
     except ValueError as error:
-        raise UserError(f"--storage {_shown(url)} is no URL of a database ({error}): mend it") from error
+        raise UserError(f"--storage {_shown(url)} is not the URL of a database ({error}): fix it") from error
     except ImportError as error:
         raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
 

@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_read_is_named(run, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(predict.os, "walk", walk)
     (line,), _ = refused(capsys, run, tmp_path)
-    assert line == f"error: {tmp_path}/locked cannot be read (Permission denied): mend that, or leave it out"
+    assert line == f"error: {tmp_path}/locked cannot be read (Permission denied): fix this, or leave it out"
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "a pipe that nobody reads"])

@@ -674,7 +674,7 @@ MISTAKES = {
     "a file for a folder": ((*SMOKE, "--study=a", "--workdir=README.md"), "README.md is not a folder"),
     "a port that is none": (
         (*SMOKE, "--study=a", "--storage=postgresql://u:secret@h:x/y"),
-        "postgresql://h:x/y is no URL",
+        "postgresql://h:x/y is not the URL",
     ),
     "a password elsewhere": (
         (*SMOKE, "--study=a", "--storage=mysql://u:se:cr@secret@h/y?password=secret"),
