@@ -134,11 +134,11 @@ def test_tensorflow_takes_the_threads_it_is_given_and_those_it_has_when_it_runs(
     """In a process of its own, for the threads are made once: the second pipeline asks for others, and goes on with those."""
     script = """
 import sys, pickle, hashlib
-from resnet_jax import input_pipeline
+from resnet_jax.data import pipelines
 split, config = pickle.load(sys.stdin.buffer)
 seen = set()
 for config.data.num_threads in (1, 3, 0):
-    (batch,) = input_pipeline.train_batches(split, config, 7, 8)
+    (batch,) = pipelines.train_batches(split, config, 7, 8)
     seen.add(hashlib.sha256(batch["images"].tobytes()).hexdigest())
 import tensorflow as tf
 threading = tf.config.threading
