@@ -226,7 +226,7 @@ def test_mistakes_are_one_line_and_loading_does_not_come_first(run, tmp_path, ad
 MISTAKES = {
     "a port that there is not": (["{run}", "--port=99999"], "--port 99999"),
     "a host that there is not": (["{run}", "--host=no.such.host.invalid"], "--host no.such.host.invalid"),
-    "a host that is none": (["{run}", "--host=" + "a" * 300], "give an address of this machine, as 127.0.0.1"),
+    "a host that is none": (["{run}", "--host=" + "a" * 300], "give an address of this machine, such as 127.0.0.1"),
     "no such checkpoint": (["{run}", "--port=0", "--checkpoint=7"], "no checkpoint of step 7"),
     "no weights": (["{run}/model.stablehlo", "--port=0"], "a .stablehlo holds a program and no weights"),
 }
