@@ -15,6 +15,7 @@ from resnet_jax import config
 from resnet_jax.cli import command_line
 from resnet_jax.cli.tools import TOOLS
 from resnet_jax.errors import UserError
+from resnet_jax.runs import stored_config
 from resnet_jax.runs.preemption import TrainingInterrupted
 
 COMMAND = ("-m", "resnet_jax")
@@ -130,7 +131,7 @@ def test_a_config_is_a_file_a_shipped_name_or_the_config_json_of_a_run(tmp_path,
     monkeypatch.chdir(tmp_path)
     by_name = command_line.load_config("final:smoke")
     assert by_name == command_line.load_config(f"{ROOT}/configs/final.py:smoke")
-    Path("config.json").write_text(json.dumps(config.to_json(by_name)))
+    Path("config.json").write_text(json.dumps(stored_config.to_json(by_name)))
     from_json = command_line.load_config("config.json", ["--config.model.block_list=(2,1)", "--config.seed=3"])
     expected = config.replaced(by_name, {"model.block_list": (2, 1), "seed": 3})
     assert from_json.to_dict() == expected.to_dict()
@@ -233,7 +234,7 @@ def test_train_is_the_function_whatever_was_imported_before(tmp_path, cache_dir)
     assert not (tmp_path / "x").exists()
     with pytest.raises(TrainingInterrupted):
         train(tiny, str(tmp_path / "run"), max_seconds=0)
-    assert train(tiny, str(tmp_path / "run"))["steps"] == 41
+    assert train(tiny, str(tmp_path / "run")).steps == 41
     assert repr(resnet_jax.load(tmp_path / "run")) == "Model(5,266 parameters, 10 classes, 8x8 images, step 41)"
 
 

@@ -22,6 +22,7 @@ from resnet_jax.cli import command_line
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import serve
+from resnet_jax.runs import stored_config
 
 EXAMPLES = int(os.environ.get("RESNET_JAX_FUZZ_EXAMPLES", 0))
 fuzz = hypothesis.settings(
@@ -57,7 +58,7 @@ def test_a_config_with_any_value_is_valid_or_refused_by_the_fields_name(name, va
         (drawn[section] if section else drawn)[field] = value
     message = refusal(lambda: config.validate(drawn))
     if message is None:
-        assert config.differences(drawn, config.to_json(drawn)) == []
+        assert stored_config.differences(drawn, stored_config.to_json(drawn)) == []
     else:
         assert name.split(".")[0] in message
 
