@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_shown(run, folde
     assert lines[0].startswith(f"error: {folder}/photos/bad.png cannot be read (")
     assert "many.npz cannot be read (it holds a, b: name the images' array images)" in lines[1]
     assert "floats.npz cannot be read (float images run from 7 to 7" in lines[2]
-    assert lines[3] == "error: 3 of 6 files could not be read: mend them, or leave them out"
+    assert lines[3] == "error: 3 of 6 files could not be read: fix them, or leave them out"
     assert [row["file"][-5:] for row in json.loads(out)] == ["a.png", "b.JPG", "c.png"]
 
 
