@@ -71,6 +71,8 @@ def train(
         start = setup(config)
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
+        for hook in hooks:
+            hook.check(0, start.total_steps)
         if code := stop_request.exit_code():
             raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
         needed = 4 * train_state.num_bytes(start.state)  # three checkpoints are kept, and a fourth is being written
@@ -147,9 +149,9 @@ def _begin(run: Run, state: TrainState) -> None:
     if step:
         run.progress.note(f"resuming {run.folder.path} at step {step} of {total}")
     for hook in run.hooks:
-        hook.begin(run.folder.path, step, total)
-    for validated, accuracy in sorted(run.folder.accuracies.items()):
-        for hook in run.hooks:
+        hook.check(step, total)
+        hook.begin(run.folder.path)
+        for validated, accuracy in sorted(run.folder.accuracies.items()):
             hook.on_validation(validated, accuracy)
     if step and run.plan.evaluates_after(step) and step not in run.folder.accuracies:
         _validate(run, state, step)
@@ -338,7 +340,7 @@ def _complete(directory: Path, hooks: Sequence[Hook]) -> RunResult:
     """The result of a folder whose run is complete."""
     result = RunResult.read(directory)
     for hook in hooks:
-        hook.begin(directory, result.steps, result.steps)
+        hook.check(result.steps, result.steps)
     if jax.process_index() == 0:
         print(f"{directory} is complete: {result.summary()}")
     return result

@@ -215,7 +215,12 @@ DEEPER_MISTAKES = {
         {},
         ["batch_size 63", "2 devices", "62 or 64"],
     ),
-    "a model over its budget": (None, ["--config.model.max_params=1000"], {}, ["78,042 parameters of 1,000 allowed"]),
+    "a model over its budget": (
+        None,
+        ["--config.model.max_params=1000"],
+        {},
+        ["78,042 parameters, but config.model.max_params allows 1,000"],
+    ),
     "a platform that JAX has not": (None, [], {"JAX_PLATFORMS": "nonsense"}, ["JAX finds no device", "JAX_PLATFORMS"]),
     "a platform that is not there": (None, [], {"JAX_PLATFORMS": "tpu"}, ["JAX finds no device", "JAX_PLATFORMS"]),
     "a variable that JAX cannot read": (
@@ -276,7 +281,7 @@ DEEPER_MISTAKES = {
     ),
     "a model beyond all bounds": (None, ["--config.model.channel_list=(9223372036854775807,16,16)"], {}, ["to 65536"]),
     "no time limit": (None, ["--max-seconds=nan"], {}, ["max-seconds", "must be a number of seconds"]),
-    "a profile beyond the run": (None, [*SMOKE, "--profile=11:2"], {}, ["steps 11 to 12", "to come are 1 to 11"]),
+    "a profile beyond the run": (None, [*SMOKE, "--profile=11:2"], {}, ["steps 11 to 12", "the run takes 1 to 11"]),
     "a profile of a finished run": (finished_run, [*SMOKE, "--profile=3:2"], {}, ["is complete", "another --workdir"]),
     "evaluating no run": (None, ["--mode=eval"], {}, ["run holds no run", "--workdir"]),
     "evaluating a checkpoint that is not there": (

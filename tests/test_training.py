@@ -400,7 +400,7 @@ def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path, tiny_confi
 
 def test_a_model_far_over_its_budget_is_refused_before_it_is_built(tmp_path, tiny_config):
     tiny_config.model.channel_list = (1_000_000, 8)
-    with pytest.raises(UserError, match=r"has [\d,]+ parameters of 5,000,000 allowed"):
+    with pytest.raises(UserError, match=r"has [\d,]+ parameters, but config.model.max_params allows 5,000,000"):
         training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -421,7 +421,7 @@ def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_p
 
 def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):
     tiny_config.model.max_params = 1000
-    with pytest.raises(UserError, match=r"has [\d,]+ parameters of 1,000 allowed \(config.model.max_params\)"):
+    with pytest.raises(UserError, match=r"has [\d,]+ parameters, but config.model.max_params allows 1,000"):
         training.train(tiny_config, tmp_path)
 
 

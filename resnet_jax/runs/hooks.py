@@ -12,8 +12,14 @@ class Hook:
     What a method raises ends the session, with everything before it saved or logged. A returned text is shown to the user.
     """
 
-    def begin(self, directory: Path, first_step: int, total_steps: int) -> None:
-        """The run in `directory` is about to go from `first_step` to `total_steps`. Called once the state is restored."""
+    def check(self, first_step: int, total_steps: int) -> None:
+        """Refuse a run from `first_step` to `total_steps` that it cannot watch.
+
+        Called with 0 before anything is written, and again once the state is restored.
+        """
+
+    def begin(self, directory: Path) -> None:
+        """The run in `directory` is about to take its first step of this session."""
 
     def before_call(self, call: Call, state: Any) -> None:
         """A call is about to be dispatched; `state` is the result of the call before it."""

@@ -51,15 +51,18 @@ class Profile(Hook):
         self._last = self._first + int(numbers[2]) - 1
         self._phase = "ahead"  # or "under way", or "done"
 
-    def begin(self, directory: Path, first_step: int, total_steps: int) -> None:
-        """Note where the trace goes.
+    def begin(self, directory: Path) -> None:
+        """Note where the trace goes."""
+        self._directory = directory / "profile"
+
+    def check(self, first_step: int, total_steps: int) -> None:
+        """Check that the run takes the steps to trace.
 
         Raises:
-            UserError: if the run does not take these steps.
+            UserError: if it does not.
         """
-        self._directory = directory / "profile"
         if first_step == total_steps:
-            raise UserError(f"--profile: {directory} is complete and takes no more steps: choose another --workdir")
+            raise UserError("--profile: the run is complete and takes no more steps: choose another --workdir")
         if not first_step < self._first <= self._last <= total_steps:
             raise UserError(
                 f"--profile names steps {self._first} to {self._last}, but the run takes {first_step + 1} to {total_steps}: "
