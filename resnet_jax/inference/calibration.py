@@ -32,8 +32,8 @@ def calibration_report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]
         labels: int [N].
 
     Returns:
-        {"expected_calibration_error": mean absolute difference of accuracy and confidence (the paper's equation 3), "bins":
-        [{"low", "high", "count", "confidence": mean, "accuracy"}] of the bins that are not empty}.
+        {"expected_calibration_error": mean |accuracy - confidence| (the paper's equation 3), "bins": [{"low", "high",
+        "count", "confidence": mean, "accuracy"}] of the bins that are not empty}.
     """
     probabilities = special.softmax(logits.astype(np.float64), axis=1)
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels

@@ -7,8 +7,8 @@ onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
 safetensors   the weights, named by their paths
 
 The programs take images uint8 [N, H, W, 3] in 0..255 and return logits float32 [N, classes]. Each file also holds the
-config and the class names. `resnet_jax.load` reads .stablehlo and .safetensors. An export is read back and compared with
-the network on random images; the file gets its final name only if they agree.
+config and the class names. `resnet_jax.load` reads .stablehlo and .safetensors. An export is read back and compared
+with the network on random images; the file gets its final name only if they agree.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def metadata(model: "Model") -> dict[str, Any]:
 
 
 def sealed(meta: dict[str, Any], payload: str) -> str:
-    """Return metadata as JSON with a SHA-256 of it and of the payload's digest, which shows whether a file is corrupt."""
+    """Return metadata as JSON, with a SHA-256 of it and the payload's digest to detect a corrupt file."""
     from resnet_jax.inference import trained_model
 
     return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
@@ -128,7 +128,7 @@ WRITERS: dict[str, Callable[..., Run]] = {
 
 
 def largest_difference(model: "Model", run: Run) -> float:
-    """Compare the logits of a network and an export on random images: the largest difference / the largest logit."""
+    """Return the largest difference of the logits / the largest logit, on random images."""
     rng = np.random.default_rng()  # different images each time
     differences = []
     for count in _CHECKED_ON:

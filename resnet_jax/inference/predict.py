@@ -2,9 +2,9 @@
 
     python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
-A FILE is a PNG, JPEG or WebP image, a folder of images (searched recursively), a pattern, or an .npz with an array `images` or
-a single array. Grey, palette and 16-bit images become RGB, transparent images get a white background, and the camera's rotation
-is applied.
+A FILE is a PNG, JPEG or WebP image, a folder of images (searched recursively), a pattern, or an .npz with an array
+`images` or a single array. Grey, palette and 16-bit images become RGB, transparent images get a white background, and
+the camera's rotation is applied.
 """
 
 import argparse
@@ -101,8 +101,8 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
     """Read the images of files as batches; report each file that cannot be read on stderr.
 
     Returns:
-        The images' names ("cat.png", "images.npz[0]"), a batch from `as_batch` for each file, and the number of files that
-        could not be read.
+        The images' names ("cat.png", "images.npz[0]"), a batch from `as_batch` for each file, and the number of files
+        that could not be read.
     """
     names: list[str] = []
     batches: list[np.ndarray] = []

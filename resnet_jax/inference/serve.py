@@ -1,4 +1,4 @@
-"""Serve a page to try a trained network in a browser: drop an image, see the predicted class and the pixels that mattered.
+"""Serve a page to try a trained network: drop an image, see the predicted class and the pixels that mattered.
 
     python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
 
@@ -102,8 +102,8 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
         batch: uint8 [1, H, W, 3] from `picture`.
 
     Returns:
-        {"predictions": [{"class", "probability"}] of the 5 most likely classes, "seen": the resized image, "saliency": a map
-        of the pixels that mattered; both images are PNG files as data: URIs}.
+        {"predictions": [{"class", "probability"}] of the 5 most likely classes, "seen": the resized image, "saliency": a
+        map of the pixels that mattered; both images are PNG files as data: URIs}.
     """
     from matplotlib import colormaps
 

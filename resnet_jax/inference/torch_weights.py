@@ -1,12 +1,12 @@
-"""Convert weights from and to PyTorch: state dicts with the names of the report's model (conv1, bn1, layer1.0.conv1 ... fc).
+"""Convert weights from and to PyTorch state dicts with the report's names (conv1, bn1, layer1.0.conv1 ... fc).
 
     python -m resnet_jax weights load model.pt --config configs/final.py --workdir runs/torch
     python -m resnet_jax weights save runs/final model.safetensors
 
-`load` makes a workdir with a checkpoint of step 0: evaluate it with `eval`, or train from it with `train` and the same config.
-`save` writes the weights of a checkpoint. The suffix of the file sets its format: .safetensors, .npz, .pt or .pth. The last two
-need PyTorch and are read with `weights_only=True`. Weights are copied bit for bit in both directions, the running variance of
-batch norm too, although PyTorch's estimate of it is unbiased and this project's is biased.
+`load` makes a workdir with a checkpoint of step 0: evaluate it with `eval`, or train from it with `train` and the same
+config. `save` writes the weights of a checkpoint. The suffix of the file sets its format: .safetensors, .npz, .pt or
+.pth. The last two need PyTorch and are read with `weights_only=True`. Weights are copied bit for bit in both directions,
+the running variance of batch norm too, although PyTorch's estimate of it is unbiased and this project's is biased.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ def _listed(names: list[str]) -> str:
 def read(path: Path) -> Weights:
     """Read a state dict; no code in the file is run.
 
-    In a `.pt` or `.pth`, the state dict may be the only dictionary of tensors in a larger one, as training scripts save it.
+    In a `.pt` or `.pth`, the state dict may be the only dictionary of tensors in another one, as training scripts save it.
 
     Raises:
         UserError: if it cannot be read, or PyTorch is needed and not installed.

@@ -136,7 +136,7 @@ class Model:
         return Model(config, self.class_names, self.image_shape, self.variables, self.step, self.temperatures)
 
     def saliency(self, images: Any) -> np.ndarray:
-        """Return the saliency of each pixel: the absolute gradient of the largest logit, the maximum over the colours.
+        """Return the saliency of each pixel: the largest logit's absolute gradient, the maximum over the colours.
 
         Simonyan et al., Deep Inside Convolutional Networks, arXiv:1312.6034, section 3.1.
 

@@ -1,4 +1,4 @@
-"""Read images without labels in the format of the report's authors, a pickled dict, without running code in the file."""
+"""Read images without labels from the pickled dict of the report's authors, without running code in the file."""
 
 import pickle
 import re
@@ -70,7 +70,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read images, uint8 [N, H, W, 3], and their N ids from a pickled dict (`b"data"`, `b"ids"`) or an `.npz` with both.
+    """Read images, uint8 [N, H, W, 3], and N ids from a pickled dict (`b"data"`, `b"ids"`) or an `.npz` with both.
 
     Raises:
         UserError: if the file holds anything else; no code in it is run.

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_CHUNK_BYTES = 2**21  # of images; their transform is 2.25 times as large. With less, XLA uses one thread per product
+_CHUNK_BYTES = 2**21  # of images; their transform is 2.25 times as large. Below this, XLA uses one thread per product
 _MIN_CHANNELS = 32  # with fewer, the transforms take more time than the products save
 
 # The output of a tile x [6, 6] under a kernel w [3, 3] is A^T [(G w G^T) * (B^T x B)] A, [4, 4]. The matrices are
-# Toom-Cook's for the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is a quarter of that of the usual points
-# 2 and -2 (Barabasz et al., arXiv:1803.10986).
+# Toom-Cook's for the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is a quarter of that of the
+# usual points 2 and -2 (Barabasz et al., arXiv:1803.10986).
 _TILE = 4
 _B_T = np.array(
     [
