@@ -49,7 +49,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `Model` when they are first used: JAX takes seconds, and a command line shows mistakes at once."""
+    """Import `load` and `Model` at their first use: importing JAX takes seconds, and mistakes show at once."""
     if name not in ("Model", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from resnet_jax.inference import trained_model

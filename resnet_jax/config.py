@@ -202,9 +202,7 @@ def check_batch_size(batch_size: int, devices: int) -> None:
     if batch_size % devices:
         below = batch_size // devices * devices
         nearest = " or ".join(str(size) for size in (below, below + devices) if size)
-        raise UserError(
-            f"config.batch_size {batch_size} is not a multiple of the {devices} devices: set it to {nearest}"
-        )
+        raise UserError(f"config.batch_size {batch_size} is not divisible by {devices} devices: set it to {nearest}")
 
 
 def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:

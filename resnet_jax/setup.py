@@ -51,7 +51,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         num_devices: how many devices to use; all of them if None.
 
     Raises:
-        UserError: if the data or the devices are missing, the batch does not divide over the devices, or the model has
+        UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
             more parameters than `config.model.max_params`.
     """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla")
@@ -69,9 +69,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:
-        raise UserError(
-            f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce it; 2**31 - 1 steps is the limit"
-        )
+        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce them below 2**31")
     image_shape = train.images.shape[1:]
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built

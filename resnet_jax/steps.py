@@ -74,8 +74,8 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
     """Take a training step.
 
     A step is rejected if its loss is not finite, or if its gradient's norm is not finite or is above
-    `config.abort_grad_norm`. The state then does not change, except that `failed` is set. Every later step is rejected too,
-    until the host reads `StepMetrics.rejected`.
+    `config.abort_grad_norm`. The state then does not change, except that `failed` is set. Every later step is rejected
+    too, until the host reads `StepMetrics.rejected`.
 
     Args:
         state: the state before the step.

@@ -56,7 +56,10 @@ MISTAKES = {
     "a profile of no steps": ([FINAL, "--profile=3:0"], ["--profile '3:0' must be START:COUNT"]),
     "a profile from no step": ([FINAL, "--profile=0:3"], ["--profile '0:3' must be START:COUNT"]),
     "a profile of one number": ([FINAL, "--profile=3"], ["--profile '3' must be START:COUNT"]),
-    "a search": ([f"--config={ROOT}/configs/search.py:smoke"], ["config.search.", "run python -m resnet_jax search"]),
+    "a search": (
+        [f"--config={ROOT}/configs/search.py:smoke"],
+        ["config.search.", "use this config with python -m resnet_jax search"],
+    ),
     "flipping while training": ([FINAL, "--flip"], ["--flip", "need --mode eval"]),
     "a temperature while training": ([FINAL, "--fit-temperature"], ["--fit-temperature", "need --mode eval"]),
     "a checkpoint to train": ([FINAL, "--checkpoint=latest"], ["--checkpoint", "need --mode eval"]),

@@ -427,7 +427,7 @@ def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):
 
 def test_a_batch_that_does_not_divide_over_the_devices_names_the_nearest_that_do(tmp_path, tiny_config):
     tiny_config.batch_size = 63
-    with pytest.raises(UserError, match="63 does not divide over 2 devices: set it to 62 or 64"):
+    with pytest.raises(UserError, match="63 is not divisible by 2 devices: set it to 62 or 64"):
         training.train(tiny_config, tmp_path)
 
 

@@ -102,8 +102,8 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
         batch: uint8 [1, H, W, 3] from `picture`.
 
     Returns:
-        {"predictions": [{"class", "probability"}] of the 5 most likely classes, "seen": the resized image, "saliency": a
-        map of the pixels that mattered; both images are PNG files as data: URIs}.
+        {"predictions": [{"class", "probability"}] of the 5 most likely classes, "seen": the resized image, "saliency":
+        a map of the pixels that mattered; both images are PNG files as data: URIs}.
     """
     from matplotlib import colormaps
 

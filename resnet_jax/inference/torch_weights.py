@@ -5,7 +5,7 @@
 
 `load` makes a workdir with a checkpoint of step 0: evaluate it with `eval`, or train from it with `train` and the same
 config. `save` writes the weights of a checkpoint. The suffix of the file sets its format: .safetensors, .npz, .pt or
-.pth. The last two need PyTorch and are read with `weights_only=True`. Weights are copied bit for bit in both directions,
+.pth. The last two need PyTorch and are read with `weights_only=True`. Weights are copied bit for bit both ways,
 the running variance of batch norm too, although PyTorch's estimate of it is unbiased and this project's is biased.
 """
 
@@ -45,7 +45,7 @@ Weights = dict[str, np.ndarray]
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Return PyTorch's name of a leaf: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
+    """Return PyTorch's name: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
     *modules, leaf = path[1:]
     names = [
         f"layer{stage[1]}.{int(stage[2]) - 1}"
@@ -134,7 +134,7 @@ def _listed(names: list[str]) -> str:
 def read(path: Path) -> Weights:
     """Read a state dict; no code in the file is run.
 
-    In a `.pt` or `.pth`, the state dict may be the only dictionary of tensors in another one, as training scripts save it.
+    In a `.pt` or `.pth`, the state dict may be inside another dictionary, as training scripts save it.
 
     Raises:
         UserError: if it cannot be read, or PyTorch is needed and not installed.

@@ -105,8 +105,8 @@ class Model:
         """Predict the class probabilities of images.
 
         Args:
-            images: an array [H, W, C] or [N, H, W, C], or a list of arrays of any sizes; C is 3, or 1 for grey. uint8 in
-                0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
+            images: an array [H, W, C] or [N, H, W, C], or a list of arrays of any sizes; C is 3, or 1 for grey. uint8
+                in 0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
                 cover it, and the centre is cropped.
             flip: average the logits of each image and its mirror.
 
@@ -224,8 +224,8 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     """Load the network of a run.
 
     Args:
-        source: the run's workdir, or a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`. A `.stablehlo` is
-            a program: load only files that you trust. It has no `variables` and rounds floats to uint8.
+        source: the run's workdir, or a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`. A `.stablehlo`
+            is a program: load only files that you trust. It has no `variables` and rounds floats to uint8.
         checkpoint: "best" by validation accuracy, "latest", or a step; an export holds only one.
 
     Raises:

@@ -38,7 +38,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Return XLA's options for a mesh of CPUs, where the defaults are slower or need more memory; None elsewhere."""
     if mesh.devices.flat[0].platform != "cpu":
         return None
-    # One operation at a time, each on all cores. Running them concurrently is not faster and needs 1.5 times the memory.
+    # One operation at a time, each on all cores. Running them concurrently is not faster and needs 50% more memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     if jax.__version_info__ < (0, 11):  # its YNNPACK runs products and convolutions in one thread
         options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"

@@ -79,7 +79,9 @@ def test_a_file_that_computes_something_else_is_not_written(cache_dir, tmp_path,
     model = random_model(cache_dir)
     monkeypatch.setitem(export.WRITERS, "safetensors", lambda m, path: lambda images: m.logits(images) * 1.001)
     (tmp_path / "model.safetensors").write_text("an older one")
-    with pytest.raises(RuntimeError, match=r"safetensors differs by 1\.0e-03 of the largest logit: it was not written"):
+    with pytest.raises(
+        RuntimeError, match=r"safetensors export differs by 1\.0e-03 of the largest logit: it was not written"
+    ):
         export.write(model, "safetensors", tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_text() == "an older one"
 

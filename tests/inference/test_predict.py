@@ -279,7 +279,7 @@ MISTAKES = {
     "an empty folder": (["{run}", "."], ". names no image"),
     "no run": ([".", "one.png"], ". holds no run with checkpoints"),
     "no such checkpoint": (["{run}", "one.png", "--checkpoint=9"], "holds no checkpoint of step 9"),
-    "top of nothing": (["{run}", "one.png", "--top=0"], "--top 0: give 1 or more"),
+    "top of nothing": (["{run}", "one.png", "--top=0"], "--top must be at least 1, got 0"),
     "no such pickle": (["{run}", "--unlabelled", "x", "--output", "y"], "--unlabelled x cannot be used"),
     "an output that is the input": (
         ["{run}", "--unlabelled", "u.npz", "--output", "u.npz"],

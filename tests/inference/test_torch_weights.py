@@ -143,7 +143,7 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
     for name in before:
         if "tracked" not in name:
             assert before[name].tobytes() == after[name].tobytes()
-    assert_user_error(weights_tool("load", weights, SMOKE, f"--workdir={second}"), "exists already")
+    assert_user_error(weights_tool("load", weights, SMOKE, f"--workdir={second}"), "already exists")
     done = launch(SMOKE, f"--workdir={second}")
     assert done.returncode == 0, done.stderr
     results = [json.loads((directory / "result.json").read_text()) for directory in (first, second)]

@@ -153,7 +153,8 @@ def test_a_run_knows_nothing_of_the_search_and_its_budget(config):
     assert plain.model.max_params == 0
     config_lib.validate(plain)
     with pytest.raises(
-        UserError, match=r"config\.search\.block_lists is a field of searches: run python -m resnet_jax search"
+        UserError,
+        match=r"config\.search\.block_lists is only for searches: use this config with python -m resnet_jax search",
     ):
         config_lib.validate(config)
 
