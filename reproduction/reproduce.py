@@ -1,20 +1,20 @@
 r"""Measure the report's figures again and write results/*.json: `python -m reproduction.reproduce [PART ...]`.
 
-On a GPU all of these, in bfloat16 where nothing else is said, with the data on the device:
+On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the data on the device:
 
-    final         configs/final.py, a run a seed                         -> final-<gpu>-seed<seed>.json
+    final         configs/final.py, one run per seed                         -> final-<gpu>-seed<seed>.json
     final_f32     the same in float32, the first seed                    -> final-f32-<gpu>.json
-    sgd           configs/sgd.py, a run a seed                           -> sgd-<gpu>-seed<seed>.json
+    sgd           configs/sgd.py, one run per seed                           -> sgd-<gpu>-seed<seed>.json
     autoaugment   final.py:full with AutoAugment, the first seed         -> final-autoaugment-<gpu>.json
     step          the train step over batch sizes, against PyTorch       -> step-<gpu>.json
-    resnet18      ResNet-18 beside the model                             -> resnet18-<gpu>.json
+    resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
-On a CPU, where those take days, resnet18 in float32, and
+On a CPU, where those take days, it runs resnet18 in float32, and
 
-    narrow        configs/narrow.py: SGD, AdamW, each also plain; a run a seed -> cpu-narrow-<variant>-seed<seed>.json
+    narrow        configs/narrow.py: SGD, AdamW, each also plain; one run per seed -> cpu-narrow-<variant>-seed<seed>.json
 
-Each part can be started again: a run goes on where it was, and batch sizes join those that are in the file. The first run
-compiles, unless the compilation cache is warm; the others load what it compiled. On a CPU, to see that a GPU's parts work:
+Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the compilation
+cache is warm; the others use the cache. To test the GPU's parts on a CPU:
 
     JAX_PLATFORMS=cpu python -m reproduction.reproduce final step --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
         --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results
@@ -41,14 +41,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: object) -> None:
-    """Run a Python command in the repository's folder; where it fails this ends too, with its exit code."""
+    """Run a Python command in the repository's folder; if it fails, exit with its exit code."""
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if code:
         sys.exit(code)
 
 
 def benchmark(*flags: object) -> dict[str, Any]:
-    """The result of a benchmark."""
+    """Run a benchmark and return its result."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
         run("-m", "resnet_jax", "benchmark", *flags, f"--output={output}")
@@ -56,7 +56,7 @@ def benchmark(*flags: object) -> dict[str, Any]:
 
 
 def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype: str | None = None) -> list[str]:
-    """The flags of a config on this machine."""
+    """Return the flags of a config on this machine."""
     return [
         f"--config={config or arguments.config}",
         f"--config.data.name={arguments.data}",
@@ -66,22 +66,22 @@ def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype
 
 
 def result_path(arguments: argparse.Namespace, part: str, environment: dict[str, Any], suffix: str = "") -> Path:
-    """Where a result goes: the GPU is named as its kind does, "NVIDIA H100 80GB HBM3" -> h100."""
+    """Return the path of a result, with a short name of the device: "NVIDIA H100 80GB HBM3" -> h100."""
     kind = environment["devices"][0]
     gpu = re.search(r"\b[A-Z]{1,3}\d+\w*", kind)
     return arguments.results / f"{part}-{(gpu[0] if gpu else kind.split()[-1]).lower()}{suffix}.json"
 
 
 def check_machine(results: Path) -> str:
-    """Refuse, before anything is measured, a Python without the packages, and results that could not be written.
+    """Check, before anything is measured, that the packages are installed and the results can be written.
 
     Returns:
         JAX's backend.
     """
     probe = "import resnet_jax.setup, resnet_jax.reporting.report, jax; print(jax.default_backend())"
-    found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    if found.returncode:
-        reason = (found.stderr.splitlines() or ["it ended"])[-1]
+    probed = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    if probed.returncode:
+        reason = (probed.stderr.splitlines() or ["it ended"])[-1]
         raise UserError(
             f"{sys.executable}: {reason}: run pip install -e '.[cuda]' there, or give make GPU_PYTHON=PYTHON"
         )
@@ -89,17 +89,17 @@ def check_machine(results: Path) -> str:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: {error.strerror}: give a folder that can be written") from error
-    return found.stdout.split()[-1]
+    return probed.stdout.split()[-1]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, and say where."""
+    """Write a result and print its path."""
     files.write_json(path, result)
     print(path, flush=True)
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
-    """Train a run, or go on with it, and return its summary."""
+    """Train or resume a run, and return its summary."""
     directory = (arguments.runs / f"{name}-seed{seed}").absolute()
     epochs = [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
     run("launch.py", *flags, f"--config.seed={seed}", *epochs, f"--workdir={directory}")
@@ -110,7 +110,7 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
 
 
 def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False) -> None:
-    """Train with each seed, or the first alone; to what each run says of itself, add its speed."""
+    """Train with each seed, or only the first, and add the speed to each summary."""
     flops = None
     for seed in arguments.seeds[:1] if one_seed else arguments.seeds:
         result = train(arguments, name, seed, flags)
@@ -119,7 +119,7 @@ def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str],
             flops = case["train_flops_per_image"]
         speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
         if not speeds:
-            raise UserError(f"{name}: too short a run to log its speed: give more --epochs")
+            raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
         speed = statistics.median(speeds)
         result |= {
             "seconds_after_startup": result["seconds"] - result["startup_seconds"],

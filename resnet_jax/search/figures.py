@@ -84,7 +84,7 @@ def draw_pareto(search: Summary) -> Figure:
 
 
 def columns(search: Summary) -> dict[str, list[float]]:
-    """Return the values that differ between complete trials of grid and refine: name -> one value per trial, accuracy last."""
+    """Return what differs between complete trials of grid and refine: name -> one value per trial, accuracy last."""
     config = config_lib.flatten(search["config"])
     rows = [r for stage in ("grid", "refine") for r in search["trials"].get(stage, []) if r["accuracy"] is not None]
     values: dict[str, list[float]] = {}

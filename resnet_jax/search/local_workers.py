@@ -15,7 +15,7 @@ from resnet_jax.runs import preemption
 
 
 def local_gpus() -> list[str]:
-    """List this machine's GPUs as in CUDA_VISIBLE_DEVICES; a separate process asks JAX, so that this one holds no GPU."""
+    """List the GPUs as in CUDA_VISIBLE_DEVICES; a separate process asks JAX, so that this one holds no GPU."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return []
     ask = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
@@ -76,7 +76,7 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
         for i in range(count):
             with _share(i, count, gpus) as variables:
-                # In its own process group, a worker gets Ctrl-C only from here. A second one would stop it without saving.
+                # In its own process group, a worker gets Ctrl-C only from here; a second one would end it at once.
                 workers.append(subprocess.Popen(command, env=os.environ | variables, stderr=errors[i], process_group=0))
         printed: set[str] = set()
         running = set(range(count))

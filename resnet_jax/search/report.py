@@ -136,9 +136,7 @@ def _check_found(path: Path, study: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
     lines, _, signature = text.rpartition("\n\n# ")
-    unedited = re.fullmatch(
-        rf"{_digest(lines)}, .*\n", signature
-    )  # earlier versions wrote other words after the digest
+    unedited = re.fullmatch(rf"{_digest(lines)}, .*\n", signature)  # the words after the digest may differ
     known = text.replace("resnet_jax.search`", "resnet_jax search`", 1)  # an earlier spelling of the command
     if not known.startswith(f"{_MARK}, study {study}: ") or not unedited:
         raise UserError(f"--found {path} exists, and was edited or belongs to something else: {hint}")

@@ -67,10 +67,10 @@ def _wall_seconds(trials: Sequence[FrozenTrial]) -> float | None:
 
 
 def row(trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial as a row: how it ended ("complete", "running", or why it has no result), its candidate, cost, accuracy and times.
+    """Return a trial as a row: its state ("complete", "running" or why it has no result), candidate, cost, accuracy, times.
 
-    "seconds" is the time of its run, "train_seconds" that of the run's last session, and "worker_seconds" the time from the
-    end of its worker's previous trial to the end of this one.
+    "seconds" is the time of its run, "train_seconds" that of the run's last session, and "worker_seconds" the time from
+    the end of its worker's previous trial to the end of this one.
     """
     known = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
@@ -87,7 +87,7 @@ def row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the share of the accuracy's variance that each parameter explains (fANOVA); {} for too few complete trials."""
+    """Return the share of the accuracy's variance that each parameter explains (fANOVA); {} for too few trials."""
     values = {trial.values[0] for trial in study.trials if trial.state == TrialState.COMPLETE}
     if len(values) < 3:
         return {}
@@ -110,9 +110,9 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         config: the search's config.
 
     Returns:
-        {"fields", "own": whether it is the config's own network, "over_budget": the reason, or "", "num_params", "gflops",
-        "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None for one seed, "best": whether it
-        is the best, "behind": the best's lead over it, as `paired` returns it} for each candidate with a result.
+        {"fields", "own": whether it is the config's own network, "over_budget": the reason, or "", "num_params",
+        "gflops", "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None for one seed,
+        "best": whether it is the best, "behind": the best's lead over it, as `paired` returns it} for each candidate with a result.
     """
     entries: dict[str, dict[str, Any]] = {}
     for row in rows:

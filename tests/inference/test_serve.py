@@ -139,7 +139,7 @@ HOSTILE = {
     ),
     "long and thin": (
         file_of(np.zeros((1, 5000, 3), np.uint8)),
-        "This image cannot be used: an image has shape (1, 5000, 3): one side may be 1000 times as long as the other.",
+        "This image cannot be used: an image has shape (1, 5000, 3): one side may be at most 1000 times as long as the other.",
     ),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n%%EOF\n", NO_PICTURE),
     "another kind": (file_of(NOISE, "TIFF"), NO_PICTURE),
