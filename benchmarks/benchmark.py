@@ -8,7 +8,7 @@ For each batch size, dtype and number of devices it measures these, or those of 
     pipeline                the training stream alone
     end_to_end              the training loop, from the end of its first step to the end of its last; and its ratio to
                             train_step
-    startup                 from the start of launch.py to the dispatch of its first step, compilation cache cold and warm
+    startup                 until launch.py dispatches its first step, with a cold and a warm compilation cache
     save                    how long a checkpoint blocks the loop
     memory                  peak memory of launch.py on the host and, if the backend reports it, on the device
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.exports RUN --torch-python=PYTHON --output results/exports-NAME-cpu.json
 
-It measures alternately, on a CPU: the network of `resnet_jax.load`, its StableHLO program, its ONNX file in onnxruntime,
-with and without batch norm folded, and the same network in PyTorch, eager, channels_last (`benchmarks/torch_step.py`).
-Each takes uint8 images and returns logits as a NumPy array. PyTorch's network has other weights of the same speed.
+It measures alternately, on a CPU: the network of `resnet_jax.load`, its StableHLO program, its ONNX file in
+onnxruntime, with and without batch norm folded, and the same network in PyTorch, eager, channels_last
+(`benchmarks/torch_step.py`). Each takes uint8 images and returns logits as a NumPy array. PyTorch's network has other weights of the same speed.
 """
 
 import shutil

@@ -1,6 +1,7 @@
 """The measurements of `benchmarks.benchmark`, one function each, for one config on one mesh.
 
-The first four measure throughput in images/s and can be interleaved. The others measure seconds or bytes of single events.
+The first four measure throughput in images/s and can be interleaved. The others measure seconds or bytes of single
+events.
 """
 
 import dataclasses
@@ -187,7 +188,7 @@ def _end(process: subprocess.Popen[str], directory: Path) -> None:
 
 
 def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:
-    """Measure the seconds until `launch.py` dispatches its first step, with an empty compilation cache and a warm one."""
+    """Measure the seconds until `launch.py` dispatches its first step, with a cold and a warm compilation cache."""
     by_cache: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
@@ -217,7 +218,7 @@ def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]
 def torch_step(
     config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], python: str, mode: str = "train"
 ) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
-    """Yield a step of the same network in PyTorch, in a separate process (`benchmarks/torch_step.py`), and its description.
+    """Yield a step of the same network in PyTorch, which runs `benchmarks/torch_step.py`, and its description.
 
     Args:
         config: the config of a run.

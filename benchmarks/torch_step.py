@@ -2,9 +2,9 @@
 
     python -m benchmarks.torch_step        # in the repository, with any Python that has PyTorch
 
-It is a separate process, so that PyTorch and JAX share no threads, allocator or CUDA libraries. It reads one line of JSON,
-{"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3], "mode": "train" or "predict"}, and answers
-with one line of JSON that describes the network. Each further line is a number of seconds to measure for; the answer is
+It is a separate process, so that PyTorch and JAX share no threads, allocator or CUDA libraries. It reads one line of
+JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3], "mode": "train" or "predict"}, and
+answers with one line of JSON that describes the network. Each further line is a number of seconds to measure for; the answer is
 the images/s.
 
 On a CPU: channels_last, float32 or autocast to bfloat16, one thread per usable core. On a GPU: channels_last,

@@ -2,7 +2,7 @@
 
     python -m reproduction.report RUN [RUN ...] --output DIR [--resnet18 FILE]
 
-It is the page of `resnet_jax.reporting.report` with a table of claims, and with the number of each figure in the report.
+It is the page of `resnet_jax.reporting.report` with a table of claims and the report's numbers of the figures.
 `make report` builds it.
 """
 

@@ -13,8 +13,8 @@ On a CPU, where those take days, it runs resnet18 in float32, and
 
     narrow        configs/narrow.py: SGD, AdamW, each also plain; one run per seed -> cpu-narrow-<variant>-seed<seed>.json
 
-Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the compilation
-cache is warm; the others use the cache. To test the GPU's parts on a CPU:
+Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the
+compilation cache is warm; the others use the cache. To test the GPU's parts on a CPU:
 
     JAX_PLATFORMS=cpu python -m reproduction.reproduce final step --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
         --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results
@@ -132,12 +132,12 @@ def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str],
 
 
 def final(arguments: argparse.Namespace) -> None:
-    """The report's model and recipe."""
+    """Train the report's model with its recipe."""
     train_with_speed(arguments, "final", config_flags(arguments))
 
 
 def final_f32(arguments: argparse.Namespace) -> None:
-    """The same in float32, to see what bfloat16 costs."""
+    """Train the same in float32, to compare with bfloat16."""
     train_with_speed(arguments, "final-f32", config_flags(arguments, dtype="float32"), one_seed=True)
 
 
@@ -147,13 +147,13 @@ def sgd(arguments: argparse.Namespace) -> None:
 
 
 def autoaugment(arguments: argparse.Namespace) -> None:
-    """The authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
+    """Train as in the authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
     flags = [*config_flags(arguments, "configs/final.py:full"), "--config.augment.policy=cifar10"]
     train_with_speed(arguments, "final-autoaugment", flags, one_seed=True)
 
 
 def narrow(arguments: argparse.Namespace) -> None:
-    """The comparisons of optimizer and augmentation that a CPU can make."""
+    """Train the comparisons of optimizers and augmentation that are feasible on a CPU."""
     size = ["--config.data.image_size=0"] * (arguments.data == "digits")  # already small
     for seed in arguments.seeds:
         for variant in ("adamw", "sgd", "adamw_plain", "sgd_plain"):
@@ -162,27 +162,27 @@ def narrow(arguments: argparse.Namespace) -> None:
             write(arguments.results / f"cpu-narrow-{variant}-seed{seed}.json", summary)
 
 
-def of_what(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What cases must share to stand in one result."""
+def setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what all cases of one result have in common: config, commit and versions."""
     return result["config"], result["environment"]["git"], result["environment"]["versions"]
 
 
 def step(arguments: argparse.Namespace) -> None:
-    """Time the train step at each batch size; a result is written after each, with the others of the same config and commit."""
+    """Time the train step at each batch size; add each to the result of the same config and commit."""
     for batch_size in arguments.batch_sizes:
         flags = ["--only=train_step", f"--batch-sizes={batch_size}", f"--seconds={arguments.seconds}"]
         result = benchmark(*config_flags(arguments), *flags, *["--against-torch"] * arguments.torch)
         path = result_path(arguments, "step", result["environment"])
         before = json.loads(path.read_text()) if path.exists() else result
-        if of_what(before) != of_what(result):
+        if setting(before) != setting(result):
             before = result
-            print(f"{path} was of another config or commit: begun anew")
+            print(f"{path} has another config or commit: overwriting it")
         others = [case for case in before["cases"] if case["batch_size"] != batch_size]
         write(path, result | {"cases": sorted(others + result["cases"], key=lambda case: case["batch_size"])})
 
 
 def resnet18(arguments: argparse.Namespace) -> None:
-    """Compare the model with ResNet-18: parameters, operations, seconds an epoch; they take turns, a round each."""
+    """Compare the model with ResNet-18, alternately: parameters, operations, seconds per epoch."""
     network = [f"--config.model.channel_list={tuple(arguments.channels)}", "--config.model.block_list=(2,2,2,2)"]
     flags = [*config_flags(arguments), "--only=end_to_end", "--repeats=1", f"--seconds={arguments.seconds}"]
     flags_of = {"final": flags, "resnet18": [*flags, *network, "--config.model.max_params=0"]}
@@ -208,34 +208,42 @@ def resnet18(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, step, resnet18)}
     on_cpu = {part.__name__: part for part in (narrow, resnet18)}
     parser = ArgumentParser("python -m reproduction.reproduce", __doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="all that this machine can do, if none is given")
-    parser.add_argument("--config", default="configs/final.py", help="what final, step and resnet18 measure")
-    parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz where that file is, else cifar10)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="what to measure (default: everything that this machine can measure)"
+    )
+    parser.add_argument(
+        "--config", default="configs/final.py", help="config of final, step and resnet18 (default: configs/final.py)"
+    )
+    parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz if that file exists, else cifar10)")
     parser.add_argument("--dtype", help="config.model.dtype (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--epochs", type=float, help="of each run (default: its config's)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    parser.add_argument("--epochs", type=float, help="epochs of each run (default: as in its config)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of the benchmark")
-    parser.add_argument("--rounds", type=int, default=5, help="of resnet18")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of resnet18 (default: 5)")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
-    parser.add_argument("--peak-tflops", type=float, default=790.0, help="of a bfloat16 matrix product on this GPU")
-    parser.add_argument("--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="of ResNet-18's stages")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=790.0, help="peak of a bfloat16 matrix product on this GPU (default: 790)"
+    )
+    parser.add_argument(
+        "--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="channels of ResNet-18's stages"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args(argv)
     known = on_cpu | on_gpu
     for part in arguments.parts:
         if part not in known:
-            raise UserError(f"there is no part {part!r}: give some of {', '.join(known)}")
+            raise UserError(f"unknown PART {part!r}: choose from {', '.join(known)}")
     backend = check_machine(arguments.results)
     only_gpu = [part for part in arguments.parts if part not in on_cpu]
     if backend == "cpu" and only_gpu and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise UserError(
-            f"JAX finds no GPU, which {only_gpu[0]} needs: install jax[cuda], or set JAX_PLATFORMS=cpu to see that it works"
+            f"{only_gpu[0]} needs a GPU, but JAX finds none: install jax[cuda], or set JAX_PLATFORMS=cpu to test it on a CPU"
         )
     arguments.data = arguments.data or ("npz:cifar10.npz" if (ROOT / "cifar10.npz").exists() else "cifar10")
     arguments.dtype = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")
