@@ -61,9 +61,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(result.x))
 
 
-def to_names(kept: Mapping[bool, float]) -> dict[str, float]:
+def to_names(by_flip: Mapping[bool, float]) -> dict[str, float]:
     """Convert temperatures, keyed by whether `--flip` was used, to JSON: {"plain", "flip"} or one of them."""
-    return {_NAMES[flip]: temperature for flip, temperature in kept.items()}
+    return {_NAMES[flip]: temperature for flip, temperature in by_flip.items()}
 
 
 def from_names(named: Mapping[str, float]) -> dict[bool, float]:
@@ -89,18 +89,18 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
     if not path.exists():
         return {}
     hint = "fit the temperature again, or remove the file"
-    kept = files.read_json(path, ("checkpoint_step", "temperature"), hint)
-    if kept["checkpoint_step"] != step:
+    stored = files.read_json(path, ("checkpoint_step", "temperature"), hint)
+    if stored["checkpoint_step"] != step:
         return {}
     try:
-        return from_names(kept["temperature"])
+        return from_names(stored["temperature"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
 
 def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
     """Store a temperature; replace those of other checkpoints, and a corrupt file."""
-    kept = {flip: temperature}
+    by_flip = {flip: temperature}
     with suppress(UserError):
-        kept = temperatures(directory, step) | kept
-    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(kept)})
+        by_flip = temperatures(directory, step) | by_flip
+    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(by_flip)})

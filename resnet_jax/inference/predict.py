@@ -210,8 +210,8 @@ def show(arguments: argparse.Namespace) -> None:
     names, images, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
     rows = []
     for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
-        likeliest = np.argsort(-row, kind="stable")[: arguments.top or 3]
-        rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
+        most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
+        rows.append((name, [(model.class_names[i], float(row[i])) for i in most_likely]))
     arguments.write(sys.stdout, rows)
     if unreadable:
         raise UserError(f"{unreadable} of {len(files)} files could not be read: fix them, or leave them out")

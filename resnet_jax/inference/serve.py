@@ -108,10 +108,10 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
     from matplotlib import colormaps
 
     probabilities = model.predict(batch).probabilities[0]
-    likeliest = np.argsort(-probabilities, kind="stable")[:_TOP]
+    most_likely = np.argsort(-probabilities, kind="stable")[:_TOP]
     heat = colormaps["inferno"](model.saliency(batch)[0], bytes=True)[..., :3]
     seen, saliency = (f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}" for image in (batch[0], heat))
-    predictions = [{"class": model.class_names[i], "probability": float(probabilities[i])} for i in likeliest]
+    predictions = [{"class": model.class_names[i], "probability": float(probabilities[i])} for i in most_likely]
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
 

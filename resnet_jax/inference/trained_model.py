@@ -256,8 +256,8 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    kept = calibration.temperatures(directory, step)
-    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, kept)
+    temperatures = calibration.temperatures(directory, step)
+    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, temperatures)
 
 
 def _load_file(path: Path) -> Model:

@@ -96,7 +96,7 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
         if not isinstance(ids, list) or len(ids) != len(data):
             raise ValueError(f"its ids are not a list of {len(data)} entries, one for each image")
         if wrong := {type(i).__name__ for i in ids if isinstance(i, bool) or not isinstance(i, int | str | bytes)}:
-            raise ValueError(f"its ids are of type {', '.join(sorted(wrong))}, not whole numbers or text")
+            raise ValueError(f"its ids have type {', '.join(sorted(wrong))}, not whole numbers or text")
         texts = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
         "".join(texts).encode()  # fails if a text cannot be written as UTF-8
     except Exception as error:  # NumPy can raise anything for a hostile pickle

@@ -158,13 +158,13 @@ class Worker:
     @contextlib.contextmanager
     def claiming(self) -> Iterator[str]:
         """Lock the claiming of trials; yield a token that identifies this folder."""
-        held = lock(self.root / ".claim", wait=True)
-        assert held
-        with held:
-            held.seek(0)
-            if not (token := held.read()):
-                held.write(token := secrets.token_hex(8))
-                held.flush()
+        lock_file = lock(self.root / ".claim", wait=True)
+        assert lock_file
+        with lock_file:
+            lock_file.seek(0)
+            if not (token := lock_file.read()):
+                lock_file.write(token := secrets.token_hex(8))
+                lock_file.flush()
             yield token
 
     def study(self, stage: str, token: str) -> optuna.Study:
@@ -223,10 +223,10 @@ class Worker:
     def adopt(self, study: optuna.Study, stage: str) -> Claim | None:
         """Claim a running trial whose worker has ended; None if there is none."""
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if held := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
+            if lock_file := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
                 self.say(f"{stage} {frozen.number}: resumed, because its worker ended")
                 study.sampler = stages.sampler(self.config, study, stage)
-                if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), held):
+                if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), lock_file):
                     return claim
         return None
 
@@ -237,17 +237,17 @@ class Worker:
                 break
             study.sampler = stages.sampler(self.config, study, stage)
             trial = study.ask()
-            held = lock(self.folder(stage, trial.number) / ".worker", wait=False)
-            assert held  # the trial is new, and only this worker is claiming
-            if claim := self.prepared(study, stage, trial, held):
+            lock_file = lock(self.folder(stage, trial.number) / ".worker", wait=False)
+            assert lock_file  # the trial is new, and only this worker is claiming
+            if claim := self.prepared(study, stage, trial, lock_file):
                 return claim
         return None
 
-    def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
+    def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, lock_file: IO[str]) -> Claim | None:
         """Set the candidate and cost of a trial, and claim it; None if it is over the budget."""
         folder = self.folder(stage, trial.number)
         with contextlib.ExitStack() as stack:
-            stack.callback(held.close)
+            stack.callback(lock_file.close)
             study.sampler.before_trial(study, study.trials[trial.number])  # its worker may have ended before this call
             fields = stages.propose(self.config, study, stage, trial)
             costs = self.cost(fields)
@@ -256,7 +256,7 @@ class Worker:
             why = space.why_infeasible(self.config, costs) if stage != "confirm" else ""
             if not why:
                 stack.pop_all()
-                return Claim(trial, fields, folder, held)
+                return Claim(trial, fields, folder, lock_file)
             self.end_early(study, stage, trial, "infeasible", why)
         shutil.rmtree(folder)
         return None

@@ -244,7 +244,7 @@ def test_ids_are_quoted_as_csv_is(run, digits, tmp_path, capsys):
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": bomb(200)}, "its ids are not a list of 1 entries"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [b"\xff\xfe"]}, "codec can't decode byte 0xff"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": ["\udc80"]}, "codec can't encode character"),
-        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [True]}, "its ids are of type bool"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [True]}, "its ids have type bool"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8)}, "it lacks ids"),
         ({b"data": np.zeros((1, 192), np.uint8), b"ids": [1]}, r"its data are uint8 \(1, 192\)"),
         ({b"data": np.zeros((1, 8, 8, 3)), b"ids": [1]}, "its data are float64"),
@@ -252,7 +252,7 @@ def test_ids_are_quoted_as_csv_is(run, digits, tmp_path, capsys):
             {b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [1, 2]},
             "its ids are not a list of 1 entries, one for each image",
         ),
-        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [None]}, "its ids are of type NoneType"),
+        ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [None]}, "its ids have type NoneType"),
         ({b"data": np.zeros((1, 8, 8, 3), np.uint8), b"ids": [[1], [2, 3]]}, "cannot be used"),
     ],
 )
