@@ -156,9 +156,7 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
         if name not in values:
             chooser = f"{name.split('.')[0]}.name"
             because = "" if name in always else f", which config.{chooser} {values[chooser]!r} needs"
-            raise UserError(
-                f"config.{name} is missing{because}: add it, or start from the file in configs/ that has it"
-            )
+            raise UserError(f"config.{name} is missing{because}: add it, as in the files in configs/")
     for name, value in values.items():
         check_name(name, fields)
         _check(name, value, fields[name])

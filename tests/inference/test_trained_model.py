@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(run, checkpoint, words):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="holds no run with checkpoints: give the workdir of one"):
+        with pytest.raises(UserError, match="holds no run with checkpoints: give the workdir of a run"):
             trained_model.load(path)
 
 
