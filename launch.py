@@ -12,7 +12,7 @@ from resnet_jax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Do what the flags say."""
+    """Train or evaluate, depending on `--mode`."""
     started = time.monotonic()
     parser = command_line.ArgumentParser("python launch.py", __doc__)
     train_and_eval.add_train_arguments(parser)

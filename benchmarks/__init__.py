@@ -1,1 +1,1 @@
-"""What measures speed, with the yardsticks to compare with."""
+"""Benchmarks of speed, and the PyTorch code to compare with."""

@@ -2,17 +2,18 @@
 
     python -m resnet_jax benchmark --config configs/final.py --output result.json
 
-For each batch size, dtype and number of devices it measures, or with `--only` a part of:
+For each batch size, dtype and number of devices it measures these, or those of `--only`:
 
-    train_step, eval_step   the bare step, fed one batch that lies on the devices; GFLOP an image as XLA counts them
-    pipeline                the training stream, drained with nothing else running
-    end_to_end              the loop of launch.py, from its first step's end to its last's; and its ratio to train_step
-    startup                 launch.py from command to first step's dispatch, compilation cache cold and warm
+    train_step, eval_step   the step alone, on one batch in the devices' memory; GFLOP per image as XLA counts them
+    pipeline                the training stream alone
+    end_to_end              the training loop, from the end of its first step to the end of its last; and its ratio to
+                            train_step
+    startup                 until launch.py dispatches its first step, with a cold and a warm compilation cache
     save                    how long a checkpoint blocks the loop
-    memory                  peak of launch.py: resident on the host and, where the backend says so, on the device
+    memory                  peak memory of launch.py on the host and, if the backend reports it, on the device
 
-Throughputs are warmed up, which leaves compilation out, and interleaved A B A B; ratios are taken round by round. The
-table gives the median and the spread; the JSON all repeats, the config and the environment.
+Throughputs are measured after a warm-up, without compilation, and alternately (A B A B); ratios are computed per round.
+The table shows the median and the spread. The JSON holds all repeats, the config and the environment.
 """
 
 import argparse
@@ -44,14 +45,14 @@ RATIOS = (("end_to_end", "train_step"), ("train_step", "torch_train_step"))
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= set(MEASUREMENTS):
-        raise argparse.ArgumentTypeError(f"must be some of {','.join(MEASUREMENTS)}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be names from {','.join(MEASUREMENTS)}, got {text!r}")
     return names
 
 
 def _counts(text: str) -> list[int]:
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"must be whole numbers from 1, with commas, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be whole numbers >= 1, separated by commas, got {text!r}")
     return [int(number) for number in numbers]
 
 
@@ -59,7 +60,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser("python -m resnet_jax benchmark", __doc__)
     command_line.add_config_arguments(parser)
     parser.add_argument(
-        "--only", type=_names, default=list(MEASUREMENTS), metavar="NAMES", help="what to measure, with commas"
+        "--only", type=_names, default=list(MEASUREMENTS), metavar="NAMES", help="what to measure, separated by commas"
     )
     parser.add_argument("--batch-sizes", type=_counts, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
@@ -67,7 +68,7 @@ def _parser() -> ArgumentParser:
         "--device-counts",
         type=_counts,
         metavar="COUNTS",
-        help="instead of all devices; a CPU acts as that many; startup and memory are measured on all devices only",
+        help="instead of all devices; a CPU simulates that many; startup and memory are measured only on all devices",
     )
     parser.add_argument(
         "--repeats", type=command_line.whole_number(1), default=5, metavar="N", help="repeats of each (default: 5)"
@@ -77,7 +78,7 @@ def _parser() -> ArgumentParser:
         type=command_line.seconds,
         default=5.0,
         metavar="S",
-        help="seconds of each throughput measurement, at least (default: 5)",
+        help="minimum seconds of each throughput measurement (default: 5)",
     )
     parser.add_argument("--against-torch", action="store_true", help="time the same train step in PyTorch too")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="a Python that has PyTorch")
@@ -86,7 +87,7 @@ def _parser() -> ArgumentParser:
 
 
 def cases_of(config: ConfigDict, arguments: argparse.Namespace) -> Iterator[tuple[ConfigDict, int | None]]:
-    """Each config to measure, with the number of devices, None for all."""
+    """Yield each config to measure and its number of devices, None for all."""
     batch_sizes = arguments.batch_sizes or [config.batch_size]
     dtypes = arguments.dtypes.split(",") if arguments.dtypes else [config.model.dtype]
     counts = arguments.device_counts or [None]
@@ -95,7 +96,7 @@ def cases_of(config: ConfigDict, arguments: argparse.Namespace) -> Iterator[tupl
 
 
 def measure_case(config: ConfigDict, num_devices: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the flags ask for, for one config on this many devices: a case of the result."""
+    """Measure one config on `num_devices` devices, or all if None; return a case of the result."""
     import jax
 
     from benchmarks import measure
@@ -114,7 +115,7 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
         "dataset": datasets.describe(start.dataset, start.train, start.validation),
     }
     figures: dict[str, Any] = {}
-    if start.mesh.size == jax.device_count():  # first, while this process holds little
+    if start.mesh.size == jax.device_count():  # first, while this process uses little memory
         if "startup" in wanted:
             for cache, seconds in measure.startup_seconds(config, repeats).items():
                 figures[f"startup_{cache}"] = timing.summary(seconds, "s")
@@ -143,10 +144,10 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
 
 
 def table(case: dict[str, Any]) -> Iterator[str]:
-    """The lines that show a case to a person."""
+    """Yield the lines of the table of a case."""
     yield (
         f"batch {case['batch_size']}, {case['dtype']}, {case['devices']} device{'s' * (case['devices'] > 1)}: "
-        f"{case['num_params']:,} parameters, {case['train_flops_per_image'] / 1e9:.3f} GFLOP to train on an image"
+        f"{case['num_params']:,} parameters, {case['train_flops_per_image'] / 1e9:.3f} GFLOP per training image"
     )
     yield f"{'':<30} {'median':>10} {'min':>10} {'max':>10}"
     for name, figure in case["figures"].items():
@@ -155,18 +156,18 @@ def table(case: dict[str, Any]) -> Iterator[str]:
 
 
 def check_output(path: Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written."""
+    """Check that the output file can be written, before anything is measured."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-"):
             is_folder = path.is_dir()
     except OSError:
         is_folder = True
     if is_folder:
-        raise UserError(f"--output {path}: give a file in a folder that can be written")
+        raise UserError(f"--output {path} cannot be written: give a file in a folder that exists and is writable")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure each case, print it and write the result."""
+    """Run the tool `benchmark`: measure each case, print it and write the result."""
     arguments, config = command_line.parse_config(_parser(), argv)
     output = arguments.output and arguments.output.absolute()
     if output:
@@ -182,20 +183,20 @@ def main(argv: Sequence[str]) -> None:
     if counts:  # before JAX starts
         fake_devices = f"--xla_force_host_platform_device_count={max(counts)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake_devices}".strip()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # for there are other processes on a GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # because other processes use the GPU too
     import jax
 
     from resnet_jax.runs import environment, files
 
     for _, num_devices in cases:
         if arguments.against_torch and (num_devices or jax.device_count()) > 1:
-            raise UserError("--against-torch compares on one device: give --device-counts=1")
+            raise UserError("--against-torch needs one device: give --device-counts=1")
     results = []
     for case_config, num_devices in cases:
-        with redirect_stdout(StringIO()):  # what runs print of themselves
+        with redirect_stdout(StringIO()):  # hides the output of the runs
             results.append(measure_case(case_config, num_devices, arguments))
         print("\n".join(table(results[-1])), flush=True)
-        if output:  # after each, so that none is lost with a later one
+        if output:  # after each case, so that a later failure loses none
             result = {"cases": results, "config": stored_config.to_json(config), "environment": environment.collect()}
             files.write_json(output, result)
     if output:

@@ -1,10 +1,10 @@
-"""How large the exports of a run are and how long they take for one image and for a batch, beside PyTorch.
+"""Measure the size and speed of a run's exports, for one image and for a batch, compared with PyTorch.
 
     python -m benchmarks.exports RUN --torch-python=PYTHON --output results/exports-NAME-cpu.json
 
-On a CPU, in turns: the network of `resnet_jax.load`, its StableHLO program alone, its ONNX file by onnxruntime, with and
-without batch norm folded, and the same network in PyTorch, eager, channels_last (`benchmarks/torch_step.py`). Each takes
-uint8 images and gives logits as NumPy has them. PyTorch's network has other weights, which changes nothing of its speed.
+It measures alternately, on a CPU: the network of `resnet_jax.load`, its StableHLO program, its ONNX file in
+onnxruntime, with and without batch norm folded, and the same network in PyTorch, eager, channels_last
+(`benchmarks/torch_step.py`). Each takes uint8 images and returns logits as a NumPy array. PyTorch's network has other weights of the same speed.
 """
 
 import shutil
@@ -35,7 +35,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def written(model: trained_model.Model, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Each export of a model, in a folder, and the largest difference it makes, in shares of the largest logit."""
+    """Write each export of a model; return their paths and differences, as `export.write` returns them."""
     paths, differences = {}, {}
     for name, (kind, settings) in WRITTEN.items():
         paths[name] = directory / f"{name}.{kind}"
@@ -44,36 +44,41 @@ def written(model: trained_model.Model, directory: Path) -> tuple[dict[str, Path
 
 
 def runners(model: trained_model.Model, paths: dict[str, Path]) -> dict[str, export.Run]:
-    """What computes logits: the model and those of its paths that are programs."""
+    """Return functions that compute logits: the model and the exports that are programs."""
     import onnxruntime
 
     program = jax.jit(jax.export.deserialize(bytearray(paths["stablehlo"].read_bytes())).call)
-    found: dict[str, export.Run] = {
+    programs: dict[str, export.Run] = {
         "load": model.logits,
         "stablehlo": lambda images: np.asarray(program(images)),
     }
     for name in ("onnx", "onnx_folded"):
         session = onnxruntime.InferenceSession(paths[name], providers=["CPUExecutionProvider"])
-        found[name] = lambda images, session=session: session.run(["logits"], {"images": images})[0]
-    return found
+        programs[name] = lambda images, session=session: session.run(["logits"], {"images": images})[0]
+    return programs
 
 
 def contender(run: export.Run, images: np.ndarray) -> timing.Contender:
-    """The throughput of a function that returns when it is done."""
+    """Return a contender for a function that returns when it is done."""
     return partial(timing.throughput, partial(run, images), lambda logits: None, len(images))
 
 
 def case(
-    model: trained_model.Model, found: dict[str, export.Run], batch_size: int, torch: Any, repeats: int, seconds: float
+    model: trained_model.Model,
+    programs: dict[str, export.Run],
+    batch_size: int,
+    torch: Any,
+    repeats: int,
+    seconds: float,
 ) -> dict[str, Any]:
-    """A case of the result: the milliseconds of a batch, and how many times as long as PyTorch each takes."""
+    """Measure a case of the result: the milliseconds of a batch, and the ratio to PyTorch's."""
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *model.image_shape), np.uint8)
-    contenders: dict[str, Callable[[float], float]] = {name: contender(run, images) for name, run in found.items()}
+    contenders: dict[str, Callable[[float], float]] = {name: contender(run, images) for name, run in programs.items()}
     rates = timing.interleave(contenders | {"torch": torch}, repeats, seconds)
     figures = {
         name: timing.summary([1000 * batch_size / rate for rate in repeated], "ms") for name, repeated in rates.items()
     }
-    for name in found:
+    for name in programs:
         rounds = zip(rates["torch"], rates[name], strict=True)
         figures[f"{name} / torch"] = timing.summary([torch_rate / rate for torch_rate, rate in rounds], "ratio")
     return {
@@ -86,24 +91,24 @@ def case(
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     parser = ArgumentParser("python -m benchmarks.exports", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each at least (default: 5)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--seconds", type=float, default=5.0, help="minimum seconds of each measurement (default: 5)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         model = trained_model.load(arguments.run)
         paths, differences = written(model, Path(scratch))
-        found, cases = runners(model, paths), []
+        programs, cases = runners(model, paths), []
         for batch_size in BATCH_SIZES:
             config = config_lib.replaced(model.config, {"batch_size": batch_size})
             python = shutil.which(arguments.torch_python) or arguments.torch_python
-            yardstick = measure.torch_step(config, len(model.class_names), model.image_shape, python, "predict")
-            with yardstick as (torch, about_torch):
-                cases.append(case(model, found, batch_size, torch, arguments.repeats, arguments.seconds))
+            torch_process = measure.torch_step(config, len(model.class_names), model.image_shape, python, "predict")
+            with torch_process as (torch, about_torch):
+                cases.append(case(model, programs, batch_size, torch, arguments.repeats, arguments.seconds))
         result = {
             "cases": cases,
             "bytes": {name: path.stat().st_size for name, path in paths.items()} | {"torch": about_torch["bytes"]},

@@ -1,6 +1,7 @@
-"""What `benchmarks.benchmark` measures, a function each, of one config on one mesh.
+"""The measurements of `benchmarks.benchmark`, one function each, for one config on one mesh.
 
-The first four measure throughput, in images/s, and can be interleaved; the rest take seconds or bytes of single events.
+The first four measure throughput in images/s and can be interleaved. The others measure seconds or bytes of single
+events.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.TrainState, steps.Batch]:
-    """The jitted step, a state that it may consume, and a batch on the devices."""
+    """Return the jitted step, a state that it may consume, and a batch on the devices."""
     images = next(pipelines.eval_batches(start.train, config.batch_size))
     batch = {name: images[name] for name in ("images", "labels")}
     state = jax.tree.map(jnp.copy, start.state)
@@ -45,9 +46,9 @@ def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.Trai
 
 
 def flops_per_image(config: ConfigDict, start: Setup) -> float:
-    """Floating-point operations of a train step, an image, as XLA counts them before it compiles.
+    """Return the floating-point operations of a train step per image, as XLA counts them before compilation.
 
-    By the definition of the convolutions, so that the count is the same on every machine, however they are computed there.
+    It counts XLA's convolutions, so that the number is the same on every machine.
     """
     step, state, batch = _train_step(config, start)
     model = models.from_config(config.model, len(start.dataset.class_names))
@@ -56,7 +57,7 @@ def flops_per_image(config: ConfigDict, start: Setup) -> float:
 
 
 def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The bare train step, on one batch that lies on the devices."""
+    """Measure the train step alone, on one batch in the devices' memory."""
     step, state, batch = _train_step(config, start)
 
     def dispatch() -> train_state.TrainMetrics:
@@ -68,7 +69,7 @@ def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
 
 
 def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The bare eval step, on one batch that lies on the devices."""
+    """Measure the eval step alone, on one batch in the devices' memory."""
     batch_size = -(-config.eval_batch_size // start.mesh.size) * start.mesh.size
     batch = steps.shard_batch(next(pipelines.eval_batches(start.dataset.test, batch_size)), start.mesh)
     dispatch = partial(steps.jit_eval_step(config, start.mesh), start.state, batch)
@@ -76,7 +77,7 @@ def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
 
 
 def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The training batches alone: tf.data's, or those drawn on the host and built on the devices, one a call."""
+    """Measure the training batches alone: from tf.data, or drawn on the host and built on the devices, one per call."""
     if config.pipeline == "tf_data":
         stream = pipelines.train_batches(start.train, config, 0, 10**9)
         return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
@@ -92,10 +93,10 @@ def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
 
 
 class _Measured(Exception):
-    """Ends a run that was measured for long enough.
+    """Ends a run once it has been measured for long enough.
 
     Attributes:
-        steps_per_second: of the run.
+        steps_per_second: speed of the run.
     """
 
     def __init__(self, steps_per_second: float) -> None:
@@ -103,7 +104,7 @@ class _Measured(Exception):
 
 
 class _Measure(Hook):
-    """Times a run from the end of its first call, and ends it with `_Measured` after at least so many seconds."""
+    """Times a run from the end of its first call, and ends it with `_Measured` after at least `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -111,7 +112,7 @@ class _Measure(Hook):
         self.newest: Any = None  # the metrics of the newest call
 
     def after_dispatch(self, call: Call, metrics: Any) -> str:
-        """Keep what the end of the call can be waited for by."""
+        """Keep the metrics, which are ready when the call has ended."""
         self.newest = metrics
         return ""
 
@@ -125,7 +126,7 @@ class _Measure(Hook):
 
 
 def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
-    """The training loop with all that it does for a step, evaluations and saves aside."""
+    """Measure the training loop, without evaluations and saves."""
     endless = 2**31 - 1
     plan = dataclasses.replace(
         training.make_plan(config, start), total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0
@@ -142,7 +143,7 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
             try:
                 training.take_steps(run, state)
             except _Measured as measured:
-                jax.block_until_ready(hook.newest)  # the call under way would slow down whatever is measured next
+                jax.block_until_ready(hook.newest)  # otherwise the running call would slow down the next measurement
                 return measured.steps_per_second * config.batch_size
         raise AssertionError("the loop ended by itself")
 
@@ -153,20 +154,20 @@ THROUGHPUTS = {"train_step": train_step, "eval_step": eval_step, "pipeline": pip
 
 
 def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
-    """How long a save blocks the loop, each once the one before it is written; the very first does not count."""
-    took = []
+    """Measure how long a save blocks the loop, after the previous one was written; the first does not count."""
+    seconds = []
     with tempfile.TemporaryDirectory() as scratch, closing(Checkpoints(Path(scratch), {})) as checkpoints:
         for step in range(repeats + 1):
             state = start.state.replace(step=jnp.full_like(start.state.step, step))
             began = time.perf_counter()
             checkpoints.save(state, {"config": stored_config.to_json(config)})
-            took.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - began)
             checkpoints.wait()
-    return took[1:]
+    return seconds[1:]
 
 
 def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """Start `launch.py` on a config, its workdir and its stderr in a folder."""
+    """Start `launch.py` on a config, with its workdir and stderr in a folder."""
     config_file = directory / "config.json"
     files.write_json(config_file, stored_config.to_json(config))
     with (directory / "stderr").open("w") as stderr:
@@ -180,18 +181,18 @@ def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str
 
 
 def _end(process: subprocess.Popen[str], directory: Path) -> None:
-    """Wait for `launch.py`, and stop the benchmark where that has failed."""
+    """Wait for `launch.py`, and stop the benchmark if it failed."""
     process.communicate()
     if process.returncode not in (0, preemption.TIME_LIMIT):
         raise UserError(f"launch.py failed: {(directory / 'stderr').read_text()[-300:]}")
 
 
 def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:
-    """From command to the first step's dispatch: `launch.py` with an empty compilation cache, then with what that left."""
-    took: dict[str, list[float]] = {"cold": [], "warm": []}
+    """Measure the seconds until `launch.py` dispatches its first step, with a cold and a warm compilation cache."""
+    by_cache: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            for repeats_so_far in took.values():
+            for repeats_so_far in by_cache.values():
                 with tempfile.TemporaryDirectory() as scratch:
                     began = time.perf_counter()
                     process = _launch(config, Path(scratch), "--max-seconds=0", JAX_COMPILATION_CACHE_DIR=cache)
@@ -199,11 +200,11 @@ def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:
                         if line.startswith("first step dispatched"):
                             repeats_so_far.append(time.perf_counter() - began)
                     _end(process, Path(scratch))
-    return took
+    return by_cache
 
 
 def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]:
-    """The most memory that `launch.py` holds in a run of three steps, with all its evaluations and saves."""
+    """Measure the peak memory of `launch.py` in a run of three steps, with all its evaluations and saves."""
     fields: dict[str, Any] = {"num_epochs": 2.5 / start.steps_per_epoch}
     if "warmup_epochs" in config.schedule:
         fields["schedule.warmup_epochs"] = 0.0  # it must end before the run does
@@ -217,17 +218,17 @@ def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]
 def torch_step(
     config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], python: str, mode: str = "train"
 ) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
-    """A step of the same network in PyTorch, in a process of its own, and what that says of itself: `benchmarks/torch_step.py`.
+    """Yield a step of the same network in PyTorch, which runs `benchmarks/torch_step.py`, and its description.
 
     Args:
-        config: of a run.
-        num_classes: of its data.
+        config: the config of a run.
+        num_classes: number of classes of its data.
         image_shape: (H, W, 3).
         python: a Python that has PyTorch.
-        mode: "train", or "predict" for logits alone.
+        mode: "train", or "predict" for only the logits.
 
     Raises:
-        UserError: where that Python has no PyTorch.
+        UserError: if that Python has no PyTorch.
     """
     spec = {
         "config": stored_config.to_json(config),
@@ -255,10 +256,12 @@ def torch_step(
             if answer := worker.stdout.readline():
                 return answer
             with suppress(BrokenPipeError):
-                worker.stdin.close()  # which would fail later, with what could not be written
+                worker.stdin.close()  # otherwise closing it later would fail
             stderr.seek(0)
             reason = (stderr.read().splitlines() or ["it ended"])[-1]
-            raise UserError(f"PyTorch in {python}: {reason}: give --torch-python=PYTHON that has PyTorch")
+            raise UserError(
+                f"PyTorch in {python}: {reason}: give the Python of an environment with PyTorch as --torch-python=PYTHON"
+            )
 
         description = json.loads(ask(json.dumps(spec)))
         yield (lambda seconds: float(ask(str(seconds)))), description

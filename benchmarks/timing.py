@@ -1,6 +1,6 @@
-"""Stopwatches: the throughput of a step, contenders side by side, and what their repeats come to.
+"""Timing: the throughput of a step, alternating measurements, and summaries of repeats.
 
-The standard library alone, so that the yardstick in `benchmarks/` is timed by the same code, in a Python without JAX.
+It needs only the standard library, so that the same code times PyTorch in a Python without JAX.
 """
 
 import statistics
@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-Contender = Callable[[float], float]  # measures for at least so many seconds, and returns images/s
+Contender = Callable[[float], float]  # measures for at least this many seconds and returns images/s
 Dispatched = TypeVar("Dispatched")
 
 
 def throughput(
     dispatch: Callable[[], Dispatched], wait: Callable[[Dispatched], object], images: int, seconds: float
 ) -> float:
-    """Images/s of a step that is dispatched while the one before it runs, as the training loop does.
+    """Return the images/s of a step that is dispatched while the previous one runs, as in the training loop.
 
     Args:
         dispatch: starts a step and returns what `wait` takes.
         wait: returns once that step is done.
-        images: of a step.
-        seconds: how long to go on at least; one step in any case.
+        images: number of images of a step.
+        seconds: minimum time; at least one step is taken.
     """
     start = time.perf_counter()
     pending, steps = dispatch(), 1
@@ -34,15 +34,15 @@ def throughput(
 
 
 def interleave(contenders: Mapping[str, Contender], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Measure contenders side by side, A B A B, each after a measurement that does not count: it compiles and warms up."""
+    """Measure contenders alternately, A B A B, after one measurement of each that compiles and does not count."""
     for contender in contenders.values():
         contender(seconds)
     rounds = [{name: contender(seconds) for name, contender in contenders.items()} for _ in range(repeats)]
-    return {name: [found[name] for found in rounds] for name in contenders}
+    return {name: [rates[name] for rates in rounds] for name in contenders}
 
 
 def summary(repeats: list[float], unit: str) -> dict[str, Any]:
-    """A figure as results hold it: its unit, the median of the repeats, the least, the greatest, and all of them."""
+    """Summarise repeats as in results/*.json: the unit, the median, the minimum, the maximum and all values."""
     return {
         "unit": unit,
         "median": statistics.median(repeats),

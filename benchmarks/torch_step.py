@@ -1,12 +1,13 @@
-"""The yardstick: the same model in PyTorch, its training step for `benchmarks.benchmark`, its logits for `benchmarks.exports`.
+"""The same model in PyTorch: a training step for `benchmarks.benchmark`, logits for `benchmarks.exports`.
 
-    python -m benchmarks.torch_step        # in the repository's folder, with any Python that has PyTorch
+    python -m benchmarks.torch_step        # in the repository, with any Python that has PyTorch
 
-A process of its own, so that neither library's threads, allocator or CUDA libraries are the other's. It reads one line of
-JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3], "mode": "train" or "predict"}, and answers
-with one that describes it; then each line that it reads is a number of seconds to measure for, and is answered with images/s.
+It is a separate process, so that PyTorch and JAX share no threads, allocator or CUDA libraries. It reads one line of
+JSON, {"config": as in results/*.json, "num_classes": N, "image_shape": [H, W, 3], "mode": "train" or "predict"}, and
+answers with one line of JSON that describes the network. Each further line is a number of seconds to measure for; the answer is
+the images/s.
 
-On a CPU: channels_last, float32 or autocast to bfloat16, as many threads as cores allowed. On a GPU: channels_last,
+On a CPU: channels_last, float32 or autocast to bfloat16, one thread per usable core. On a GPU: channels_last,
 `torch.compile`, TF32 or autocast to bfloat16, fused optimizer.
 """
 
@@ -68,7 +69,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """The identity, or a 1x1 conv and BN where the block changes the shape."""
+    """Return the identity, or a 1x1 conv and BN if the block changes the shape."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
 
 
 def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer of `config.optim`, fused; the learning rate does not change the speed and stays."""
+    """Return the fused optimizer of `config.optim`, without a schedule, which does not change the speed."""
     kernels = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     decay = config["weight_decay"]
@@ -124,13 +125,13 @@ def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Opti
 
 
 def make_normalise(config: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What turns uint8 [B, H, W, 3] into normalised float32 [B, 3, H, W], channels_last as it is."""
+    """Return a function from uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W] in channels_last format."""
     mean, std = (torch.tensor(config["data"][name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
     return lambda images: (images.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
 
 
 def make_prediction(model: nn.Module, config: dict[str, Any], images: torch.Tensor) -> Any:
-    """What computes the logits of images uint8 [B, H, W, 3] as an array on the host, and returns nothing to wait for."""
+    """Return a function that computes the logits of uint8 [B, H, W, 3] images and copies them to the host."""
     normalise = make_normalise(config, images.device)
     bfloat16 = config["model"]["dtype"] == "bfloat16"
 
@@ -142,11 +143,11 @@ def make_prediction(model: nn.Module, config: dict[str, Any], images: torch.Tens
 
 
 def make_step(model: nn.Module, config: dict[str, Any], images: torch.Tensor, labels: torch.Tensor) -> Any:
-    """A training step on a batch that lies on the device.
+    """Return a training step on a batch in the device's memory.
 
     Args:
         model: on the device, channels_last.
-        config: a whole config.
+        config: the whole config.
         images: uint8 [B, H, W, 3].
         labels: int64 [B].
 
@@ -178,18 +179,18 @@ def make_step(model: nn.Module, config: dict[str, Any], images: torch.Tensor, la
 
 
 def wait(event: Any) -> None:
-    """Return once a dispatched step is done; on a CPU it is when `step` returns."""
+    """Wait for a dispatched step; on a CPU, it is already done."""
     if event is not None:
         event.synchronize()
 
 
 def main() -> None:
-    """Answer the lines of the standard input."""
+    """Answer the lines of standard input."""
     spec = json.loads(sys.stdin.readline())
     config, (height, width, _) = spec["config"], spec["image_shape"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(host.usable_cores())
-    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
+    torch.set_float32_matmul_precision("high")  # TF32, if the GPU supports it
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     model = ResNet(config["model"], spec["num_classes"]).to(device, memory_format=torch.channels_last)

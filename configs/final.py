@@ -1,7 +1,7 @@
 """The report's model and recipe on CIFAR-10.
 
-python launch.py --config configs/final.py          # 45,000 images to train on, 5,000 to choose the checkpoint by
-python launch.py --config configs/final.py:full     # all 50,000, and the last checkpoint
+python launch.py --config configs/final.py          # 45,000 training images, 5,000 to choose the checkpoint
+python launch.py --config configs/final.py:full     # all 50,000 training images, the last checkpoint
 python launch.py --config configs/final.py:smoke    # the same code path in a few steps of a tiny model, on digits
 """
 
@@ -9,30 +9,30 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The config; "report" is the report that the README names, by section."""
+    """Return the config; "report" in a comment is a section of the report that the README names."""
     if variant not in ("", "full", "smoke"):
         raise ValueError(f"final.py takes :full or :smoke, not :{variant}")
     config = ConfigDict()
-    config.seed = 0  # of the parameters, the order of the images and their augmentation
-    config.batch_size = 128  # images a step, over all devices; report 3b
+    config.seed = 0  # for the parameters, the order of the images and their augmentation
+    config.batch_size = 128  # images per step, over all devices; report 3b
     config.num_epochs = 50.0  # passes over the training images; report 3b
-    config.label_smoothing = 0.0  # share of the target spread over all classes; the report has none
-    config.eval_batch_size = 500  # images; changes nothing but speed and memory
-    config.eval_every_epochs = 1  # evaluate on validation, and save, each time this many epochs end
-    config.checkpoint_every_steps = 500  # save in between too; 0 for never
-    config.log_every_steps = 50  # a row of metrics.jsonl, the mean over these steps
-    config.abort_grad_norm = 1e4  # stop where the gradient's global norm is above this, as where it is nan; 0 for never
-    config.pipeline = "tf_data"  # from the host; or "device": images in the accelerator's memory, no TensorFlow
-    config.steps_per_call = 0  # of the device pipeline; 0 for 50 on accelerators, 1 on a CPU, which is slow in a loop
+    config.label_smoothing = 0.0  # share of the target spread over all classes; not in the report
+    config.eval_batch_size = 500  # images; changes only speed and memory
+    config.eval_every_epochs = 1  # epochs between evaluations on validation, each with a save
+    config.checkpoint_every_steps = 500  # also save every so many steps; 0 for never
+    config.log_every_steps = 50  # steps per row of metrics.jsonl, which holds their mean
+    config.abort_grad_norm = 1e4  # stop if the gradient's global norm is above this; 0 for no limit; nan always stops
+    config.pipeline = "tf_data"  # on the host; or "device": images in the accelerator's memory, no TensorFlow
+    config.steps_per_call = 0  # device pipeline only; 0 for 50 on accelerators and 1 on a CPU, where loops are slow
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR
     config.data.data_dir = ""  # TFDS's folder; "" for TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.cache_dir = ""  # decoded images; "" for the user's cache folder
-    config.data.image_size = 0  # pixels a side to scale and crop the source's images to; 0 as they are
-    config.data.num_threads = 0  # that TensorFlow may take; 0 for one for each core this process may use
+    config.data.image_size = 0  # pixels per side after scaling and cropping; 0 to keep the size
+    config.data.num_threads = 0  # threads of TensorFlow; 0 for one per usable core
     config.data.validation_ratio = 0.0 if variant == "full" else 0.1  # of the training images; report 3b
-    config.data.split_seed = 0  # of the validation split, so that runs of several seeds share it
+    config.data.split_seed = 0  # for the validation split, which is the same for all values of `seed`
     config.data.mean = (
         0.4914,
         0.4822,
@@ -58,17 +58,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.batch_norm_epsilon = 1e-5  # PyTorch's default
     config.model.dtype = "float32"  # of the computation; "bfloat16" for accelerators
     config.model.param_dtype = "float32"  # of the parameters
-    config.model.max_params = 5_000_000  # a larger model is refused; 0 for no limit; report 2e
+    config.model.max_params = 5_000_000  # larger models are refused; 0 for no limit; report 2e
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # report 2b
-    config.optim.learning_rate = 0.01  # the schedule's highest; report 3b
+    config.optim.learning_rate = 0.01  # highest value of the schedule; report 3b
     config.optim.b1 = 0.9  # decay of the first moment; report 2b
     config.optim.b2 = 0.999  # of the second; report 2b
     config.optim.eps = 1e-8  # report 2b
     config.optim.weight_decay = 0.001  # decoupled; report 3b
-    config.optim.decay_mask = "all"  # or "kernels", which spares biases and batch norm; authors' notebook
-    config.optim.max_grad_norm = 0.0  # clip the gradient's global norm to this; 0 for not; the report does not
+    config.optim.decay_mask = "all"  # or "kernels": no decay of biases and batch norm; authors' notebook
+    config.optim.max_grad_norm = 0.0  # clip the gradient's global norm to this; 0 for no clipping, as in the report
 
     config.schedule = ConfigDict()
     config.schedule.name = "warmup_cosine"  # report 2d

@@ -1,17 +1,17 @@
-"""The report's comparisons on a CPU: its shape with a quarter of its channels, images of 16x16 pixels, a fifth of the epochs.
+"""The report's comparisons on a CPU: a quarter of the channels, images of 16x16 pixels, a fifth of the epochs.
 
-python launch.py --config configs/narrow.py:adamw          # or sgd; adamw_plain, sgd_plain without augmentation
+python launch.py --config configs/narrow.py:adamw    # or sgd; adamw_plain and sgd_plain have no augmentation
 """
 
 from ml_collections import ConfigDict
 
 from configs import final, sgd
 
-_SHARE = 10 / 50  # of the report's epochs; its schedules are shortened alike
+_SHARE = 10 / 50  # of the report's epochs and schedules
 
 
 def get_config(variant: str = "adamw") -> ConfigDict:
-    """The config; what is not here is as in `final.py` or `sgd.py`."""
+    """Return the config; fields that are not set here are as in `final.py` or `sgd.py`."""
     if variant not in ("adamw", "adamw_plain", "sgd", "sgd_plain"):
         raise ValueError(f"narrow.py takes :adamw, :adamw_plain, :sgd or :sgd_plain, not :{variant}")
     optimizer, _, plain = variant.partition("_")

@@ -9,7 +9,7 @@ from configs import final
 
 
 def get_config() -> ConfigDict:
-    """The config; what is not here is as in `final.py`."""
+    """Return the config; fields that are not set here are as in `final.py`."""
     config = final.get_config()
     config.batch_size = 64
     config.num_epochs = 30.0

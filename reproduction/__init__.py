@@ -1,1 +1,1 @@
-"""What is about the one report that this project reimplements: its claims, its runs, its tables."""
+"""The reproduction of the report that this project reimplements: its claims, runs and tables."""

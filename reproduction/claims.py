@@ -47,7 +47,7 @@ def _is_reports_model(config: dict[str, Any]) -> bool:
 
 
 def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) -> Claim:
-    """The claim that the report's own model reaches an accuracy."""
+    """Check the claim that the report's own model reaches an accuracy."""
     if not groups:
         return Claim(claim, "-", f"needs a run of {wanted}", _NOT_MEASURED)
     (group, *_) = groups
@@ -58,12 +58,12 @@ def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) 
 
 
 def _optimizers(groups: Sequence[Group]) -> list[Claim]:
-    """The claim that AdamW is better than SGD, for each pair of groups that differ in nothing else."""
+    """Check the claim that AdamW is better than SGD, for each pair of groups that differ in nothing else."""
     claim = "AdamW's test accuracy is above SGD's: 95.8 % and 94.7 % (figures 1 and 2)"
     pairs = report.optimizer_pairs(groups)
     if not pairs:
         return [Claim(claim, "-", "needs two configs that differ only in the optimizer", _NOT_MEASURED)]
-    found = []
+    claims = []
     for sgd, adamw in pairs:
         values = [group.values("test_accuracy") for group in (sgd, adamw)]
         measured = f"AdamW {statistics.mean_and_spread(values[1])}, SGD {statistics.mean_and_spread(values[0])}"
@@ -74,12 +74,12 @@ def _optimizers(groups: Sequence[Group]) -> list[Claim]:
             measured += f"; AdamW {difference:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"
             verdict = "holds in this protocol" if low > 0 else "does not hold: SGD is better in this protocol"
             verdict = verdict if low > 0 or high < 0 else "undecided: the difference is not significant"
-        found.append(Claim(claim, measured, f"{_seeds(adamw)}; {_seeds(sgd)}", verdict))
-    return found
+        claims.append(Claim(claim, measured, f"{_seeds(adamw)}; {_seeds(sgd)}", verdict))
+    return claims
 
 
 def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
-    """The claims about size and speed, from the output of `reproduction.reproduce resnet18`."""
+    """Check the claims about size and speed, from the output of `reproduction.reproduce resnet18`."""
     texts = (
         "Fewer than 5 M parameters",
         "26 % fewer parameters than a ResNet-18 adapted for CIFAR-10",
@@ -126,7 +126,7 @@ def _resnet18(comparison: dict[str, Any] | None) -> list[Claim]:
 
 
 def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Claim]:
-    """The report's claims, each with what these runs and the comparison with ResNet-18 measured.
+    """Compare the report's claims with the runs and the comparison with ResNet-18.
 
     Args:
         groups: the runs.

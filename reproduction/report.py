@@ -1,8 +1,8 @@
-"""The page of the runs in results/, compared with the claims of the report that this project reimplements.
+"""Write the page of the runs in results/, with the claims of the report that this project reimplements.
 
     python -m reproduction.report RUN [RUN ...] --output DIR [--resnet18 FILE]
 
-It is the page of `resnet_jax.reporting.report` with a table of claims, and with the report's number of each figure.
+It is the page of `resnet_jax.reporting.report` with a table of claims and the report's numbers of the figures.
 `make report` builds it.
 """
 
@@ -18,7 +18,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages, report
 from resnet_jax.runs import files
 
-NOTES = {  # which figures of the report the page repeats
+NOTES = {  # the figures of the report that the page shows again
     "optimizers": "The report's figures 1 and 2.",
     "learning_rate": "The report's figure 3.",
     "loss": "The report's figure 4.",
@@ -28,22 +28,24 @@ NOTES = {  # which figures of the report the page repeats
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     parser = ArgumentParser("python -m reproduction.report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the page to")
-    parser.add_argument("--resnet18", type=Path, metavar="FILE", help="what `reproduction.reproduce resnet18` wrote")
+    parser.add_argument("--resnet18", type=Path, metavar="FILE", help="output of `reproduction.reproduce resnet18`")
     arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folders
     pages.check_output(arguments.output)
     comparison = None
     if arguments.resnet18:
-        hint = "give what python -m reproduction.reproduce resnet18 wrote"
+        hint = "give the output of python -m reproduction.reproduce resnet18"
         comparison = files.read_json(arguments.resnet18, hint=hint)
         try:
             claims.table([], comparison)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--resnet18 {arguments.resnet18} is something else ({error!r}): {hint}") from error
+            raise UserError(
+                f"--resnet18 {arguments.resnet18} is not a comparison with ResNet-18 ({error!r}): {hint}"
+            ) from error
     runs = [report.read_run(path) for path in arguments.runs]
     report.build(runs, arguments.output, partial(claims.table, comparison=comparison), NOTES)
     print(arguments.output / "index.html")

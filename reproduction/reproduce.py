@@ -1,20 +1,20 @@
 r"""Measure the report's figures again and write results/*.json: `python -m reproduction.reproduce [PART ...]`.
 
-On a GPU all of these, in bfloat16 where nothing else is said, with the data on the device:
+On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the data on the device:
 
-    final         configs/final.py, a run a seed                         -> final-<gpu>-seed<seed>.json
+    final         configs/final.py, one run per seed                         -> final-<gpu>-seed<seed>.json
     final_f32     the same in float32, the first seed                    -> final-f32-<gpu>.json
-    sgd           configs/sgd.py, a run a seed                           -> sgd-<gpu>-seed<seed>.json
+    sgd           configs/sgd.py, one run per seed                           -> sgd-<gpu>-seed<seed>.json
     autoaugment   final.py:full with AutoAugment, the first seed         -> final-autoaugment-<gpu>.json
     step          the train step over batch sizes, against PyTorch       -> step-<gpu>.json
-    resnet18      ResNet-18 beside the model                             -> resnet18-<gpu>.json
+    resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
-On a CPU, where those take days, resnet18 in float32, and
+On a CPU, where those take days, it runs resnet18 in float32, and
 
-    narrow        configs/narrow.py: SGD, AdamW, each also plain; a run a seed -> cpu-narrow-<variant>-seed<seed>.json
+    narrow        configs/narrow.py: SGD, AdamW, each also plain; one run per seed -> cpu-narrow-<variant>-seed<seed>.json
 
-Each part can be started again: a run goes on where it was, and batch sizes join those that are in the file. The first run
-compiles, unless the compilation cache is warm; the others load what it compiled. On a CPU, to see that a GPU's parts work:
+Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the
+compilation cache is warm; the others use the cache. To test the GPU's parts on a CPU:
 
     JAX_PLATFORMS=cpu python -m reproduction.reproduce final step --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
         --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results
@@ -41,14 +41,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: object) -> None:
-    """Run a Python command in the repository's folder; where it fails this ends too, with its exit code."""
+    """Run a Python command in the repository's folder; if it fails, exit with its exit code."""
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if code:
         sys.exit(code)
 
 
 def benchmark(*flags: object) -> dict[str, Any]:
-    """The result of a benchmark."""
+    """Run a benchmark and return its result."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
         run("-m", "resnet_jax", "benchmark", *flags, f"--output={output}")
@@ -56,7 +56,7 @@ def benchmark(*flags: object) -> dict[str, Any]:
 
 
 def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype: str | None = None) -> list[str]:
-    """The flags of a config on this machine."""
+    """Return the flags of a config on this machine."""
     return [
         f"--config={config or arguments.config}",
         f"--config.data.name={arguments.data}",
@@ -66,22 +66,22 @@ def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype
 
 
 def result_path(arguments: argparse.Namespace, part: str, environment: dict[str, Any], suffix: str = "") -> Path:
-    """Where a result goes: the GPU is named as its kind does, "NVIDIA H100 80GB HBM3" -> h100."""
+    """Return the path of a result, with a short name of the device: "NVIDIA H100 80GB HBM3" -> h100."""
     kind = environment["devices"][0]
     gpu = re.search(r"\b[A-Z]{1,3}\d+\w*", kind)
     return arguments.results / f"{part}-{(gpu[0] if gpu else kind.split()[-1]).lower()}{suffix}.json"
 
 
 def check_machine(results: Path) -> str:
-    """Refuse, before anything is measured, a Python without the packages, and results that could not be written.
+    """Check, before anything is measured, that the packages are installed and the results can be written.
 
     Returns:
         JAX's backend.
     """
     probe = "import resnet_jax.setup, resnet_jax.reporting.report, jax; print(jax.default_backend())"
-    found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    if found.returncode:
-        reason = (found.stderr.splitlines() or ["it ended"])[-1]
+    probed = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    if probed.returncode:
+        reason = (probed.stderr.splitlines() or ["it ended"])[-1]
         raise UserError(
             f"{sys.executable}: {reason}: run pip install -e '.[cuda]' there, or give make GPU_PYTHON=PYTHON"
         )
@@ -89,17 +89,17 @@ def check_machine(results: Path) -> str:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: {error.strerror}: give a folder that can be written") from error
-    return found.stdout.split()[-1]
+    return probed.stdout.split()[-1]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, and say where."""
+    """Write a result and print its path."""
     files.write_json(path, result)
     print(path, flush=True)
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
-    """Train a run, or go on with it, and return its summary."""
+    """Train or resume a run, and return its summary."""
     directory = (arguments.runs / f"{name}-seed{seed}").absolute()
     epochs = [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
     run("launch.py", *flags, f"--config.seed={seed}", *epochs, f"--workdir={directory}")
@@ -110,7 +110,7 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
 
 
 def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False) -> None:
-    """Train with each seed, or the first alone; to what each run says of itself, add its speed."""
+    """Train with each seed, or only the first, and add the speed to each summary."""
     flops = None
     for seed in arguments.seeds[:1] if one_seed else arguments.seeds:
         result = train(arguments, name, seed, flags)
@@ -119,7 +119,7 @@ def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str],
             flops = case["train_flops_per_image"]
         speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
         if not speeds:
-            raise UserError(f"{name}: too short a run to log its speed: give more --epochs")
+            raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
         speed = statistics.median(speeds)
         result |= {
             "seconds_after_startup": result["seconds"] - result["startup_seconds"],
@@ -132,12 +132,12 @@ def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str],
 
 
 def final(arguments: argparse.Namespace) -> None:
-    """The report's model and recipe."""
+    """Train the report's model with its recipe."""
     train_with_speed(arguments, "final", config_flags(arguments))
 
 
 def final_f32(arguments: argparse.Namespace) -> None:
-    """The same in float32, to see what bfloat16 costs."""
+    """Train the same in float32, to compare with bfloat16."""
     train_with_speed(arguments, "final-f32", config_flags(arguments, dtype="float32"), one_seed=True)
 
 
@@ -147,13 +147,13 @@ def sgd(arguments: argparse.Namespace) -> None:
 
 
 def autoaugment(arguments: argparse.Namespace) -> None:
-    """The authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
+    """Train as in the authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
     flags = [*config_flags(arguments, "configs/final.py:full"), "--config.augment.policy=cifar10"]
     train_with_speed(arguments, "final-autoaugment", flags, one_seed=True)
 
 
 def narrow(arguments: argparse.Namespace) -> None:
-    """The comparisons of optimizer and augmentation that a CPU can make."""
+    """Train the comparisons of optimizers and augmentation that are feasible on a CPU."""
     size = ["--config.data.image_size=0"] * (arguments.data == "digits")  # already small
     for seed in arguments.seeds:
         for variant in ("adamw", "sgd", "adamw_plain", "sgd_plain"):
@@ -162,27 +162,27 @@ def narrow(arguments: argparse.Namespace) -> None:
             write(arguments.results / f"cpu-narrow-{variant}-seed{seed}.json", summary)
 
 
-def of_what(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What cases must share to stand in one result."""
+def setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what all cases of one result have in common: config, commit and versions."""
     return result["config"], result["environment"]["git"], result["environment"]["versions"]
 
 
 def step(arguments: argparse.Namespace) -> None:
-    """Time the train step at each batch size; a result is written after each, with the others of the same config and commit."""
+    """Time the train step at each batch size; add each to the result of the same config and commit."""
     for batch_size in arguments.batch_sizes:
         flags = ["--only=train_step", f"--batch-sizes={batch_size}", f"--seconds={arguments.seconds}"]
         result = benchmark(*config_flags(arguments), *flags, *["--against-torch"] * arguments.torch)
         path = result_path(arguments, "step", result["environment"])
         before = json.loads(path.read_text()) if path.exists() else result
-        if of_what(before) != of_what(result):
+        if setting(before) != setting(result):
             before = result
-            print(f"{path} was of another config or commit: begun anew")
+            print(f"{path} has another config or commit: overwriting it")
         others = [case for case in before["cases"] if case["batch_size"] != batch_size]
         write(path, result | {"cases": sorted(others + result["cases"], key=lambda case: case["batch_size"])})
 
 
 def resnet18(arguments: argparse.Namespace) -> None:
-    """Compare the model with ResNet-18: parameters, operations, seconds an epoch; they take turns, a round each."""
+    """Compare the model with ResNet-18, alternately: parameters, operations, seconds per epoch."""
     network = [f"--config.model.channel_list={tuple(arguments.channels)}", "--config.model.block_list=(2,2,2,2)"]
     flags = [*config_flags(arguments), "--only=end_to_end", "--repeats=1", f"--seconds={arguments.seconds}"]
     flags_of = {"final": flags, "resnet18": [*flags, *network, "--config.model.max_params=0"]}
@@ -208,34 +208,42 @@ def resnet18(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, step, resnet18)}
     on_cpu = {part.__name__: part for part in (narrow, resnet18)}
     parser = ArgumentParser("python -m reproduction.reproduce", __doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="all that this machine can do, if none is given")
-    parser.add_argument("--config", default="configs/final.py", help="what final, step and resnet18 measure")
-    parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz where that file is, else cifar10)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="what to measure (default: everything that this machine can measure)"
+    )
+    parser.add_argument(
+        "--config", default="configs/final.py", help="config of final, step and resnet18 (default: configs/final.py)"
+    )
+    parser.add_argument("--data", help="config.data.name (default: npz:cifar10.npz if that file exists, else cifar10)")
     parser.add_argument("--dtype", help="config.model.dtype (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--epochs", type=float, help="of each run (default: its config's)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    parser.add_argument("--epochs", type=float, help="epochs of each run (default: as in its config)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of the benchmark")
-    parser.add_argument("--rounds", type=int, default=5, help="of resnet18")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of resnet18 (default: 5)")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
-    parser.add_argument("--peak-tflops", type=float, default=790.0, help="of a bfloat16 matrix product on this GPU")
-    parser.add_argument("--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="of ResNet-18's stages")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=790.0, help="peak of a bfloat16 matrix product on this GPU (default: 790)"
+    )
+    parser.add_argument(
+        "--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="channels of ResNet-18's stages"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args(argv)
     known = on_cpu | on_gpu
     for part in arguments.parts:
         if part not in known:
-            raise UserError(f"there is no part {part!r}: give some of {', '.join(known)}")
+            raise UserError(f"unknown PART {part!r}: choose from {', '.join(known)}")
     backend = check_machine(arguments.results)
     only_gpu = [part for part in arguments.parts if part not in on_cpu]
     if backend == "cpu" and only_gpu and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise UserError(
-            f"JAX finds no GPU, which {only_gpu[0]} needs: install jax[cuda], or set JAX_PLATFORMS=cpu to see that it works"
+            f"{only_gpu[0]} needs a GPU, but JAX finds none: install jax[cuda], or set JAX_PLATFORMS=cpu to test it on a CPU"
         )
     arguments.data = arguments.data or ("npz:cifar10.npz" if (ROOT / "cifar10.npz").exists() else "cifar10")
     arguments.dtype = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")

@@ -25,12 +25,12 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
     """Train a run, or resume it, and evaluate its best checkpoint on the test split.
 
     Args:
-        config: of the run, as a file in `configs/` returns it.
-        workdir: folder of the run, made if it does not exist.
-        max_seconds: stop after this time, with the state saved.
+        config: the config, as a file in `configs/` returns it.
+        workdir: folder of the run, created if it does not exist.
+        max_seconds: save the state and stop after this time.
 
     Returns:
-        The result, as `result.json` holds it.
+        The result, as in `result.json`.
 
     Raises:
         resnet_jax.errors.UserError: if the config, the data or the folder does not allow the run.
@@ -47,7 +47,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `Model` when they are first used: JAX takes seconds, and a command line shows mistakes at once."""
+    """Import `load` and `Model` at their first use: importing JAX takes seconds, and mistakes show at once."""
     if name not in ("Model", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from resnet_jax.inference import trained_model

@@ -1,7 +1,7 @@
-"""What a config holds: every field with its type and range, checked before anything is built.
+"""The fields of a config, with their types and ranges, which are checked before anything is built.
 
 A config is an `ml_collections.ConfigDict` that a file in `configs/` returns. `FIELDS` is the reference of its fields;
-those of `OPTIMIZER_FIELDS` and `SCHEDULE_FIELDS` are there for the optimizer and the schedule that the config names.
+`OPTIMIZER_FIELDS` and `SCHEDULE_FIELDS` are the fields of each optimizer and schedule that the config can name.
 This module imports neither JAX nor TensorFlow, so a mistake in a config shows within a second.
 """
 
@@ -17,7 +17,7 @@ from resnet_jax.errors import UserError
 
 
 class Field(NamedTuple):
-    """A field's type, the values it accepts, and the words for them."""
+    """A field's type, the values it accepts, and their description."""
 
     type: type
     accepts: Callable[[Any], bool]
@@ -25,27 +25,27 @@ class Field(NamedTuple):
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Field:
-    """A whole number in a range."""
+    """Return a field for a whole number in a range."""
     return Field(int, lambda v: low <= v <= high, f"a whole number from {low} to {high}")
 
 
 def is_finite(value: float) -> bool:
     """Whether a number is neither infinite nor nan."""
-    return abs(value) <= sys.float_info.max  # also of a whole number too large for a float, and of nan
+    return abs(value) <= sys.float_info.max  # correct for nan, and for integers too large for a float
 
 
 def number(words: str, accepts: Callable[[float], bool]) -> Field:
-    """A finite number that `accepts` allows, as `words` says."""
+    """Return a field for a finite number that `accepts` allows and `words` describes."""
     return Field(float, lambda v: is_finite(v) and accepts(v), words)
 
 
 def choice(*names: str) -> Field:
-    """One of some names."""
+    """Return a field for one of several names."""
     return Field(str, lambda v: v in names, "one of " + ", ".join(map(repr, names)))
 
 
 def integers(low: int) -> Field:
-    """A tuple of whole numbers, each at least `low`."""
+    """Return a field for a tuple of whole numbers, each at least `low`."""
     return Field(
         tuple,
         lambda v: len(v) > 0 and all(type(x) is int and low <= x <= 2**16 for x in v),
@@ -128,7 +128,7 @@ ALL_FIELDS = FIELDS | {
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
+    """Flatten a config: `{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, (ConfigDict, dict)) and len(value)
@@ -137,14 +137,14 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
 
 
 def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProxyType({})) -> None:
-    """Check every field of a config: that it is known, there, of its type and in its range.
+    """Check that every field of a config is known, present, of its type and in its range.
 
     Args:
-        config: to check.
-        extra_fields: that a tool's configs have besides a run's.
+        config: the config.
+        extra_fields: additional fields of a tool's configs.
 
     Raises:
-        UserError: naming the first field that is not, its value, and what it must be.
+        UserError: if a field is wrong; the message names it, its value, and the accepted values.
     """
     values = flatten(config)
     fields = always = FIELDS | dict(extra_fields)
@@ -166,12 +166,12 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
 
 
 def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
-    """Refuse a name that is not among the fields, suggesting the nearest that is."""
+    """Refuse a name that is not a field, and suggest the most similar field."""
     if name not in fields:
         section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
         near = difflib.get_close_matches(name, fields, 1)
         if name.startswith("search.") and not any(field.startswith("search.") for field in fields):
-            raise UserError(f"config.{name} is a field of searches: run python -m resnet_jax search with this config")
+            raise UserError(f"config.{name} is only for searches: use this config with python -m resnet_jax search")
         hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"
         raise UserError(f"config.{name} is not a field that this config uses: {hint}")
 
@@ -187,7 +187,7 @@ def _check_together(config: ConfigDict) -> None:
     if len(channels) != len(blocks):
         raise UserError(
             f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: "
-            "give both one entry a stage"
+            "give both one entry per stage"
         )
     warmup = config.schedule.get("warmup_epochs", 0.0)
     if warmup >= config.num_epochs:
@@ -198,15 +198,15 @@ def _check_together(config: ConfigDict) -> None:
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:
-    """Refuse a batch that does not divide over the devices, naming the nearest ones that do."""
+    """Refuse a batch size that is not a multiple of the number of devices, and suggest the nearest multiples."""
     if batch_size % devices:
         below = batch_size // devices * devices
         nearest = " or ".join(str(size) for size in (below, below + devices) if size)
-        raise UserError(f"config.batch_size {batch_size} does not divide over {devices} devices: set it to {nearest}")
+        raise UserError(f"config.batch_size {batch_size} is not divisible by {devices} devices: set it to {nearest}")
 
 
 def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a config with other values of some fields: {"model.dtype": "bfloat16"}."""
+    """Return a copy of a config with new values for some fields, such as {"model.dtype": "bfloat16"}."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(fields)
     return copy

@@ -14,7 +14,7 @@ from resnet_jax.train_state import TrainState
 
 
 class Evaluation(NamedTuple):
-    """What a network scores on a split of N images.
+    """The metrics of a network on a split of N images.
 
     Attributes:
         loss: the mean cross-entropy.
@@ -41,11 +41,11 @@ def evaluate(
 
     Args:
         eval_step: from `steps.jit_eval_step`.
-        state: reads `params` and `batch_stats`.
+        state: only `params` and `batch_stats` are read.
         split: the examples.
-        batch_size: of the global batch; reduced to the size of the split, then rounded up to a multiple of the devices.
-        mesh: of `eval_step`.
-        before_batch: called before each batch, when the one before is done; what it raises ends the evaluation.
+        batch_size: size of the global batch; at most the size of the split, rounded up to a multiple of the devices.
+        mesh: the mesh of `eval_step`.
+        before_batch: called before each batch, once the previous one is done; an exception ends the evaluation.
     """
     batch_size = -(-min(batch_size, len(split.labels)) // mesh.size) * mesh.size
     batches = pipelines.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
@@ -59,6 +59,6 @@ def evaluate(
     confusion = np.stack(confusions).astype(np.int64).sum(axis=0)
     count = int(confusion.sum())
     if count != len(split.labels):
-        raise RuntimeError(f"evaluated {count} images of {len(split.labels)}")
+        raise RuntimeError(f"evaluated {count} of {len(split.labels)} images")
     loss = float(np.sum(losses, dtype=np.float64)) / count
     return Evaluation(loss, int(np.trace(confusion)) / count, confusion, np.concatenate(logits)[:count])

@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al., arXiv:1512.03385), in Flax linen.
 
-`ResNet` takes its stages as two lists: channels and number of blocks. The report's model is `final`. Images are
+`ResNet` describes its stages by two lists, channels and numbers of blocks. The report's model is `final`. Images are
 `[B, H, W, C]`; batch norm normalises over the global batch when the step is jitted over a sharded batch.
 """
 
@@ -59,7 +59,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _shortcut(block: Any, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The identity, or a 1x1 conv and BN where the block changes the shape (He et al., section 3.3, option B)."""
+    """Apply the identity, or a 1x1 conv and BN if the block changes the shape (He et al., section 3.3, option B)."""
     if x.shape == shape:
         return x
     x = block.conv(shape[-1], (1, 1), block.stride, name="shortcut_conv")(x)
@@ -74,16 +74,16 @@ class ResNet(nn.Module):
 
     Attributes:
         num_classes: size of the output.
-        channel_list: channels of each stage; with bottleneck blocks a stage puts out four times as many.
-        block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. The first
-            block of every stage but the first has stride 2.
+        channel_list: channels of each stage; with bottleneck blocks, a stage outputs four times as many.
+        block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. In all stages
+            but the first, the first block has stride 2.
         block: `BasicBlock` or `BottleneckBlock`.
         stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
-        dtype: of the computation up to the last stage; pooling, classifier and logits are float32 where it is bfloat16.
-        param_dtype: of the parameters.
-        conv_general_dilated: computes the convolutions; `jax.lax.conv_general_dilated` or one that equals it.
+        dtype: dtype of the computation up to the last stage; with bfloat16, pooling, classifier and logits are float32.
+        param_dtype: dtype of the parameters.
+        conv_general_dilated: computes the convolutions; `jax.lax.conv_general_dilated` or an equivalent function.
     """
 
     num_classes: int
@@ -103,8 +103,8 @@ class ResNet(nn.Module):
 
         Args:
             x: [B, H, W, C] normalised images, any float dtype.
-            train: normalise with the batch's statistics and update the running ones (`batch_stats` mutable), instead
-                of using the running ones.
+            train: normalise with the statistics of the batch and update the running ones (`batch_stats` mutable), or
+                normalise with the running ones.
 
         Returns:
             [B, num_classes] float32 logits.
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 x = self.block(channels, stride, conv, norm, name=f"stage{i + 1}_block{j + 1}")(x)
-        at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work: bfloat16 would only lose digits
+        at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work, so bfloat16 would only lose digits
         x = jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
         classifier = nn.Dense(self.num_classes, dtype=at_least_float32, param_dtype=self.param_dtype, name="classifier")
         return classifier(x).astype(jnp.float32)
@@ -157,7 +157,7 @@ def from_config(
     num_classes: int,
     conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
 ) -> ResNet:
-    """The network that `config.model` describes; its convolutions are XLA's unless others are given."""
+    """Build the network that `config.model` describes, by default with XLA's convolution."""
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(config.channel_list),

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
-    """The learning rate as a function of the number of steps done, evaluated at every step.
+    """Return the learning rate as a function of the number of steps done; it changes at every step.
 
     With t = step / steps_per_epoch, in epochs:
 
@@ -16,7 +16,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     - "step": eta * decay_factor ** floor(t / decay_every_epochs).
 
     Args:
-        config: a whole config; reads `optim.learning_rate`, `num_epochs` and `schedule`.
+        config: the whole config; reads `optim.learning_rate`, `num_epochs` and `schedule`.
         steps_per_epoch: examples / batch size, not rounded.
     """
     eta, schedule = config.optim.learning_rate, config.schedule
@@ -38,14 +38,14 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer that `config.optim` describes, with its schedule.
+    """Build the optimizer that `config.optim` describes, with its schedule.
 
     - "adamw" (arXiv:1711.05101): theta -= eta_t * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta).
-    - "sgd" as `torch.optim.SGD`: g += weight_decay * theta (coupled L2); the buffer is g at the first step and then
-      momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
+    - "sgd", as in `torch.optim.SGD`: g += weight_decay * theta (coupled L2); the buffer is g at the first step and
+      later momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
 
-    `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" keeps the decay off biases and
-    batch-norm parameters; "all" decays every parameter, as the report does.
+    `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
+    batch-norm parameters; "all" decays every parameter, as in the report.
     """
     optim = config.optim
     mask = _kernels if optim.decay_mask == "kernels" else None
@@ -54,7 +54,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if optim.name == "adamw":
         update = optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay)
     else:
-        # optax.trace has no dampening: scaling every gradient but the first before it gives PyTorch's buffer.
+        # optax.trace has no dampening. Scaling all gradients but the first gives the same buffer as PyTorch.
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
         update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
     return optax.chain(clip, update, optax.scale_by_learning_rate(schedule))

@@ -1,4 +1,4 @@
-"""What training and evaluation both start from: the data, the mesh and the state of step 0."""
+"""Set up training and evaluation: load the data, make the mesh and the state of step 0."""
 
 import json
 import math
@@ -23,14 +23,14 @@ class Setup(NamedTuple):
     """A run's data, devices and initial state.
 
     Attributes:
-        dataset: all of it.
-        train: the part of `dataset.train` that is trained on.
-        validation: the rest of it, possibly empty.
+        dataset: the whole data set.
+        train: the part of `dataset.train` for training.
+        validation: the rest of `dataset.train`, possibly empty.
         mesh: the devices, on the axis "data".
-        state: of step 0.
+        state: the state of step 0.
         steps_per_epoch: len(train) / batch_size, not rounded.
         total_steps: ceil(num_epochs * len(train) / batch_size).
-        meta: kept with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
+        meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 
     dataset: datasets.Dataset
@@ -47,11 +47,11 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     """Load the data, check the config against data and devices, and build the initial state.
 
     Args:
-        config: of the run.
+        config: the run's config.
         num_devices: how many devices to use; all of them if None.
 
     Raises:
-        UserError: if the data or the devices are missing, the batch does not divide over the devices, or the model has
+        UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
             more parameters than `config.model.max_params`.
     """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla")
@@ -69,13 +69,13 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:
-        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps, and 2**31 - 1 is the limit")
+        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce them below 2**31")
     image_shape = train.images.shape[1:]
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
     _check_budget(train_state.num_params(traced.out_info.params), config.model.max_params)
     waiting("initialising the network", quiet=not first)
-    state = traced.lower().compile()()  # one program, which the compilation cache keeps, instead of one an array
+    state = traced.lower().compile()()  # one program in the compilation cache, instead of one per array
     meta = {
         "config": stored_config.to_json(config),
         "fingerprint": dataset.fingerprint,
@@ -86,7 +86,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
 
 
 def _check_budget(num_params: int, max_params: int) -> None:
-    """Refuse a model that is over its budget; 0 is no budget."""
+    """Refuse a model with more than `max_params` parameters; 0 means no limit."""
     if max_params and num_params > max_params:
         raise UserError(
             f"the model has {num_params:,} parameters, but config.model.max_params allows {max_params:,}: make "
@@ -95,7 +95,7 @@ def _check_budget(num_params: int, max_params: int) -> None:
 
 
 def describe_model(params: Any, max_params: int, table: bool) -> str:
-    """The number of parameters in a line, below a table of all of them if asked for."""
+    """Describe the number of parameters in one line, after a table of all parameters if `table`."""
     budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
     line = f"{train_state.num_params(params):,} trainable parameters{budget}"
     return parameter_overview.get_parameter_overview(params, include_stats=False) + "\n" + line if table else line

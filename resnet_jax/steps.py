@@ -1,7 +1,7 @@
-"""What runs on the devices: a step of training, several of them with the augmentation, and a batch of evaluation.
+"""The functions that run on the devices: a training step, several steps with augmentation, and an evaluation step.
 
-All are pure, take uint8 images and are jitted over a mesh on whose axis "data" the batch is sharded; the statistics of
-batch norm, the loss and the gradient are those of the global batch.
+All are pure, take uint8 images and are jitted for a mesh, whose axis "data" shards the batch. Batch norm's statistics,
+the loss and the gradient are those of the global batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,15 +24,15 @@ BuildBatch = Callable[[Batch, Batch], Batch]
 
 
 def normalize(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 (x / 255 - mean) / std, with `config.data`'s mean and std of each channel."""
+    """Convert uint8 [B, H, W, 3] to float32 (x / 255 - mean) / std, with the mean and std of `config.data`."""
     mean, std = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (config.mean, config.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Each example's loss: float32 [B, num_classes], int32 [B] -> float32 [B].
+    """Return the loss of each example: float32 [B, num_classes], int32 [B] -> float32 [B].
 
-    Smoothing spreads that share of the target over all classes (arXiv:1512.00567, section 7).
+    `label_smoothing` is the share of the target that is spread over all classes (arXiv:1512.00567, section 7).
     """
     if label_smoothing == 0.0:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -43,7 +43,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 def loss_and_gradient(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
-    """The mean loss of a batch and its gradient: ((loss [], (logits [B, num_classes], batch_stats after)), gradient)."""
+    """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss."""
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         logits, updates = state.apply_fn(
@@ -59,11 +59,11 @@ def loss_and_gradient(
 
 
 class StepMetrics(NamedTuple):
-    """What a training step reports.
+    """The metrics of a training step.
 
     Attributes:
-        means: over the steps since the last row of `metrics.jsonl`.
-        rejected: bool [], whether the step was not taken.
+        means: means over the steps since the last row of `metrics.jsonl`.
+        rejected: bool [], whether the step was rejected.
     """
 
     means: TrainMetrics
@@ -71,14 +71,14 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, StepMetrics]:
-    """One step of training.
+    """Take a training step.
 
     A step is rejected if its loss is not finite, or if its gradient's norm is not finite or is above
-    `config.abort_grad_norm`. The state then stays as it was, with `failed` set, and every later step is rejected too,
-    until the host looks at `StepMetrics.rejected`.
+    `config.abort_grad_norm`. The state then does not change, except that `failed` is set. Every later step is rejected
+    too, until the host reads `StepMetrics.rejected`.
 
     Args:
-        state: before the step.
+        state: the state before the step.
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
         config: the whole config; static.
     """
@@ -99,42 +99,42 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
         opt_state=opt_state,
         metrics=since_row,
     )
-    taken = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))
-    state = jax.tree.map(partial(jnp.where, taken), after, state).replace(failed=~taken)
-    return state, StepMetrics(since_row, ~taken)
+    accepted = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))
+    state = jax.tree.map(partial(jnp.where, accepted), after, state).replace(failed=~accepted)
+    return state, StepMetrics(since_row, ~accepted)
 
 
 def train_steps(
     state: TrainState, data: Batch, draws: Batch, *, config: ConfigDict, build_batch: BuildBatch
 ) -> tuple[TrainState, StepMetrics]:
-    """Several steps of training on data that lie on the devices.
+    """Take several training steps on data in the memory of the devices.
 
     Args:
-        state: before the first step.
-        data: all examples that are trained on: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}.
+        state: the state before the first step.
+        data: all training examples: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}.
         draws: from `pipelines.train_draws`, each [steps, B, ...].
-        config: a whole config; static.
-        build_batch: makes the batch of a step of `data` and its draws.
+        config: the whole config; static.
+        build_batch: makes the batch of a step from `data` and the step's draws.
 
     Returns:
-        The state after the last step, and what `train_step` returns of each, stacked [steps].
+        The state after the last step, and the metrics of each step, stacked [steps].
     """
 
     def one_step(state: TrainState, draws: Batch) -> tuple[TrainState, StepMetrics]:
         return train_step(state, build_batch(data, draws), config=config)
 
-    if len(draws["indices"]) == 1:  # without a loop, in which XLA compiles convolutions 20 times slower for a CPU
+    if len(draws["indices"]) == 1:  # no loop: on a CPU, XLA's convolutions are 20 times slower in one
         state, metrics = one_step(state, jax.tree.map(lambda drawn: drawn[0], draws))
         return state, jax.tree.map(lambda value: value[None], metrics)
     return jax.lax.scan(one_step, state, draws)
 
 
 class EvalMetrics(NamedTuple):
-    """What a batch of evaluation reports.
+    """The metrics of an evaluation step.
 
     Attributes:
-        loss: float32 [], the sum over the examples that count.
-        confusion: int32 [num_classes, num_classes], their number by label (row) and prediction (column).
+        loss: float32 [], the sum over the examples in the mask.
+        confusion: int32 [num_classes, num_classes], their counts by label (row) and prediction (column).
         logits: float32 [B, num_classes], of all examples.
     """
 
@@ -146,13 +146,13 @@ class EvalMetrics(NamedTuple):
 def eval_logits(
     apply: Callable[..., Any], variables: Any, images: jax.Array, data: ConfigDict, flip: bool = False
 ) -> jax.Array:
-    """Logits with the running statistics of batch norm.
+    """Compute logits with the running statistics of batch norm.
 
     Args:
-        apply: a model's.
+        apply: the model's `apply`.
         variables: {"params", "batch_stats"}.
         images: uint8 [B, H, W, 3] in 0..255, or floats in that range.
-        data: `config.data`, by whose mean and std they are normalised.
+        data: `config.data`, whose mean and std normalise the images.
         flip: average the logits of each image and its mirror.
 
     Returns:
@@ -167,7 +167,7 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool
     """Evaluate a batch with the running statistics of batch norm.
 
     Args:
-        state: reads `params` and `batch_stats`.
+        state: only `params` and `batch_stats` are read.
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; only the examples in `mask` count.
         config: the whole config; static.
         flip: as in `eval_logits`; static.
@@ -182,30 +182,30 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool
 
 
 def jit_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Wrapped:
-    """`train_step` compiled for a mesh: state replicated and donated, batch sharded."""
+    """Jit `train_step` for a mesh: state replicated and donated, batch sharded."""
     return _jit(partial(train_step, config=config), mesh, (P(), P("data")), donate_argnums=0)
 
 
 def jit_train_steps(config: ConfigDict, mesh: Mesh, build_batch: BuildBatch) -> jax.stages.Wrapped:
-    """`train_steps` compiled for a mesh: state replicated and donated, data replicated, draws sharded like batches."""
+    """Jit `train_steps` for a mesh: state replicated and donated, data replicated, draws sharded like batches."""
     function = partial(train_steps, config=config, build_batch=build_batch)
     return _jit(function, mesh, (P(), P(), P(None, "data")), donate_argnums=0)
 
 
 def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> jax.stages.Wrapped:
-    """`eval_step` compiled for a mesh: state replicated, batch sharded."""
+    """Jit `eval_step` for a mesh: state replicated, batch sharded."""
     return _jit(partial(eval_step, config=config, flip=flip), mesh, (P(), P("data")))
 
 
 def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **settings: Any) -> jax.stages.Wrapped:
-    """Compile a function for a mesh, its arguments sharded by `specs`, its results replicated."""
+    """Jit a function for a mesh, with arguments sharded by `specs` and replicated results."""
     shardings, replicated = tuple(NamedSharding(mesh, spec) for spec in specs), NamedSharding(mesh, P())
     options = kernels.compiler_options(mesh)
     return jax.jit(function, in_shardings=shardings, out_shardings=replicated, compiler_options=options, **settings)
 
 
 def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
-    """Put a tree of each process's arrays, or slices of arrays, on its devices, as one tree of global arrays."""
+    """Turn a tree of each process's arrays, or slices of arrays, into a tree of global arrays on the devices."""
     return jax.tree.map(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), arrays)
 
 

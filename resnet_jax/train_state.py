@@ -1,4 +1,4 @@
-"""What a run carries from step to step, how it starts, and its digest."""
+"""The state of a run, how it is created, and its digest."""
 
 import hashlib
 import math
@@ -28,15 +28,15 @@ class TrainMetrics(metrics.Collection):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a checkpoint holds, and the two functions that act on it.
+    """The content of a checkpoint, and the two functions that act on it.
 
     Attributes:
         step: int32 [], number of steps done.
         params: the model's parameters.
         batch_stats: batch norm's running statistics, float32.
-        opt_state: the optimizer's.
-        metrics: means since the last logged step; kept here so that a resumed run logs the same rows.
-        failed: bool [], whether a step was not taken because its loss or gradient was no usable number; none is after it.
+        opt_state: the optimizer's state.
+        metrics: means since the last logged step; stored here so that a resumed run logs the same rows.
+        failed: bool [], whether a step was rejected because of its loss or gradient; all later steps are rejected too.
         apply_fn: the model's `apply`; not saved.
         tx: the optimizer; not saved.
     """
@@ -52,10 +52,10 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """The first so many devices, or all devices of all processes, in one row, named "data".
+    """Return a mesh of the first `num_devices` devices, or of all devices of all processes, on one axis, "data".
 
     Raises:
-        UserError: where JAX finds no device to use, or not so many.
+        UserError: if JAX finds no device, or fewer than `num_devices`.
     """
     try:
         devices = jax.devices()
@@ -64,24 +64,24 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
             f"JAX finds no device ({error or 'none of that kind'}): install its plugin, or unset JAX_PLATFORMS"
         ) from error
     if num_devices is not None and num_devices > len(devices):
-        raise UserError(f"{num_devices} devices are asked for and {len(devices)} are there: ask for fewer")
+        raise UserError(f"{num_devices} devices are needed, but JAX finds {len(devices)}: use at most {len(devices)}")
     return Mesh(np.array(devices[:num_devices]), ("data",))
 
 
 def create(
     config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], steps_per_epoch: float, mesh: Mesh
 ) -> TrainState:
-    """The state of step 0, replicated on the mesh.
+    """Create the state of step 0, replicated on the mesh.
 
-    Parameters are drawn from `jax.random.key(config.seed)`. The model is initialised lazily, which runs the
-    initialisers alone: compiling a whole forward pass for it takes a CPU four times as long.
+    Parameters are drawn from `jax.random.key(config.seed)`. Lazy initialisation runs only the initialisers; on a CPU,
+    compiling a whole forward pass takes four times as long.
 
     Args:
-        config: a whole config.
+        config: the whole config.
         num_classes: size of the output.
         image_shape: (H, W, C) of an image.
         steps_per_epoch: for the learning-rate schedule.
-        mesh: where the state is to live.
+        mesh: the devices.
     """
     model = models.from_config(config.model, num_classes, kernels.for_training(mesh))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -102,24 +102,24 @@ def create(
 
 
 def num_params(params: Any) -> int:
-    """Number of trainable parameters, of arrays or of their shapes."""
+    """Count trainable parameters, given arrays or their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def num_bytes(tree: Any) -> int:
-    """Size of a tree of arrays."""
+    """Return the size of a tree of arrays in bytes."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def trained(state: TrainState) -> dict[str, Any]:
-    """What training makes, and no bookkeeping: the part of a state that `result.json`'s `state_digest` is over."""
+    """Return the part of a state that `state_digest` in `result.json` covers: no step, metrics or flag."""
     return {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of a tree of arrays, in hexadecimal.
+    """Return the SHA-256 of a tree of arrays, in hexadecimal.
 
-    Leaf by leaf in the order of their paths (sorted as text): the line "path dtype shape" and the leaf's bytes in C order.
+    For each leaf, sorted by path as text, it covers the line "path dtype shape" and the leaf's bytes in C order.
     """
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     sha = hashlib.sha256()

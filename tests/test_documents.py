@@ -1,7 +1,9 @@
-"""README.md and docs/*.md: their figures, tables, links, paths and words. `test_documented_commands.py` runs their commands."""
+"""README.md and docs/*.md: their figures, tables, links, paths and words; the words of the code. `test_documented_commands.py` runs their commands."""
 
+import io
 import re
 import subprocess
+import tokenize
 
 import pytest
 from helpers import DOCUMENTS, ROOT
@@ -13,7 +15,13 @@ from resnet_jax.search.fields import SEARCH_FIELDS
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
-# The left column of the project's style table, and what is like it.
+SOURCES = [
+    *sorted(path for folder in ("resnet_jax", "benchmarks", "reproduction") for path in (ROOT / folder).rglob("*.py")),
+    *sorted(set((ROOT / "configs").glob("*.py")) - {ROOT / "configs" / "found_cpu.py"}),  # by a search, with its digest
+    ROOT / "launch.py",
+]
+
+# The left column of the project's style table, and similar phrases.
 CLIPPED = (
     r"\bmend",
     r"start the same command again",
@@ -80,6 +88,18 @@ def test_a_document_first_says_who_needs_it(path):
 def test_the_english_is_plain(path):
     text = without_code(path.read_text())
     assert [line for line in text.splitlines() if any(re.search(words, line, re.IGNORECASE) for words in CLIPPED)] == []
+
+
+def test_the_english_of_the_code_is_plain():
+    clipped = re.compile("|".join(CLIPPED), re.IGNORECASE)
+    assert len(SOURCES) > 80
+    found = []
+    for path in SOURCES:
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            is_words = token.type in (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", None))
+            if is_words and (match := clipped.search(" ".join(token.string.split()))):
+                found.append(f"{path.relative_to(ROOT)}:{token.start[0]}: {match[0]}")
+    assert found == []
 
 
 @every_document

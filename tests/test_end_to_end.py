@@ -33,7 +33,7 @@ def test_train_again_and_evaluate(tmp_path):
     assert report["test"]["accuracy"] == result["test_accuracy"]
     assert report["environment"]["devices"] == ["cpu"]
     refused = launch(*evaluation, XLA_FLAGS="--xla_force_host_platform_device_count=3")
-    assert_user_error(refused, "batch_size 128 does not divide over 3 devices")
+    assert_user_error(refused, "batch_size 128 is not divisible by 3 devices")
 
 
 def test_the_default_workdir_is_named_after_the_config(tmp_path):

@@ -56,7 +56,10 @@ MISTAKES = {
     "a profile of no steps": ([FINAL, "--profile=3:0"], ["--profile '3:0' must be START:COUNT"]),
     "a profile from no step": ([FINAL, "--profile=0:3"], ["--profile '0:3' must be START:COUNT"]),
     "a profile of one number": ([FINAL, "--profile=3"], ["--profile '3' must be START:COUNT"]),
-    "a search": ([f"--config={ROOT}/configs/search.py:smoke"], ["config.search.", "run python -m resnet_jax search"]),
+    "a search": (
+        [f"--config={ROOT}/configs/search.py:smoke"],
+        ["config.search.", "use this config with python -m resnet_jax search"],
+    ),
     "flipping while training": ([FINAL, "--flip"], ["--flip", "need --mode eval"]),
     "a temperature while training": ([FINAL, "--fit-temperature"], ["--fit-temperature", "need --mode eval"]),
     "a checkpoint to train": ([FINAL, "--checkpoint=latest"], ["--checkpoint", "need --mode eval"]),
@@ -199,13 +202,13 @@ DEEPER_MISTAKES = {
         ),
         ["--config.data.name=folder:d"],
         {},
-        ["d/test/ant/1.png cannot be read as an image", "mend or remove it"],
+        ["d/test/ant/1.png cannot be read as an image", "fix or remove it"],
     ),
     "a validation split of no image": (
         None,
         ["--config.data.validation_ratio=0.0001"],
         {},
-        ["config.data.validation_ratio 0.0001 of 1438 training images leaves an empty part"],
+        ["config.data.validation_ratio 0.0001 of 1438 training images leaves no image in one part"],
     ),
     "a size for images that are not decoded": (None, ["--config.data.image_size=32"], {}, ["config.data.image_size"]),
     # the machine
@@ -259,7 +262,7 @@ DEEPER_MISTAKES = {
         lambda here: (save_images(here, "d/train/ant/0.png", "d/test/ant/0.png"), (here / "file").write_text("mine")),
         ["--config.data.name=folder:d", "--config.data.cache_dir=file"],
         {},
-        ["file cannot take the decoded data", "set config.data.cache_dir"],
+        ["file cannot store the decoded data", "set config.data.cache_dir"],
     ),
     # runs and checkpoints
     "a bucket for a workdir": (None, ["--workdir=gs://bucket/run"], {}, ["gs://bucket/run", "mount a bucket"]),

@@ -303,7 +303,7 @@ def test_data_that_do_not_fit_on_the_device_are_refused_with_the_figures(tmp_pat
     tiny_config.pipeline = "device"
     free = 2 * 1294 * (8 * 8 * 3 + 4) - 1  # for two devices
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
-    with pytest.raises(UserError, match=r"needs 507,248 bytes for the training images, and 507,247 are free: set it"):
+    with pytest.raises(UserError, match=r"needs 507,248 bytes for the training images, but 507,247 are free: set it"):
         training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -427,7 +427,7 @@ def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):
 
 def test_a_batch_that_does_not_divide_over_the_devices_names_the_nearest_that_do(tmp_path, tiny_config):
     tiny_config.batch_size = 63
-    with pytest.raises(UserError, match="63 does not divide over 2 devices: set it to 62 or 64"):
+    with pytest.raises(UserError, match="63 is not divisible by 2 devices: set it to 62 or 64"):
         training.train(tiny_config, tmp_path)
 
 

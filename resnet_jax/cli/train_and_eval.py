@@ -1,4 +1,4 @@
-"""The tools `train` and `eval`, and their parts, of which `launch.py` is made too."""
+"""The tools `train` and `eval`; `launch.py` uses their parts too."""
 
 import sys
 import time

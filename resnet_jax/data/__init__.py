@@ -1,1 +1,1 @@
-"""From a data set's name to the batches of every step."""
+"""Data: from the name of a data set to the batch of each step."""

@@ -1,6 +1,6 @@
 """The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation; AutoAugment.
 
-The transforms are those of `augment_tf.py`, name by name and bit by bit: all arithmetic is that of integers.
+Each transform has the same name in `augment_tf.py` and gives the same pixels: all arithmetic is on integers.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from resnet_jax.data.sampling import JITTER_BITS
 def build_batch(
     data: Mapping[str, jax.Array], draws: Mapping[str, jax.Array], config: ConfigDict
 ) -> dict[str, jax.Array]:
-    """The batch of the examples draws["indices"], int32 [B], of all of `data`, augmented by the other draws."""
+    """Take the examples draws["indices"], int32 [B], from `data` and augment them with the other draws."""
     images = augment(data["images"], draws["indices"], draws, config)
     return {"images": images, "labels": data["labels"][draws["indices"]]}
 
@@ -24,12 +24,12 @@ def build_batch(
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment, which it does not name, comes between jitter and rotation, as in the authors' notebook.
+    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8].
         config: `config.augment`; static.
 
     Returns:
@@ -88,7 +88,7 @@ def rotate(images: jax.Array, rotation: jax.Array) -> jax.Array:
 
 
 def _take_pixels(images: jax.Array, indices: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
+    """Return images[indices][:, y, x], black outside the image; y and x broadcast to [B, H, W]."""
     _, height, width, _ = images.shape
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     y, x = jnp.where(inside, y, 0), jnp.where(inside, x, 0)
@@ -97,10 +97,10 @@ def _take_pixels(images: jax.Array, indices: jax.Array, y: jax.Array, x: jax.Arr
 
 
 def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
-    """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
+    """Change brightness, contrast and saturation in each image's own order: `PIL.ImageEnhance`.
 
-    Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
-    for contrast and the pixel's grey for saturation.
+    Each computes x -> floor(base + factor * (x - base)), clamped to 0..255. The base is 0 for brightness, the mean grey
+    of the image for contrast and the grey of the pixel for saturation.
 
     Args:
         images: uint8 [B, H, W, 3].
@@ -122,11 +122,11 @@ def jitter(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array
 
 
 def operate(images: jax.Array, operation: jax.Array) -> jax.Array:
-    """AutoAugment's operations, each image's own: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
+    """Apply one AutoAugment operation to each image: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
 
     Args:
         images: uint8 [B, H, W, 3].
-        operation: int32 [B, 8], as `auto_augment.operation` gives it.
+        operation: int32 [B, 8], as `auto_augment.operation` returns it.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -148,7 +148,7 @@ def operate(images: jax.Array, operation: jax.Array) -> jax.Array:
 
 
 def _smooth(pixels: jax.Array) -> jax.Array:
-    """Pillow's SMOOTH: the mean of 3x3 pixels, the middle one five times, rounded; the border as it is."""
+    """Pillow's SMOOTH: the rounded mean of 3x3 pixels, the middle one with weight 5; the border is unchanged."""
     _, height, width, _ = pixels.shape
     around = [jnp.roll(pixels, (y, x), axis=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
     total = sum(around, 4 * pixels)
@@ -158,13 +158,13 @@ def _smooth(pixels: jax.Array) -> jax.Array:
 
 
 def _auto_contrast(pixels: jax.Array) -> jax.Array:
-    """Each channel stretched so that its lowest value becomes 0 and its highest 255, rounded down."""
+    """Stretch each channel so that its lowest value becomes 0 and its highest 255, rounded down."""
     low, high = pixels.min(axis=(1, 2), keepdims=True), pixels.max(axis=(1, 2), keepdims=True)
     return jnp.where(high > low, 255 * (pixels - low) // jnp.maximum(high - low, 1), pixels)
 
 
 def _equalize(pixels: jax.Array) -> jax.Array:
-    """Each channel's values spread evenly over 0..255, by their number."""
+    """Equalize the histogram of each channel over 0..255."""
     size, height, width, channels = pixels.shape
     of_channel = jnp.moveaxis(pixels, 3, 1).reshape(size * channels, height * width)
     counts = jnp.zeros((size * channels, 256), jnp.int32)

@@ -1,11 +1,11 @@
 """The report's augmentation in TensorFlow, batched: flip, crop, colour jitter, rotation; AutoAugment.
 
-Given the same draws, each transform gives the very pixels that torchvision gives for Pillow images. All arithmetic is
-that of integers, so the result does not depend on the order of operations, the batch's size or the machine. Images stay
+With the same draws, each transform gives exactly the pixels of torchvision on Pillow images. All arithmetic is on
+integers, so the result does not depend on the order of operations, the batch size or the machine. Images stay
 uint8; the step normalises them on the device.
 
-XLA compiles each transform by itself: compiled as one, it computes pixels anew for each use of them, and takes twice as
-long.
+XLA compiles each transform separately. Compiled as one function, they take twice as long, because XLA recomputes pixels
+for each use.
 """
 
 import tensorflow as tf
@@ -20,12 +20,12 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment, which it does not name, comes between jitter and rotation, as in the authors' notebook.
+    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` for the B examples, and "operations", int32 [B, 2, 8], with a policy.
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8].
         config: `config.augment`.
 
     Returns:
@@ -86,7 +86,7 @@ def rotate(images: tf.Tensor, rotation: tf.Tensor) -> tf.Tensor:
 
 
 def _take_pixels(images: tf.Tensor, indices: tf.Tensor, y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """images[indices][:, y, x], and black where (y, x), which broadcast to [B, H, W], lie outside the image."""
+    """Return images[indices][:, y, x], black outside the image; y and x broadcast to [B, H, W]."""
     _, height, width, channels = images.shape
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     first = tf.cast(indices, tf.int64)[:, tf.newaxis, tf.newaxis] * height * width
@@ -97,10 +97,10 @@ def _take_pixels(images: tf.Tensor, indices: tf.Tensor, y: tf.Tensor, x: tf.Tens
 
 @_compiled
 def jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-    """Brightness, contrast and saturation by the given factors, each image in its own order: `PIL.ImageEnhance`.
+    """Change brightness, contrast and saturation in each image's own order: `PIL.ImageEnhance`.
 
-    Each is x -> floor(base + factor * (x - base)), clamped to 0..255, with base 0 for brightness, the image's mean grey
-    for contrast and the pixel's grey for saturation.
+    Each computes x -> floor(base + factor * (x - base)), clamped to 0..255. The base is 0 for brightness, the mean grey
+    of the image for contrast and the grey of the pixel for saturation.
 
     Args:
         images: uint8 [B, H, W, 3].
@@ -123,11 +123,11 @@ def jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor
 
 @_compiled
 def operate(images: tf.Tensor, operation: tf.Tensor) -> tf.Tensor:
-    """AutoAugment's operations, each image's own: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
+    """Apply one AutoAugment operation to each image: `PIL.Image.transform`, `PIL.ImageEnhance` and `PIL.ImageOps`.
 
     Args:
         images: uint8 [B, H, W, 3].
-        operation: int32 [B, 8], as `auto_augment.operation` gives it.
+        operation: int32 [B, 8], as `auto_augment.operation` returns it.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -151,7 +151,7 @@ def operate(images: tf.Tensor, operation: tf.Tensor) -> tf.Tensor:
 
 
 def _smooth(pixels: tf.Tensor) -> tf.Tensor:
-    """Pillow's SMOOTH: the mean of 3x3 pixels, the middle one five times, rounded; the border as it is."""
+    """Pillow's SMOOTH: the rounded mean of 3x3 pixels, the middle one with weight 5; the border is unchanged."""
     _, height, width, _ = pixels.shape
     around = [tf.roll(pixels, (y, x), axis=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
     total = tf.add_n([4 * pixels, *around])
@@ -161,13 +161,13 @@ def _smooth(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def _auto_contrast(pixels: tf.Tensor) -> tf.Tensor:
-    """Each channel stretched so that its lowest value becomes 0 and its highest 255, rounded down."""
+    """Stretch each channel so that its lowest value becomes 0 and its highest 255, rounded down."""
     low, high = (reduce(pixels, axis=(1, 2), keepdims=True) for reduce in (tf.reduce_min, tf.reduce_max))
     return tf.where(high > low, 255 * (pixels - low) // tf.maximum(high - low, 1), pixels)
 
 
 def _equalize(pixels: tf.Tensor) -> tf.Tensor:
-    """Each channel's values spread evenly over 0..255, by their number."""
+    """Equalize the histogram of each channel over 0..255."""
     _, height, width, channels = pixels.shape
     of_channel = tf.reshape(tf.transpose(pixels, (0, 3, 1, 2)), [-1, height * width])
     rows = tf.shape(of_channel)[0]

@@ -1,8 +1,8 @@
-"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) as whole numbers: which operation falls on which example.
+"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) in integers: the two operations of each example.
 
-Each example draws one of 25 pairs of operations; each of the two is done with its own probability, and in one of two
-directions where it has them. Magnitudes are the paper's 0..9, its ranges divided evenly; all else is torchvision's: black
-beside a moved image, moves in whole pixels.
+Each example draws one of 25 pairs of operations. Each of the two is applied with its own probability, in one of two
+directions if it has a direction. Magnitudes are the paper's 0..9 and divide its ranges evenly. The rest is as in
+torchvision: translations are whole pixels, and the area outside the image is black.
 """
 
 import enum
@@ -15,14 +15,14 @@ from resnet_jax.data import sampling
 
 
 class Kind(enum.IntEnum):
-    """What an operation does to an image, and what its amount is."""
+    """The kinds of operations; each comment says what the amount means."""
 
-    GEOMETRY = 0  # the map alone, nothing where that is the identity
-    BRIGHTNESS = 1  # factor, in steps of 1 / 2**JITTER_BITS
+    GEOMETRY = 0  # only the map; it may be the identity
+    BRIGHTNESS = 1  # a factor, in units of 1 / 2**JITTER_BITS
     CONTRAST = 2  # likewise
     COLOR = 3  # likewise
     SHARPNESS = 4  # likewise
-    POSTERIZE = 5  # mask of the bits kept
+    POSTERIZE = 5  # mask of the bits to keep
     SOLARIZE = 6  # lowest value that is inverted
     AUTO_CONTRAST = 7
     EQUALIZE = 8
@@ -63,22 +63,22 @@ _NOTHING = np.array([Kind.GEOMETRY, 0, *_STILL], np.int32)
 
 
 def operation(name: str, magnitude: int, direction: int, height: int, width: int) -> tuple[int, ...]:
-    """One operation on images of H x W pixels.
+    """Return one operation on images of H x W pixels as integers.
 
     Args:
-        name: of the policy's table.
-        magnitude: 0..9; 0 for "auto_contrast", "equalize" and "invert", which have none.
-        direction: 1 or -1: which way a shear, move or turn goes, or whether a factor is above or below 1; else not read.
+        name: its name in the policy's table.
+        magnitude: 0..9; 0 for "auto_contrast", "equalize" and "invert", which have no magnitude.
+        direction: 1 or -1, of a shear, translation or rotation; or whether a factor is above or below 1; else ignored.
         height: H.
         width: W.
 
     Returns:
         (kind, amount, a, b, c, d, e, f): a `Kind`, its amount, and the map from output to input pixels, as
-        `sampling.rotation_map` gives it.
+        `sampling.rotation_map` returns it.
     """
     level = magnitude / 9
     match name:
-        case "shear_x" | "shear_y":  # up to 0.3 pixels a pixel, from the upper left corner
+        case "shear_x" | "shear_y":  # up to 0.3 pixels per pixel, from the upper left corner
             shear = direction * 0.3 * level
             along, offset = (math.floor(value * 65536 + 0.5) for value in (shear, 0.5 + shear * 0.5))
             a, b, c, d, e, f = _STILL
@@ -108,7 +108,7 @@ def operation(name: str, magnitude: int, direction: int, height: int, width: int
 
 @lru_cache(maxsize=4)
 def _table(height: int, width: int) -> np.ndarray:
-    """Every operation of the policy: int32 [25, 2, 2, 8], by pair, place in it and direction (1, -1)."""
+    """All operations of the policy: int32 [25, 2, 2, 8], by pair, position in the pair and direction (1, -1)."""
     return np.array(
         [
             [[operation(name, magnitude, way, height, width) for way in (1, -1)] for name, _, magnitude in pair]
@@ -119,7 +119,7 @@ def _table(height: int, width: int) -> np.ndarray:
 
 
 def operations(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:
-    """The two operations on each of the global positions [start, stop) of the training stream.
+    """Draw the two operations of each of the global positions [start, stop) of the training stream.
 
     Args:
         seed: the run's seed.
@@ -129,11 +129,11 @@ def operations(seed: int, start: int, stop: int, num_examples: int, image_shape:
         image_shape: (H, W).
 
     Returns:
-        int32 [stop - start, 2, 8], each as `operation` gives it; of those not done, one that changes nothing.
+        int32 [stop - start, 2, 8], each as `operation` returns it; an operation that is not applied is the identity.
     """
     words = sampling.words(seed, "policy", start, stop, num_examples)
     pair = sampling.below(words[:, 0], len(_PAIRS))
     backwards = sampling.below(words[:, 3:5], 2)
     chosen = _table(*image_shape)[pair[:, None], np.arange(2), backwards]
-    done = sampling.uniform(words[:, 1:3]) < _PROBABILITY[pair]
-    return np.where(done[:, :, None], chosen, _NOTHING)
+    applied = sampling.uniform(words[:, 1:3]) < _PROBABILITY[pair]
+    return np.where(applied[:, :, None], chosen, _NOTHING)

@@ -1,7 +1,7 @@
-"""From a name to arrays in memory: uint8 images, labels, class names and a fingerprint.
+"""Load a data set by name into memory: uint8 images, labels, class names and a fingerprint.
 
-A name is `digits` (scikit-learn's, embedded), `npz:FILE`, `folder:DIR` (train/<class>/*, test/<class>/*) or that of any
-TFDS image-classification set. What takes time to decode is cached as one `.npz`, which the `npz:` source reads too.
+A name is `digits` (part of scikit-learn), `npz:FILE`, `folder:DIR` (train/<class>/*, test/<class>/*) or the name of a
+TFDS image-classification set. Decoded folders and TFDS sets are cached as one `.npz`, which the `npz:` source can read.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from resnet_jax.errors import UserError
 
 
 class Split(NamedTuple):
-    """Examples: images uint8 [N, H, W, 3], labels int32 [N]."""
+    """N examples: images uint8 [N, H, W, 3], labels int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
 class Dataset(NamedTuple):
-    """A data set in memory; `fingerprint` is the SHA-256 of all of it, in hexadecimal."""
+    """A data set in memory; `fingerprint` is the SHA-256 of its arrays, in hexadecimal."""
 
     name: str
     train: Split
@@ -45,10 +45,10 @@ def load(config: ConfigDict) -> Dataset:
     Args:
         config: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
             user's cache folder), `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
-            to it and the centre cut out) and `num_threads`.
+            to it and the centre is cropped) and `num_threads`.
 
     Raises:
-        UserError: where the data are missing, unreadable or not image classification.
+        UserError: if the data are missing, unreadable or not image classification.
     """
     try:
         dataset = _checked(config.name, _read(config))
@@ -62,7 +62,7 @@ def load(config: ConfigDict) -> Dataset:
 def _read(config: ConfigDict) -> Arrays:
     source, _, path = config.name.partition(":")
     if config.image_size and source in ("digits", "npz"):
-        raise UserError(f"config.data.image_size is for images that are decoded, not for {source}: set it to 0")
+        raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":
         return sources.read_digits()
     if source == "npz":
@@ -82,26 +82,26 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
     """Split the training set into (train, validation), by `config.data`'s `validation_ratio` and `split_seed`.
 
     Raises:
-        UserError: where a ratio above 0 leaves either part empty.
+        UserError: if no training image is left, or no validation image with a ratio above 0.
     """
     train, validation = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
     for part, wanted in ((train, True), (validation, config.validation_ratio > 0)):
         if wanted and not len(part):
             raise UserError(
                 f"config.data.validation_ratio {config.validation_ratio} of {len(dataset.train.labels)} training images "
-                "leaves an empty part: change it"
+                "leaves no image in one part: change the ratio"
             )
     return tuple(Split(dataset.train.images[part], dataset.train.labels[part]) for part in (train, validation))  # type: ignore[return-value]
 
 
 def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray) -> np.ndarray:
-    """Where examples of the part that is trained on, int [B], are in `dataset.train`, int [B]."""
+    """Convert positions in the training part, int [B], to positions in `dataset.train`, int [B]."""
     train, _ = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
     return np.asarray(train[examples])
 
 
 def fingerprint(arrays: Arrays) -> str:
-    """SHA-256 over every array's name, dtype, shape and bytes, by name, in hexadecimal."""
+    """SHA-256 of the name, dtype, shape and bytes of each array, in the order of their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(KEYS):
         array = np.ascontiguousarray(arrays[name])
@@ -116,21 +116,21 @@ def _checked(name: str, arrays: Arrays) -> Dataset:
         class_names = tuple(arrays["class_names"].tolist()) if arrays["class_names"].ndim == 1 else ()
         "".join(class_names).encode()
     except (SystemError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: class_names must be text, each name once ({error})") from error
+        raise UserError(f"{name}: class_names must be unique strings in one dimension ({error})") from error
     if not class_names or len(set(class_names)) < len(class_names):
-        raise UserError(f"{name}: class_names must be text, each name once")
+        raise UserError(f"{name}: class_names must be unique strings in one dimension")
     for part, split, labels in zip(
         ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
     ):
         if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3 or 0 in split.shape[1:]:
             raise UserError(
-                f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]; grey ones as "
-                "np.repeat(images[..., None], 3, axis=3)"
+                f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]; convert grey images "
+                "with np.repeat(images[..., None], 3, axis=3)"
             )
         if labels.shape != split.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
             raise UserError(
-                f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(split)} images: give one whole number "
-                "an image, and at least one image"
+                f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(split)} images: give at least one image, and "
+                "one integer label for each"
             )
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise UserError(
@@ -139,7 +139,7 @@ def _checked(name: str, arrays: Arrays) -> Dataset:
             )
     if images[0].shape[1:] != images[1].shape[1:]:
         raise UserError(
-            f"{name}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}: make them equal"
+            f"{name}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}: they must have the same size"
         )
     arrays = arrays | {key: arrays[key].astype(np.int32) for key in ("train_labels", "test_labels")}
     return Dataset(
@@ -152,29 +152,29 @@ def _checked(name: str, arrays: Arrays) -> Dataset:
 
 
 def _check_own(dataset: Dataset) -> None:
-    """Look at a user's own data for what published sets are known not to have, or to have.
+    """Check a user's own data for mistakes that published data sets do not have.
 
     Raises:
-        UserError: where a class has no training image.
+        UserError: if a class has no training image.
     """
     counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
     if empty := [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]:
         raise UserError(
             f"{dataset.name}: no training image for {len(empty)} of {len(counts)} classes ({', '.join(empty[:5])}): add "
-            "some, or take the class out"
+            "images, or remove the class"
         )
     seen = {hashlib.sha256(image.tobytes()).digest() for image in dataset.train.images}
-    twice = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in dataset.test.images)
-    if twice:
+    num_shared = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in dataset.test.images)
+    if num_shared:
         print(
-            f"warning: {dataset.name}: {twice} of {len(dataset.test.labels)} test images are training images too, which "
-            "flatters the test accuracy: take them out of one",
+            f"warning: {dataset.name}: {num_shared} of {len(dataset.test.labels)} test images are training images too, so the "
+            "test accuracy is too high: remove them from one split",
             file=sys.stderr,
         )
 
 
 def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
-    """The arrays of a source's files and their fingerprint, from the cache where they are there, whole, and up to date."""
+    """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((state, config.image_size)).encode()).hexdigest()[:16]
     directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else host.cache_dir()
@@ -186,7 +186,7 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
                 return arrays
         except (UserError, KeyError):
             pass
-        print(f"{path} is damaged: decoding {folder} anew")
+        print(f"{path} is corrupt: decoding {folder} again")
     arrays = read()
     arrays["fingerprint"] = np.array(fingerprint(arrays))
     try:
@@ -195,11 +195,13 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
             np.savez(Path(scratch) / "data.npz", **arrays)  # type: ignore[arg-type]
             os.replace(Path(scratch) / "data.npz", path)
     except OSError as error:
-        raise UserError(f"{directory} cannot take the decoded data ({error}): set config.data.cache_dir") from error
+        raise UserError(
+            f"{directory} cannot store the decoded data ({error}): set config.data.cache_dir to another folder"
+        ) from error
     return arrays
 
 
 def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any]:
-    """A data set as `result.json` names it."""
+    """Describe a data set as `result.json` stores it."""
     sizes = {"train": len(train.labels), "validation": len(validation.labels), "test": len(dataset.test.labels)}
     return {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": sizes}

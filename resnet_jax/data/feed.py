@@ -1,4 +1,4 @@
-"""Each pipeline joined to the compiled training step that it feeds."""
+"""Build the function that takes training steps: a pipeline and the compiled step that it feeds."""
 
 import itertools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from resnet_jax.data.datasets import Split
 from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
-_STEPS_PER_CALL = 50  # on accelerators, so that dispatching a call, milliseconds, is little beside running it
+_STEPS_PER_CALL = 50  # on accelerators, so that running a call takes far longer than the milliseconds of its dispatch
 
 
 StepFn = Callable[[TrainState, int, int], tuple[TrainState, StepMetrics]]
@@ -26,19 +26,19 @@ StepFn = Callable[[TrainState, int, int], tuple[TrainState, StepMetrics]]
 def make_step(
     config: ConfigDict, train: Split, mesh: Mesh, state: TrainState, first_step: int, total_steps: int
 ) -> tuple[StepFn, int]:
-    """The function that takes the steps of a run, fed by `config.pipeline`, and the most steps of one call of it.
+    """Return the function that takes the steps of a run, fed by `config.pipeline`, and the most steps of one call.
 
-    The function takes the state, the steps done so far, and how many to take: 1 or that many; calls follow one another from
-    `first_step` on. It dispatches the steps and does not wait for them. It consumes the state, and returns the next one with
-    the metrics of each step, stacked [steps], or of the one step.
+    The function's arguments are the state, the number of steps done, and how many steps to take: 1, or the most. Calls
+    continue from `first_step` without gaps. It dispatches the steps and does not wait for them. It consumes the state,
+    and returns the next state and the metrics of each step: stacked [steps], or those of the one step.
 
     Args:
-        config: of the run.
+        config: the run's config.
         train: the training examples.
         mesh: the devices.
-        state: has the shapes of the run's state; its values are not read.
-        first_step: steps done so far.
-        total_steps: of the run.
+        state: a state with the shapes of the run's state; its values are not read.
+        first_step: number of steps done.
+        total_steps: number of steps of the run.
     """
     if config.pipeline == "device":
         return _device(config, train, mesh)
@@ -79,10 +79,10 @@ def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
 
 
 def batch_of_step(config: ConfigDict, train: Split, mesh: Mesh, step: int) -> tuple[steps.Batch, np.ndarray]:
-    """The batch of the step after `step`, on the devices, and the positions of its examples in `train`, int32 [B]."""
+    """Return the batch of the step after `step`, on the devices, and its examples' positions in `train`, int32 [B]."""
     here = jax.process_index(), jax.process_count()
     draws = {name: own[0] for name, own in pipelines.train_draws(train, config, step, 1, *here).items()}
-    data = {name: array[draws["indices"]] for name, array in train._asdict().items()}  # the rest may not fit
+    data = {name: array[draws["indices"]] for name, array in train._asdict().items()}  # not all may fit
     draws["indices"] = np.arange(len(data["labels"]))
     batch = jax.jit(partial(augment_jax.build_batch, config=config.augment))(data, draws)
     (examples,) = pipelines.train_draws(train, config, step, 1)["indices"]

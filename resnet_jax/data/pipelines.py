@@ -1,9 +1,9 @@
-"""From arrays in memory to batches: the training stream, which starts at any step, and padded evaluation batches.
+"""Turn arrays in memory into batches: a training stream that can start at any step, and padded evaluation batches.
 
-There are two training pipelines, and both apply the draws of `sampling.py`, so they give the same batches: `tf_data` streams
-them from the host (`train_batches`; TensorFlow is imported when its first is asked for), and `device` keeps the examples in
-the devices' memory and is sent which to take and how to augment them (`train_draws`). Images are uint8; the step
-normalises them.
+There are two training pipelines. Both apply the draws of `sampling.py`, so they give the same batches. `tf_data`
+streams batches from the host (`train_batches`, which imports TensorFlow at its first batch). `device` keeps all examples
+in the memory of the devices, and the host sends only the draws (`train_draws`). Images are uint8; the step normalises
+them.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 
 
 def process_slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    """The part [first, last) of the global batch that a process feeds; `batch_size` is a multiple of the count."""
+    """Return the part [first, last) of the global batch that a process feeds; `process_count` divides `batch_size`."""
     size = batch_size // process_count
     return process_index * size, (process_index + 1) * size
 
@@ -32,7 +32,7 @@ def process_slice(batch_size: int, process_index: int, process_count: int) -> tu
 def train_draws(
     split: Split, config: ConfigDict, start_step: int, count: int, process_index: int = 0, process_count: int = 1
 ) -> dict[str, np.ndarray]:
-    """Which examples a process takes in steps [start_step, start_step + count), and how they are augmented.
+    """Draw the examples of a process in steps [start_step, start_step + count), and their augmentation.
 
     Args:
         split: the training examples.
@@ -43,8 +43,8 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], and where the config has a
-        policy its "operations", int32 [count, B, 2, 8]} with B = batch_size / process_count.
+        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], and, if the config
+        has a policy, "operations": int32 [count, B, 2, 8]} with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
     batch_size = config.batch_size
@@ -59,21 +59,21 @@ def train_draws(
 
 
 def check_fits(split: Split, mesh: Mesh) -> None:
-    """Refuse examples that do not fit in the memory of each of this process's devices, before anything is copied.
+    """Check that the examples fit in the memory of each device of this process, before they are copied.
 
     Raises:
-        UserError: with the bytes that are needed and those that are free.
+        UserError: if they do not fit; the message gives the needed and the free bytes.
     """
     needed = split.images.nbytes + split.labels.nbytes
     stats = [device.memory_stats() for device in mesh.local_devices]
     if all(stats):
         free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
     else:
-        needed *= len(stats)  # on a CPU, whose devices share the host's memory
+        needed *= len(stats)  # the devices of a CPU share the host's memory
         free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"config.pipeline device needs {needed:,} bytes for the training images, and {free:,} are free: set it to "
+            f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: set it to "
             "tf_data"
         )
 
@@ -86,13 +86,13 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The augmented batches of steps [start_step, stop_step): the same ones wherever the stream starts.
+    """Yield the augmented batches of steps [start_step, stop_step); a batch does not depend on where the stream starts.
 
     Args:
         split: the training examples.
         config: reads `seed`, `batch_size`, `augment` and `data.num_threads`.
-        start_step: first step to give.
-        stop_step: last step to give + 1.
+        start_step: first step to yield.
+        stop_step: last step to yield + 1.
         process_index: which slice of each batch to build.
         process_count: how many slices there are.
 
@@ -124,12 +124,12 @@ def train_batches(
 
 
 def eval_batches(split: Split, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """Every example once, in order, the last batch padded with examples that `mask` leaves out.
+    """Yield every example once, in order; the last batch is padded with examples whose `mask` is False.
 
     Args:
         split: the examples.
-        batch_size: of the global batch.
-        process_index: which slice of each batch to give.
+        batch_size: size of the global batch.
+        process_index: which slice of each batch to yield.
         process_count: how many slices there are.
 
     Yields:

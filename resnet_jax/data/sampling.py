@@ -5,7 +5,7 @@ each of its N examples once, in its own order. Nothing is carried from one step 
 pipeline that asks for position p gets the same example with the same augmentation.
 
 The bits are the raw output of NumPy's counter-based Philox4x64, keyed by (seed, stream) with the epoch in the counter;
-numbers are made from them here, so that no library version changes them.
+this module turns them into numbers, so that no library version changes the numbers.
 """
 
 from functools import lru_cache
@@ -16,22 +16,22 @@ from ml_collections import ConfigDict
 
 STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3}  # never renumber: it would change every run
 
-_WORDS = 8  # 64-bit words a position draws, two Philox blocks
-JITTER_BITS = 12  # factors are multiples of 1/4096, so that they are whole numbers to whoever applies them
+_WORDS = 8  # 64-bit words that each position draws: two Philox blocks
+JITTER_BITS = 12  # factors are multiples of 1/4096, so that integer arithmetic can apply them
 
 # The three jitters in each of their 6 orders: 0 brightness, 1 contrast, 2 saturation.
 JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
 
 
 class AugmentParams(NamedTuple):
-    """What augments B examples.
+    """The augmentation parameters of B examples.
 
     Attributes:
         flip: bool [B], mirror left to right.
         crop: int32 [B, 2], row and column of the crop in the padded image, 0..2*padding.
         jitter: float32 [B, 3], factors of brightness, contrast and saturation, multiples of 1/4096.
-        order: int32 [B, 3], the jitters (0, 1, 2, as in `jitter`) in the order in which they are applied.
-        rotation: int32 [B, 6], the map from output to input pixels, as `rotation_map` gives it.
+        order: int32 [B, 3], the columns of `jitter` in the order in which they are applied.
+        rotation: int32 [B, 6], the map from output to input pixels, as `rotation_map` returns it.
     """
 
     flip: np.ndarray
@@ -42,19 +42,19 @@ class AugmentParams(NamedTuple):
 
 
 def random_bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndarray:
-    """`count` words of 64 raw bits from word `start`, a multiple of 4, of one epoch of a stream."""
+    """Draw `count` words of 64 raw bits of one epoch of a stream, from word `start`, a multiple of 4."""
     counter = np.array([start // 4, 0, epoch, 0], np.uint64)
     key = np.array([seed, STREAMS[stream]], np.uint64)
     return np.random.Philox(counter=counter, key=key).random_raw(count)
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:
-    """Raw bits -> float64 in [0, 1)."""
+    """Convert raw bits to float64 in [0, 1)."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def below(bits: np.ndarray, n: int) -> np.ndarray:
-    """Raw bits -> int32 in 0..n-1, uniform to within n / 2**32."""
+    """Convert raw bits to int32 in 0..n-1, uniform to within n / 2**32."""
     return (((bits >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int32)
 
 
@@ -67,7 +67,7 @@ def permutation(seed: int, epoch: int, num_examples: int, stream: str = "order")
 
 
 def _by_epoch(start: int, stop: int, num_examples: int) -> list[tuple[int, int, int]]:
-    """Global positions [start, stop) as (epoch, first position in it, last + 1)."""
+    """Split global positions [start, stop) by epoch: (epoch, first position in it, last position + 1)."""
     pieces = []
     while start < stop:
         epoch, first = divmod(start, num_examples)
@@ -95,15 +95,15 @@ def words(seed: int, stream: str, start: int, stop: int, num_examples: int) -> n
 def augment_params(
     seed: int, start: int, stop: int, num_examples: int, augment: ConfigDict, image_shape: tuple[int, int]
 ) -> AugmentParams:
-    """The augmentation of global positions [start, stop).
+    """Draw the augmentation of global positions [start, stop).
 
     Args:
         seed: the run's seed.
         start: first global position.
         stop: last global position + 1.
         num_examples: examples in an epoch.
-        augment: `config.augment`; an augmentation of size 0 draws its neutral value, and the others are unchanged.
-        image_shape: (H, W) of the images, for the rotation about their centre.
+        augment: `config.augment`; an augmentation of size 0 gets its neutral value and does not change the others.
+        image_shape: (H, W) of the images, for the rotation about the centre.
     """
     bits = words(seed, "augment", start, stop, num_examples)
     strength = np.array([augment.brightness, augment.contrast, augment.saturation])
@@ -119,11 +119,11 @@ def augment_params(
 
 
 def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The inverse map of a counter-clockwise rotation about the image's centre, in 16.16 fixed point.
+    """Return the inverse map of a counter-clockwise rotation about the image's centre, in 16.16 fixed point.
 
     The centre of output pixel (x, y) comes from input pixel (floor(u), floor(v)) with u = a x + b y + c and
-    v = d x + e y + f. Integers make the choice of pixel the same on every backend; the numbers are those of Pillow's
-    `Image.rotate`, nearest neighbour.
+    v = d x + e y + f. With integers, every backend chooses the same pixels: those of Pillow's `Image.rotate` with
+    nearest neighbour.
 
     Args:
         degrees: float64 [B].
@@ -134,22 +134,22 @@ def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
         int32 [B, 6]: (a, b, c, d, e, f) * 65536.
     """
     cos, sin = np.cos(-np.radians(degrees)), np.sin(-np.radians(degrees))
-    y, x = 0.5 - height / 2, 0.5 - width / 2  # the centre of pixel (0, 0), seen from the image's centre
+    y, x = 0.5 - height / 2, 0.5 - width / 2  # the centre of pixel (0, 0), relative to the image's centre
     rows = [cos, sin, cos * x + sin * y + width / 2, -sin, cos, -sin * x + cos * y + height / 2]
     return np.floor(np.stack(rows, axis=1) * 65536.0 + 0.5).astype(np.int32)
 
 
 def stratified_split(labels: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split examples in two, class by class, the same on every machine.
+    """Split examples in two parts, class by class; the split is the same on every machine.
 
     Args:
         labels: int [N], in the source's own order.
-        ratio: the second part's share; it gets round(ratio * N) examples, and each class its share of them to within
+        ratio: share of the second part, which gets round(ratio * N) examples, and of each class its share to within
             one example.
-        seed: of the split.
+        seed: seed of the split.
 
     Returns:
-        (first, second): sorted int64 indices; together every example once.
+        (first, second): sorted int64 indices; each example is in exactly one of them.
     """
     counts = np.bincount(labels)
     share = counts * ratio

@@ -1,4 +1,4 @@
-"""The readers behind `datasets.load`: each turns one kind of source into the same five arrays."""
+"""The readers of `datasets.load`: each reads one kind of source into the same five arrays."""
 
 import http.client
 import os
@@ -17,11 +17,11 @@ from resnet_jax.data.lazy_tensorflow import import_tensorflow
 from resnet_jax.errors import UserError
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
-Arrays = dict[str, np.ndarray]  # of KEYS: uint8 [N, H, W, 3], int [N], twice, and str [num_classes]
+Arrays = dict[str, np.ndarray]  # KEYS -> uint8 [N, H, W, 3] and int [N] for each part, and str [num_classes]
 
 
 def read_digits() -> Arrays:
-    """1,797 digits of 8x8 pixels; a fifth of each class is the test set, for the source has none of its own."""
+    """Read 1,797 digits of 8x8 pixels; a fifth of each class becomes the test set, because the source has none."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -38,13 +38,13 @@ def read_digits() -> Arrays:
 
 
 def read_npz(path: Path) -> Arrays:
-    """Read an `.npz` of train_images, train_labels, test_images, test_labels and, if there, class_names."""
+    """Read an `.npz` of train_images, train_labels, test_images, test_labels and, optionally, class_names."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # a damaged file makes NumPy and zipfile raise a dozen kinds
+    except Exception as error:  # NumPy and zipfile raise many kinds of errors for a corrupt file
         raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
     missing = [key for key in KEYS[:4] if key not in arrays]
     if missing:
@@ -63,7 +63,7 @@ def read_npz(path: Path) -> Arrays:
 
 
 class LabelledFile(NamedTuple):
-    """An image file of a folder, its part ("train" or "test") and its class."""
+    """The path of an image file, its part ("train" or "test") and its class."""
 
     path: Path
     part: str
@@ -71,10 +71,10 @@ class LabelledFile(NamedTuple):
 
 
 def list_folder(folder: Path) -> list[LabelledFile]:
-    """Every image of a folder with train/<class>/* and test/<class>/*, sorted.
+    """List the images of a folder with train/<class>/* and test/<class>/*, sorted.
 
     Raises:
-        UserError: where a part is missing, a part or a class is empty, or test has a class that train has not.
+        UserError: if a part is missing, a part or a class is empty, or test has a class that train does not have.
     """
     files = []
     for part in ("train", "test"):
@@ -86,11 +86,13 @@ def list_folder(folder: Path) -> list[LabelledFile]:
                 path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")
             ]
             if not images:
-                raise UserError(f"{directory} holds no images: put some there, or remove it")
+                raise UserError(f"{directory} holds no images: add some, or remove the folder")
             files += [LabelledFile(path, part, directory.name) for path in images]
     unseen = sorted({f.label for f in files if f.part == "test"} - {f.label for f in files if f.part == "train"})
     if unseen:
-        raise UserError(f"{folder / 'test'} has classes that {folder / 'train'} has not: {', '.join(unseen)}")
+        raise UserError(
+            f"{folder / 'test'} has classes that {folder / 'train'} does not have: {', '.join(unseen)}: add them to train, or remove them"
+        )
     return files
 
 
@@ -98,7 +100,7 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
     """Decode the images of a folder; the classes are the names of train's folders, sorted.
 
     Raises:
-        UserError: where a file is not an image, or the images' sizes differ and `image_size` is 0.
+        UserError: if a file is not an image, or the images' sizes differ and `image_size` is 0.
     """
     class_names = sorted({file.label for file in files if file.part == "train"})
     arrays: Arrays = {"class_names": np.array(class_names)}
@@ -110,14 +112,14 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
                 with Image.open(file.path) as image:
                     images.append(_to_uint8(image, image_size))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"{file.path} cannot be read as an image ({error}): mend or remove it") from error
+                raise UserError(f"{file.path} cannot be read as an image ({error}): fix or remove it") from error
         arrays[f"{part}_images"] = _stack(images)
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
     return arrays
 
 
 def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
-    """An image as uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and cuts out the centre."""
+    """Convert an image to uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and crops the centre."""
     if image.mode[0] in "IF":
         raise ValueError(f"its pixels are not of 8 bits (mode {image.mode})")
     image = image.convert("RGB")
@@ -125,35 +127,35 @@ def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image scaled, bilinearly, until it just covers (height, width), of which the centre is cut out."""
+    """Scale an image, bilinearly, until it just covers (height, width), and crop the centre."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     new_height, new_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    left, top = (new_width - width) // 2, (new_height - height) // 2
+    x, y = (new_width - width) // 2, (new_height - height) // 2
     image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + width, top + height))
+    return image.crop((x, y, x + width, y + height))
 
 
 def _stack(images: list[np.ndarray]) -> np.ndarray:
-    """Images of one size as one array.
+    """Stack images of one size into one array.
 
     Raises:
-        UserError: where their sizes differ.
+        UserError: if their sizes differ.
     """
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise UserError(
-            f"the images have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]}: set config.data.image_size to bring them "
-            "to one"
+            f"the images have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]}: set config.data.image_size to resize "
+            "them"
         )
     return np.stack(images)
 
 
 def prepared_tfds_builder(name: str, data_dir: str) -> Any:
-    """The TFDS builder of a data set that lies prepared on disk, downloaded first where that is needed and possible.
+    """Return the TFDS builder of a data set that is prepared on disk; download it first if necessary.
 
     Raises:
-        UserError: where TFDS has no such set, it is not image classification, or it is neither there nor reachable.
+        UserError: if TFDS has no such set, it is not image classification, or it is neither on disk nor reachable.
     """
     import tensorflow_datasets as tfds
 
@@ -169,11 +171,11 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
-            f"config.data.name {name!r}: not image classification, for it lacks an image or a label feature"
+            f"config.data.name {name!r} is not an image-classification set: it lacks an image or a label feature"
         )
     if image.np_dtype != np.uint8:
         raise UserError(
-            f"config.data.name {name!r}: its images are {image.np_dtype}, not uint8: convert them to an .npz"
+            f"config.data.name {name!r} has {image.np_dtype} images, not uint8: convert them and give an .npz"
         )
     if not builder.is_prepared():
         _download(builder)
@@ -181,7 +183,7 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
 
 
 def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
-    """Decode a prepared TFDS set in its own order; without a split "test", "validation" is the test set."""
+    """Decode a prepared TFDS set in its own order; if it has no split "test", "validation" is the test set."""
     import tensorflow_datasets as tfds
 
     tf = import_tensorflow(num_threads)
@@ -204,17 +206,19 @@ def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
                 images.append(_to_uint8(image, image_size))
                 labels.append(example["label"])
         except tf.errors.OpError as error:
-            raise UserError(f"{builder.data_path} is damaged ({error.message}): prepare it anew") from error
+            raise UserError(
+                f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"
+            ) from error
         arrays[f"{part}_images"] = _stack(images)
         arrays[f"{part}_labels"] = np.array(labels, np.int32)
     return arrays
 
 
 def _download(builder: Any) -> None:
-    """Download and prepare, once the source answers: TFDS itself would try for minutes."""
+    """Download and prepare a set if its server answers; without that check, TFDS would retry for minutes."""
     remedy = (
-        f"{builder.name} is not prepared in {builder.data_path}, and {{}}. Prepare it where there is a network and point "
-        "TFDS_DATA_DIR (or --config.data.data_dir) at that folder, or give the images as --config.data.name=npz:FILE"
+        f"{builder.name} is not prepared in {builder.data_path}, and {{}}. Prepare it on a machine with a network and set "
+        "TFDS_DATA_DIR (or --config.data.data_dir) to that folder, or give the images as --config.data.name=npz:FILE"
     )
     for host, url in {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or {}}.items():
         if not _answers(url):
@@ -222,12 +226,12 @@ def _download(builder: Any) -> None:
     print(f"downloading {builder.name} to {builder.data_path}", flush=True)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # a network that fails, a disk that is full, a checksum that differs, a manual download
+    except Exception as error:  # the network, a full disk, a wrong checksum, a set that needs a manual download
         raise UserError(remedy.format(f"its download failed ({type(error).__name__}: {error})")) from error
 
 
 def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
-    """Whether a server answers at all; in a thread, for a look-up of a name can outlast any timeout."""
+    """Whether a server answers; asked in a thread, because a name lookup can exceed the timeout."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -235,7 +239,7 @@ def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_seconds).close()
             answers.append(True)
         except urllib.error.HTTPError:
-            answers.append(True)  # it answered, if only to refuse a HEAD request
+            answers.append(True)  # it answered, even if it refused the HEAD request
         except (OSError, ValueError, http.client.HTTPException):
             answers.append(False)
 

@@ -1,1 +1,1 @@
-"""A trained network in use: load, predict, calibrate, export, convert, serve."""
+"""Use a trained network: load, predict, calibrate, export, convert, serve."""

@@ -1,4 +1,4 @@
-"""How well probabilities are meant: the expected calibration error of a network, and the temperature that lowers it.
+"""Calibration error and temperature scaling.
 
 Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
@@ -19,25 +19,25 @@ _NAMES = {False: "plain", True: "flip"}
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over examples: logits [N, num_classes], labels int [N]."""
+    """Return the mean negative log-likelihood: logits [N, num_classes], labels int [N]."""
     log_probabilities = special.log_softmax(logits.astype(np.float64), axis=1)
     return -float(log_probabilities[np.arange(len(labels)), labels].mean())
 
 
 def calibration_report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The calibration of a network on a split, by the probability of its prediction, in 15 bins of equal width.
+    """Compute the calibration of a network on a split, in 15 bins of confidence of equal width.
 
     Args:
         logits: float32 [N, num_classes].
         labels: int [N].
 
     Returns:
-        {"expected_calibration_error": mean distance of accuracy and confidence (the paper's equation 3), "bins": [{"low",
-        "high", "count", "confidence": mean, "accuracy"}], without the empty ones}.
+        {"expected_calibration_error": mean |accuracy - confidence| (the paper's equation 3), "bins": [{"low", "high",
+        "count", "confidence": mean, "accuracy"}] of the bins that are not empty}.
     """
     probabilities = special.softmax(logits.astype(np.float64), axis=1)
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bin_of = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # a bin has its upper end
+    bin_of = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # a bin includes its upper end
     bins = [
         {
             "low": i / _BINS,
@@ -53,54 +53,54 @@ def calibration_report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The number by which logits are best divided: that of least negative log-likelihood (section 4.2), in 0.05..20."""
+    """Find the temperature in 0.05..20 that minimises the negative log-likelihood (the paper's section 4.2)."""
     limits = np.log((0.05, 20.0))
-    found = optimize.minimize_scalar(
+    result = optimize.minimize_scalar(
         lambda log: negative_log_likelihood(logits / np.exp(log), labels), bounds=limits, method="bounded"
     )
-    return float(np.exp(found.x))
+    return float(np.exp(result.x))
 
 
-def to_names(kept: Mapping[bool, float]) -> dict[str, float]:
-    """Temperatures without and with `--flip` as JSON holds them: {"plain", "flip"}, of those that there are."""
-    return {_NAMES[flip]: temperature for flip, temperature in kept.items()}
+def to_names(by_flip: Mapping[bool, float]) -> dict[str, float]:
+    """Convert temperatures, keyed by whether `--flip` was used, to JSON: {"plain", "flip"} or one of them."""
+    return {_NAMES[flip]: temperature for flip, temperature in by_flip.items()}
 
 
 def from_names(named: Mapping[str, float]) -> dict[bool, float]:
-    """The temperatures that `to_names` gave these names.
+    """Convert JSON to temperatures, the inverse of `to_names`.
 
     Raises:
-        TypeError, ValueError: where one is no number in 0.001..1000.
+        TypeError, ValueError: if one is not a number in 0.001..1000.
     """
-    found = {flip: named[name] for flip, name in _NAMES.items() if name in named}
-    for temperature in found.values():
+    by_flip = {flip: named[name] for flip, name in _NAMES.items() if name in named}
+    for temperature in by_flip.values():
         if isinstance(temperature, bool) or not 1e-3 <= float(temperature) <= 1e3:
             raise ValueError(f"a temperature of {temperature} is not in 0.001..1000")
-    return {flip: float(temperature) for flip, temperature in found.items()}
+    return {flip: float(temperature) for flip, temperature in by_flip.items()}
 
 
 def temperatures(directory: Path, step: int) -> dict[bool, float]:
-    """The temperatures that `--mode eval --fit-temperature` kept for a checkpoint, without and with `--flip`.
+    """Read the temperatures that `eval --fit-temperature` stored for a checkpoint, without and with `--flip`.
 
     Raises:
-        UserError: where the file that keeps them is damaged.
+        UserError: if the file is corrupt.
     """
     path = directory / "temperature.json"
     if not path.exists():
         return {}
-    hint = "fit it again, or remove it"
-    kept = files.read_json(path, ("checkpoint_step", "temperature"), hint)
-    if kept["checkpoint_step"] != step:
+    hint = "fit the temperature again, or remove the file"
+    stored = files.read_json(path, ("checkpoint_step", "temperature"), hint)
+    if stored["checkpoint_step"] != step:
         return {}
     try:
-        return from_names(kept["temperature"])
+        return from_names(stored["temperature"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
 
 def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
-    """Keep a temperature, in place of those of any other checkpoint, and of a file that is damaged."""
-    kept = {flip: temperature}
+    """Store a temperature; replace those of other checkpoints, and a corrupt file."""
+    by_flip = {flip: temperature}
     with suppress(UserError):
-        kept = temperatures(directory, step) | kept
-    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(kept)})
+        by_flip = temperatures(directory, step) | by_flip
+    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(by_flip)})

@@ -1,14 +1,14 @@
-"""A trained network as one file: for JAX anywhere, for ONNX runtimes, or its weights alone.
+"""Export a trained network as one file: a program for JAX or ONNX runtimes, or its weights.
 
     python -m resnet_jax export runs/final --format stablehlo|onnx|safetensors [--output FILE]
 
-stablehlo     the program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
+stablehlo     a program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
 onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
 safetensors   the weights, named by their paths
 
-The first two take images uint8 [N, H, W, 3] in 0..255 and give logits float32 [N, classes]. All hold the config and the class
-names too, and `resnet_jax.load` takes the first and the last. Each is read back and compared with the network on images that
-it has not seen before the file gets its name.
+The programs take images uint8 [N, H, W, 3] in 0..255 and return logits float32 [N, classes]. Each file also holds the
+config and the class names. `resnet_jax.load` reads .stablehlo and .safetensors. An export is read back and compared
+with the network on random images; the file gets its final name only if they agree.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 Run = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, 3] -> logits float32 [N, num_classes]
 
-_TOLERANCE = 1e-4  # of the largest logit: float32, whose sums each runtime orders as it likes
-_CHECKED_ON = (1, 2, 17)  # numbers of images
+_TOLERANCE = 1e-4  # of the largest logit: runtimes add float32 numbers in different orders
+_CHECKED_ON = (1, 2, 17)  # batch sizes of the comparison
 
 
 def metadata(model: "Model") -> dict[str, Any]:
-    """What a file says of its network, as JSON holds it."""
+    """Return the metadata of an export as JSON values."""
     from resnet_jax import train_state
     from resnet_jax.inference import calibration
 
@@ -53,7 +53,7 @@ def metadata(model: "Model") -> dict[str, Any]:
 
 
 def sealed(meta: dict[str, Any], payload: str) -> str:
-    """The metadata of a file that is damaged if either they or the digest of what it holds are others, as JSON."""
+    """Return metadata as JSON, with a SHA-256 of it and the payload's digest to detect a corrupt file."""
     from resnet_jax.inference import trained_model
 
     return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
@@ -69,18 +69,22 @@ def write_safetensors(model: "Model", path: Path) -> Run:
     flat = traverse_util.flatten_dict(model.variables, sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     meta = metadata(model)
-    path.write_bytes(save(arrays, {"resnet_jax": sealed(meta, meta["weights"])}))  # several keys come in any order
+    path.write_bytes(
+        save(arrays, {"resnet_jax": sealed(meta, meta["weights"])})
+    )  # one key, because the order of several is not fixed
     return trained_model.load(path).logits
 
 
 def write_stablehlo(model: "Model", path: Path) -> Run:
-    """Write the program that `jax.export` makes of the network, with any number of images, and read it back."""
+    """Write the network as a `jax.export` program for any number of images, and read it back."""
     import jax
     from jax import export
 
     from resnet_jax import models, steps
 
-    network = models.from_config(model.config.model, len(model.class_names))  # by XLA's convolutions, for every device
+    network = models.from_config(
+        model.config.model, len(model.class_names)
+    )  # with XLA's convolutions, which run on every device
     variables = jax.device_get(model.variables)
 
     def logits(images: jax.Array) -> jax.Array:
@@ -88,17 +92,19 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
 
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
-    written = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
-    path.write_bytes(written)
-    with zipfile.ZipFile(path, "a") as archive:  # behind the program, where its own reader does not look
-        meta = sealed(metadata(model), hashlib.sha256(written).hexdigest())
-        archive.writestr(zipfile.ZipInfo("metadata.json"), meta)  # of no date: the same network gives the same bytes
+    program_bytes = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
+    path.write_bytes(program_bytes)
+    with zipfile.ZipFile(path, "a") as archive:  # after the program, where its reader ignores it
+        meta = sealed(metadata(model), hashlib.sha256(program_bytes).hexdigest())
+        archive.writestr(
+            zipfile.ZipInfo("metadata.json"), meta
+        )  # without a date, so that the same network gives the same bytes
     program = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(program.call(images))
 
 
 def write_onnx(model: "Model", path: Path, fold: bool = False) -> Run:
-    """Write the network as an ONNX graph, and read it back; `fold` puts batch norm into the convolutions."""
+    """Write the network as an ONNX graph, and read it back; `fold` folds batch norm into the convolutions."""
     try:
         import onnx
         import onnxruntime
@@ -122,24 +128,24 @@ WRITERS: dict[str, Callable[..., Run]] = {
 
 
 def largest_difference(model: "Model", run: Run) -> float:
-    """Between the logits of a network and of what was written, on images of noise, in shares of the largest logit."""
-    rng = np.random.default_rng()  # fresh ones each time
-    found = []
+    """Return the largest difference of the logits / the largest logit, on random images."""
+    rng = np.random.default_rng()  # different images each time
+    differences = []
     for count in _CHECKED_ON:
         images = rng.integers(0, 256, (count, *model.image_shape), np.uint8)
         expected = model.logits(images)
-        found.append(np.abs(run(images) - expected).max() / np.abs(expected).max())
-    return float(max(found))
+        differences.append(np.abs(run(images) - expected).max() / np.abs(expected).max())
+    return float(max(differences))
 
 
 def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
-    """Write a file, all or nothing, and return the largest difference that it makes.
+    """Write an export atomically, and return its `largest_difference` from the network.
 
-    What is written as ONNX computes in float32, whatever the run did, and is compared with the network in float32.
+    An ONNX export always computes in float32, and is compared with the network in float32.
 
     Raises:
-        UserError: where it cannot be written.
-        RuntimeError: where it does not compute what the network does; then there is no file.
+        UserError: if the file cannot be written.
+        RuntimeError: if the export differs from the network; then no file is written.
     """
     if kind == "onnx":
         model = model.in_float32()
@@ -148,18 +154,20 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
             new = Path(scratch) / path.name
             difference = largest_difference(model, WRITERS[kind](model, new, **settings))
             if not difference <= _TOLERANCE:
-                raise RuntimeError(f"{kind} differs by {difference:.1e} of the largest logit: it was not written")
+                raise RuntimeError(
+                    f"the {kind} export differs by {difference:.1e} of the largest logit: it was not written"
+                )
             os.replace(new, path)
     except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another place") from error
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another file") from error
     return difference
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool `export`."""
     parser = ArgumentParser("python -m resnet_jax export", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
-    parser.add_argument("--format", required=True, choices=WRITERS, help="kind of file")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="format of the file")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="file to write (default: RUN/model.FORMAT, or beside RUN)"
     )
@@ -171,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
     beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
     path = arguments.output or Path(f"{beside}.{arguments.format}")
     if path.suffix != f".{arguments.format}":
-        raise UserError(f"--output {path}: a file of this format ends in .{arguments.format}")
+        raise UserError(f"--output {path}: the file name must end in .{arguments.format}")
     if arguments.fold_batch_norm and arguments.format != "onnx":
         raise UserError("--fold-batch-norm needs --format onnx")
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
@@ -179,4 +187,6 @@ def main(argv: Sequence[str]) -> None:
     model = trained_model.load(arguments.run, arguments.checkpoint)
     settings = {"fold": True} if arguments.fold_batch_norm else {}
     difference = write(model, arguments.format, path, **settings)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, at most {difference:.1e} of the largest logit from the network")
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.2f} MB, differs from the network by at most {difference:.1e} of the largest logit"
+    )

@@ -1,4 +1,4 @@
-"""A network as an ONNX graph, written from its own structure: images uint8 [N, H, W, 3] -> logits float32 [N, classes]."""
+"""Build the ONNX graph of a network layer by layer: images uint8 [N, H, W, 3] -> logits float32 [N, classes]."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ _OPSET = 17
 
 
 class _Graph:
-    """Nodes and weights, as they are added.
+    """The nodes and weights of a graph under construction.
 
     Args:
-        model: whose network it is.
-        fold: put batch norm into the convolution before it.
+        model: the network.
+        fold: fold batch norm into the convolution before it.
     """
 
     def __init__(self, model: "Model", fold: bool) -> None:
@@ -29,18 +29,18 @@ class _Graph:
         self.weights: list[onnx.TensorProto] = []
 
     def add(self, operation: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; returns the name of its output."""
+        """Add a node; return the name of its output."""
         output = f"{operation.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operation, inputs, [output], **attributes))
         return output
 
     def weight(self, name: str, value: np.ndarray) -> str:
-        """Add a weight; returns its name."""
+        """Add a weight; return its name."""
         self.weights.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
 
     def conv_norm(self, x: str, module: tuple[str, ...], conv: str, norm: str, stride: int) -> str:
-        """A convolution without bias, padded by half its kernel, and batch norm by the running statistics."""
+        """Add a convolution without bias, padded by half its kernel, and batch norm with the running statistics."""
         params, stats, name = self.params, self.stats, "/".join((*module, conv))
         for part in module:
             params, stats = params[part], stats[part]
@@ -59,7 +59,7 @@ class _Graph:
         return self.add("BatchNormalization", x, *names, epsilon=self.config.batch_norm_epsilon)
 
     def block(self, x: str, name: str, stride: int) -> str:
-        """A residual block: the stride is the first 3x3 convolution's, and the shortcut's."""
+        """Add a residual block; the stride applies to the first 3x3 convolution and to the shortcut."""
         convs = sorted(key for key in self.params[name] if key.startswith("conv"))
         y = x
         for conv in convs:
@@ -73,7 +73,7 @@ class _Graph:
 
 
 def build(model: "Model", fold: bool) -> onnx.ModelProto:
-    """The graph of a network; `fold` puts batch norm into the convolutions."""
+    """Build the graph of a network; `fold` folds batch norm into the convolutions."""
     graph, config = _Graph(model, fold), model.config
     x = graph.add("Cast", "images", to=TensorProto.FLOAT)
     mean, std = (255 * np.array(value).reshape(1, 1, 1, 3) for value in (config.data.mean, config.data.std))
@@ -92,5 +92,5 @@ def build(model: "Model", fold: bool) -> onnx.ModelProto:
     graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], ["logits"]))
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
-    made = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)
+    graph_proto = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)
+    return helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)

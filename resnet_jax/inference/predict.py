@@ -1,9 +1,10 @@
-"""Class probabilities of image files by a trained network.
+"""Predict the classes of image files with a trained network.
 
     python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
-A FILE is a PNG, JPEG or WebP image, a folder of them at any depth, a pattern, or an .npz that holds `images`, or one array alone.
-Grey, palette and 16-bit images become RGB, transparent ones are laid on white, and a camera's rotation is undone.
+A FILE is a PNG, JPEG or WebP image, a folder of images (searched recursively), a pattern, or an .npz with an array
+`images` or a single array. Grey, palette and 16-bit images become RGB, transparent images get a white background, and
+the camera's rotation is applied.
 """
 
 import argparse
@@ -30,23 +31,23 @@ from resnet_jax.runs import files
 from resnet_jax.runs.exits import report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-_FORMATS = ("PNG", "JPEG", "WEBP")  # other readers of Pillow's start programs, or are seldom fuzzed
+_FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other readers start programs or are rarely fuzzed
 
 
 def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
-    """An image file as people see it: uint8 [H, W, 3].
+    """Read an image file in its displayed orientation: uint8 [H, W, 3].
 
     Raises:
-        OSError, ValueError: where it cannot be read, or has more pixels.
+        OSError, ValueError: if it cannot be read, or has more than `max_pixels` pixels.
     """
     with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_FORMATS) as opened:
         if opened.width * opened.height > max_pixels:
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, and at most {max_pixels:,} are read")
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than the limit of {max_pixels:,}")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # 16 bits of grey
             grey = np.asarray(image)
             if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"its pixels are not of 8 or 16 bits (mode {image.mode})")
+                raise ValueError(f"its pixels do not have 8 or 16 bits (mode {image.mode})")
             image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -55,18 +56,18 @@ def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.nda
 
 
 def read_npz(path: Path) -> np.ndarray:
-    """The images of an `.npz`.
+    """Read the images of an `.npz`.
 
     Raises:
-        OSError, ValueError: where it cannot be read, or does not say which array they are.
+        OSError, ValueError: if it cannot be read, or has several arrays and none is named `images`.
     """
     arrays = np.load(path, allow_pickle=False)
-    if isinstance(arrays, np.ndarray):  # an .npy by another name
+    if isinstance(arrays, np.ndarray):  # an .npy with another suffix
         return arrays
     with arrays:
         names = arrays.files
         if "images" not in names and len(names) != 1:
-            raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name the images' array images")
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name the array of images 'images'")
         return np.asarray(arrays["images" if "images" in names else names[0]])
 
 
@@ -75,32 +76,33 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def listed(arguments: Sequence[str]) -> list[Path]:
-    """The files that arguments name.
+    """List the files that the arguments name.
 
     Raises:
-        UserError: where one names none.
+        UserError: if an argument names no file.
     """
     files: list[Path] = []
     for argument in arguments:
         path = Path(os.path.expanduser(argument))
         if path.is_dir():
             inside = [Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names]
-            found = sorted(p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file())
+            matches = sorted(p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file())
         else:
-            found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        if not found:
+            matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
             raise UserError(
                 f"{argument} names no image: give PNG, JPEG or WebP files, a folder of them, a pattern, or an .npz"
             )
-        files += found
+        files += matches
     return files
 
 
 def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[list[str], list[np.ndarray], int]:
-    """The images of files, each as `as_batch` gives it; a file that cannot be read is named on stderr.
+    """Read the images of files as batches; report each file that cannot be read on stderr.
 
     Returns:
-        Their names ("cat.png", "images.npz[0]"), the batches of one, and how many files could not be read.
+        The images' names ("cat.png", "images.npz[0]"), a batch from `as_batch` for each file, and the number of files
+        that could not be read.
     """
     names: list[str] = []
     batches: list[np.ndarray] = []
@@ -108,34 +110,34 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
     for path in files:
         try:
             if path.suffix.lower() == ".npz":
-                found = as_batch(read_npz(path))
-                names += [f"{path}[{i}]" for i in range(len(found))]
+                batch = as_batch(read_npz(path))
+                names += [f"{path}[{i}]" for i in range(len(batch))]
             else:
-                found = as_batch(read_image(path))
+                batch = as_batch(read_image(path))
                 names.append(str(path))
-            batches.append(found)
-        except Exception as error:  # what a decoder raises on hostile bytes is of every kind
+            batches.append(batch)
+        except Exception as error:  # a decoder can raise anything on hostile bytes
             unreadable += 1
             report(f"{path} cannot be read ({error or type(error).__name__}): skipped")
     return names, batches, unreadable
 
 
 def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """A line a file: its likeliest classes, with their probabilities."""
+    """Write one line per image: its most likely classes and their probabilities."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, top in rows:
         out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
 
 
 def write_csv(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """A line a file and class."""
+    """Write one line per image and class."""
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["file", "rank", "class", "probability"])
     table.writerows((name, i, *entry) for name, top in rows for i, entry in enumerate(top, start=1))
 
 
 def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """A list of {"file", "predictions": [{"class", "probability"}]}."""
+    """Write a list of {"file", "predictions": [{"class", "probability"}]}."""
     listed_rows = [
         {"file": name, "predictions": [{"class": label, "probability": p} for label, p in top]} for name, top in rows
     ]
@@ -143,7 +145,7 @@ def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool `predict`."""
     parser = ArgumentParser("python -m resnet_jax predict", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or its .safetensors or .stablehlo export")
     parser.add_argument("files", nargs="*", metavar="FILE", help="image, folder, pattern or .npz")
@@ -163,11 +165,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write for --unlabelled")
     arguments = parser.parse_args(argv)
     if bool(arguments.unlabelled) != bool(arguments.output):
-        raise UserError("--unlabelled FILE and --output CSV go together: give both")
+        raise UserError("--unlabelled FILE and --output CSV need each other: give both")
     if bool(arguments.files) == bool(arguments.unlabelled):
-        raise UserError("give images, or --unlabelled FILE --output CSV, and not both")
+        raise UserError("give either images, or --unlabelled FILE --output CSV")
     if arguments.top is not None and arguments.top < 1:
-        raise UserError(f"--top {arguments.top}: give 1 or more")
+        raise UserError(f"--top must be at least 1, got {arguments.top}")
     if arguments.unlabelled and (arguments.top or arguments.write is not write_table):
         raise UserError("--top, --json and --csv do not apply to --unlabelled: leave them out")
     if arguments.unlabelled:
@@ -177,11 +179,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> None:
-    """Write the labels of unlabelled images."""
+    """Predict the labels of unlabelled images and write them as CSV."""
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
-        raise UserError(f"--output {arguments.output} is --unlabelled too, and would be lost: give another file")
+        raise UserError(f"--output {arguments.output} would overwrite the file of --unlabelled: give another file")
     data, ids = unlabelled.read(arguments.unlabelled)
     model = trained_model.load(arguments.run, arguments.checkpoint)
     try:
@@ -196,10 +198,10 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print the likeliest classes of image files.
+    """Print the most likely classes of image files.
 
     Raises:
-        UserError: after that, where some could not be read.
+        UserError: after printing, if some files could not be read.
     """
     from resnet_jax.inference import trained_model
 
@@ -208,8 +210,8 @@ def show(arguments: argparse.Namespace) -> None:
     names, images, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
     rows = []
     for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
-        likeliest = np.argsort(-row, kind="stable")[: arguments.top or 3]
-        rows.append((name, [(model.class_names[i], float(row[i])) for i in likeliest]))
+        most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
+        rows.append((name, [(model.class_names[i], float(row[i])) for i in most_likely]))
     arguments.write(sys.stdout, rows)
     if unreadable:
         raise UserError(f"{unreadable} of {len(files)} files could not be read: fix them, or leave them out")

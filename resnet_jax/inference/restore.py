@@ -1,4 +1,4 @@
-"""A run restored from one of its checkpoints, with its data."""
+"""Restore a run from one of its checkpoints, with its data."""
 
 from contextlib import closing
 from functools import partial
@@ -15,10 +15,10 @@ from resnet_jax.train_state import TrainState
 
 
 def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup, TrainState, int]:
-    """The setup of a run, the state of one of its checkpoints, and that checkpoint's step.
+    """Return the setup of a run, the state of one of its checkpoints, and that checkpoint's step.
 
     Args:
-        config: of the run.
+        config: the run's config.
         directory: the run's workdir.
         which: "best", "latest" or a step.
 
@@ -29,10 +29,10 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     workdir.check(directory, config)
     with _checkpoints(directory) as checkpoints:
-        checkpoints.choose(which)  # a mistake shows before the data are loaded
+        checkpoints.choose(which)  # reports a user error before the data are loaded
     start = setup(config)
     check_meta = partial(workdir.check_meta, directory, config, start.dataset.fingerprint)
-    with _checkpoints(directory) as checkpoints:  # again, for a run under way replaces its checkpoints
+    with _checkpoints(directory) as checkpoints:  # again, because a running run replaces its checkpoints
         step = checkpoints.choose(which)
         state, _ = checkpoints.restore(step, start.state, check_meta)
     return start, state, step

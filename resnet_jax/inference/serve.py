@@ -1,8 +1,8 @@
-"""A page to try a trained network in a browser: drop an image, see the predicted class and the pixels that mattered.
+"""Serve a page to try a trained network: drop an image, see the predicted class and the pixels that mattered.
 
     python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
 
-Programs can use it too: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` returns JSON.
+Programs can use it as well: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` returns JSON.
 """
 
 import base64
@@ -48,24 +48,24 @@ class Sample(NamedTuple):
 
 
 def _png(image: np.ndarray) -> bytes:
-    """The PNG file of a uint8 [H, W, 3] image."""
+    """Encode a uint8 [H, W, 3] image as PNG."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
 
 
 def samples(model: "Model") -> list[Sample]:
-    """Test images of the run's data: the first image of each class, then the second of each, up to 12 in all.
+    """Return test images of the run's data: the first image of each class, then the second of each, up to 12 in all.
 
     Raises:
-        UserError: where the data cannot be loaded or have other classes.
+        UserError: if the data cannot be loaded or have other classes.
     """
     from resnet_jax.data import datasets
 
     try:
         dataset = datasets.load(model.config.data)
         if dataset.class_names != model.class_names:
-            raise UserError(f"{dataset.name} has changed since the run began: it has other classes")
+            raise UserError(f"{dataset.name} has changed since the run started: its classes differ")
     except UserError as error:
         raise UserError(f"{error}; use --no-samples to show no test images") from error
     by_class = np.argsort(dataset.test.labels, kind="stable")
@@ -80,7 +80,7 @@ def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     """Decode an uploaded image file and resize it: uint8 [1, *image_shape].
 
     Raises:
-        ValueError: where it is not an image that can be read; the message is for the user of the page.
+        ValueError: if it is not an image that can be read; the message is for the user of the page.
     """
     from resnet_jax.inference import predict, trained_model
 
@@ -95,28 +95,28 @@ def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
-    """What the page shows for an image.
+    """Return what the page shows for an image.
 
     Args:
         model: a model with variables.
         batch: uint8 [1, H, W, 3] from `picture`.
 
     Returns:
-        {"predictions": [{"class", "probability"}] of the 5 likeliest classes, "seen": the resized image, "saliency": a map
-        of the pixels that mattered; both images are PNG files as data: URIs}.
+        {"predictions": [{"class", "probability"}] of the 5 most likely classes, "seen": the resized image, "saliency":
+        a map of the pixels that mattered; both images are PNG files as data: URIs}.
     """
     from matplotlib import colormaps
 
     probabilities = model.predict(batch).probabilities[0]
-    likeliest = np.argsort(-probabilities, kind="stable")[:_TOP]
+    most_likely = np.argsort(-probabilities, kind="stable")[:_TOP]
     heat = colormaps["inferno"](model.saliency(batch)[0], bytes=True)[..., :3]
     seen, saliency = (f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}" for image in (batch[0], heat))
-    predictions = [{"class": model.class_names[i], "probability": float(probabilities[i])} for i in likeliest]
+    predictions = [{"class": model.class_names[i], "probability": float(probabilities[i])} for i in most_likely]
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
 
 def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | None = None) -> "flask.Flask":
-    """The web application: the page, its test images and its predictions.
+    """Build the web application: the page, its test images and its predictions.
 
     Args:
         model: a model with variables.
@@ -154,10 +154,10 @@ def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | 
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
+    """Open a socket that listens at an address.
 
     Raises:
-        UserError: where the address is wrong or in use.
+        UserError: if the address is wrong or in use.
     """
     try:
         if not 0 <= port < 2**16:
@@ -173,7 +173,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool `serve`."""
     parser = ArgumentParser("python -m resnet_jax serve", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
     parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
@@ -191,20 +191,22 @@ def main(argv: Sequence[str]) -> None:
         import waitress
     except ImportError as error:
         raise UserError("the page needs flask and waitress: pip install -e '.[demo]'") from error
-    with _listening(arguments.host, arguments.port) as listening:  # first, for loading takes seconds
+    with _listening(arguments.host, arguments.port) as listening:  # first, because loading takes seconds
         from resnet_jax.inference import trained_model
 
         model = trained_model.load(arguments.run, arguments.checkpoint)
-        _ = answer(model, np.zeros((1, *model.image_shape), np.uint8))  # compiles, and finds weights missing
+        _ = answer(
+            model, np.zeros((1, *model.image_shape), np.uint8)
+        )  # compiles, and fails early if there are no weights
         shown = [] if arguments.no_samples else samples(model)
         address, port = listening.getsockname()[:2]
         shown_address = f"[{address}]" if ":" in address else address
         hosts: list[str] | None = ["localhost", shown_address]
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-            print(f"warning: {address} is open to whoever reaches this machine", file=sys.stderr)
-            hosts = None  # it has names that are not known here
+            print(f"warning: {address} can be reached by other machines, and the page has no password", file=sys.stderr)
+            hosts = None  # the machine's names are not known here
         app = make_app(model, arguments.run.resolve().name, shown, hosts)
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a warning for each request that waits
         server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES + 1)
-        print(f"http://{shown_address}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"http://{shown_address}:{port} (press Ctrl-C to stop)", flush=True)
         server.run()

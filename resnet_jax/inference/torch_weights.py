@@ -1,12 +1,12 @@
-"""Weights to and from PyTorch: a state dict of the report's own model, with its names (conv1, bn1, layer1.0.conv1 ... fc).
+"""Convert weights from and to PyTorch state dicts with the report's names (conv1, bn1, layer1.0.conv1 ... fc).
 
     python -m resnet_jax weights load model.pt --config configs/final.py --workdir runs/torch
     python -m resnet_jax weights save runs/final model.safetensors
 
-`load` makes a workdir whose checkpoint has step 0: evaluate it with `eval`, or train from it with `train` and the same config.
-`save` writes the weights of a checkpoint. The suffix of the file is its format: .safetensors, .npz, or .pt and .pth, which need
-PyTorch and are read with `weights_only=True`. Weights are copied bit for bit in both directions. So is batch norm's running
-variance, though PyTorch estimates it without bias and this project with.
+`load` makes a workdir with a checkpoint of step 0: evaluate it with `eval`, or train from it with `train` and the same
+config. `save` writes the weights of a checkpoint. The suffix of the file sets its format: .safetensors, .npz, .pt or
+.pth. The last two need PyTorch and are read with `weights_only=True`. Weights are copied bit for bit both ways,
+the running variance of batch norm too, although PyTorch's estimate of it is unbiased and this project's is biased.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ _MODULES = {
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # HWIO -> OIHW, [in, out] -> [out, in]
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-_COUNTER = "num_batches_tracked"  # PyTorch's batch norm counts its steps, and reads the count only without a momentum
-_NAMED = 10  # names of a kind that a message lists before it counts the rest
+_COUNTER = "num_batches_tracked"  # the step counter of PyTorch's batch norm, which only uses it without a momentum
+_NAMED = 10  # names that a message lists; it counts the rest
 
 Weights = dict[str, np.ndarray]
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """PyTorch's name of a leaf: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
+    """Return PyTorch's name: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
     *modules, leaf = path[1:]
     names = [
         f"layer{stage[1]}.{int(stage[2]) - 1}"
@@ -57,11 +57,11 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def to_torch(variables: Mapping[str, Any], step: int) -> Weights:
-    """The state dict of a network's variables.
+    """Convert the variables of a network to a PyTorch state dict.
 
     Args:
         variables: {"params": ..., "batch_stats": ...}, as `ResNet` takes them.
-        step: number of steps done, which batch norm's counters are set to.
+        step: number of steps done, the value of batch norm's counters.
 
     Returns:
         PyTorch's name -> array: convolutions OIHW, the classifier [out, in], counters int64 [].
@@ -76,15 +76,15 @@ def to_torch(variables: Mapping[str, Any], step: int) -> Weights:
 
 
 def from_torch(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that a state dict holds.
+    """Convert a PyTorch state dict to the variables of a network.
 
     Args:
-        weights: as `to_torch` returns them; counters may be missing. Names may all have a prefix in common, as
+        weights: as `to_torch` returns them; counters may be missing. All names may share a prefix, such as
             DataParallel's "module.".
-        like: variables of the same network, of which the structure, shapes and dtypes are taken.
+        like: variables with the structure, shapes and dtypes of the network.
 
     Raises:
-        UserError: naming what is missing, not of this network, of another shape, or not finite.
+        UserError: if a weight is missing, unknown, of another shape or not finite; the message names it.
     """
     from flax import traverse_util
 
@@ -92,7 +92,7 @@ def from_torch(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> di
     expected = {torch_name(path): (path, leaf) for path, leaf in _leaves(like)}
     wrong = {
         "missing": sorted(expected.keys() - weights.keys()),
-        "not of this network": sorted(weights.keys() - expected.keys()),
+        "unknown": sorted(weights.keys() - expected.keys()),
     }
     shapes, values = [], []
     variables = {}
@@ -106,7 +106,7 @@ def from_torch(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> di
             values.append(name)
         else:
             variables[path] = array.transpose(_FROM_TORCH[leaf.ndim]).astype(leaf.dtype)
-    wrong |= {"of another shape": sorted(shapes), "no finite floating-point numbers": sorted(values)}
+    wrong |= {"wrong shape": sorted(shapes), "not finite floating-point numbers": sorted(values)}
     if any(wrong.values()):
         raise UserError("; ".join(f"{kind}: {_listed(names)}" for kind, names in wrong.items() if names))
     return traverse_util.unflatten_dict(variables)
@@ -119,7 +119,7 @@ def _leaves(variables: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _without_prefix(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Drop what wrappers put before every name: `DataParallel` "module.", `torch.compile` "_orig_mod."."""
+    """Remove the prefix that wrappers add to every name: `DataParallel` "module.", `torch.compile` "_orig_mod."."""
     for prefix in ("module.", "_orig_mod."):
         if weights and all(name.startswith(prefix) for name in weights):
             return _without_prefix({name.removeprefix(prefix): array for name, array in weights.items()})
@@ -132,12 +132,12 @@ def _listed(names: list[str]) -> str:
 
 
 def read(path: Path) -> Weights:
-    """Read a state dict; nothing in the file is run.
+    """Read a state dict; no code in the file is run.
 
-    A `.pt` or `.pth` may hold it as the one dictionary of tensors in a larger one, as training scripts save it.
+    In a `.pt` or `.pth`, the state dict may be inside another dictionary, as training scripts save it.
 
     Raises:
-        UserError: where it cannot be read, or PyTorch is needed and not installed.
+        UserError: if it cannot be read, or PyTorch is needed and not installed.
     """
     try:
         if path.suffix == ".npz":
@@ -153,17 +153,17 @@ def read(path: Path) -> Weights:
         }
     except UserError:
         raise
-    except Exception as error:  # of a dozen kinds, from three libraries
+    except Exception as error:  # three libraries raise a dozen kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read ({reason}): give a state dict") from error
 
 
 def _state_dict(torch: Any, loaded: Any) -> list[tuple[str, Any]]:
-    """The items of the state dict that a file holds, itself or as one of its values."""
+    """Return the items of the state dict in a file: the file's object or one of its values."""
     candidates = [loaded, *(loaded.values() if isinstance(loaded, Mapping) else ())]
     dicts = [c for c in candidates if isinstance(c, Mapping) and c and all(map(torch.is_tensor, c.values()))]
     if len(dicts) != 1:
-        raise ValueError(f"it holds {len(dicts)} dictionaries of tensors")
+        raise ValueError(f"it holds {len(dicts)} dictionaries of tensors instead of 1")
     return list(dicts[0].items())
 
 
@@ -180,10 +180,10 @@ def _torch(path: Path) -> Any:
 
 
 def write(path: Path, weights: Weights) -> None:
-    """Write a state dict, whole or not at all.
+    """Write a state dict atomically.
 
     Raises:
-        UserError: where it cannot be written, or PyTorch is needed and not installed.
+        UserError: if it cannot be written, or PyTorch is needed and not installed.
     """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
@@ -203,7 +203,7 @@ def write(path: Path, weights: Weights) -> None:
 
 
 def load(config: ConfigDict, directory: Path, path: Path) -> None:
-    """Make the workdir of a run of this config that starts from the weights of a file.
+    """Make a workdir for a run with this config that starts from the weights of a file.
 
     Raises:
         UserError: if the folder exists, or the weights do not fit `config.model`.
@@ -212,7 +212,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     from resnet_jax.setup import setup
 
     if directory.exists():
-        raise UserError(f"--workdir {directory} exists already: choose another")
+        raise UserError(f"--workdir {directory} already exists: choose another")
     weights = read(path)
     start = setup(config)
     try:
@@ -225,7 +225,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         folder.write_json(workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
         folder.save(state, seconds=0.0)
         folder.wait()
-    print(f"{directory} holds the weights of {path} as step 0: python -m resnet_jax eval {directory} evaluates them")
+    print(f"{directory} holds the weights of {path} as step 0; to evaluate them: python -m resnet_jax eval {directory}")
 
 
 def _sha256(path: Path) -> str:
@@ -234,7 +234,7 @@ def _sha256(path: Path) -> str:
 
 
 def save(source: Path, which: str, path: Path) -> None:
-    """Write the weights of a run's checkpoint, or of an export that holds weights."""
+    """Write the weights of a run's checkpoint, or of a `.safetensors` export, as a state dict."""
     from resnet_jax.inference import trained_model
 
     model = trained_model.load(source, which)
@@ -243,7 +243,7 @@ def save(source: Path, which: str, path: Path) -> None:
 
 
 def main_load(argv: Sequence[str]) -> None:
-    """The tool `weights load`."""
+    """Run the tool `weights load`."""
     parser = ArgumentParser("python -m resnet_jax weights load", __doc__)
     parser.add_argument("file", metavar="FILE", help="state dict to read")
     command_line.add_config_arguments(parser)
@@ -253,7 +253,7 @@ def main_load(argv: Sequence[str]) -> None:
 
 
 def main_save(argv: Sequence[str]) -> None:
-    """The tool `weights save`."""
+    """Run the tool `weights save`."""
     parser = ArgumentParser("python -m resnet_jax weights save", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="workdir of a run, or its .safetensors export")
     parser.add_argument("file", metavar="FILE", help="state dict to write")
@@ -266,7 +266,7 @@ def main_save(argv: Sequence[str]) -> None:
 
 
 def _checked(file: str) -> Path:
-    """The path of a file of weights that this machine can read and write."""
+    """Return the path of a file of weights; check that this machine can read and write its format."""
     path = Path(os.path.expanduser(file))
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{file}: its suffix must be one of {', '.join(_SUFFIXES)}")

@@ -1,6 +1,6 @@
-"""A trained network to use: `model = load("runs/final")`, `model.predict(images)`.
+"""Load and use a trained network: `model = load("runs/final")`, `model.predict(images)`.
 
-It takes a run's folder alone: no data set and no TensorFlow.
+This needs only the folder of a run, and neither the data set nor TensorFlow.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from resnet_jax.inference import calibration
 from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 
-_LARGEST_BATCH = 128  # images a call; fewer are padded to the next power of two, so that few sizes are compiled
-_LONGEST = 1000  # times as long as wide, an image that is scaled
+_LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
+_LONGEST = 1000  # the largest ratio of an image's sides, for images that are scaled
 
 
 class Predictions(NamedTuple):
-    """What a network says of N images.
+    """Predictions for N images.
 
     Attributes:
         probabilities: float32 [N, num_classes], each row a distribution.
-        labels: int64 [N], the likeliest class of each.
-        names: N names of those classes.
+        labels: int64 [N], the most likely class of each.
+        names: the names of those N classes.
     """
 
     probabilities: np.ndarray
@@ -55,15 +55,15 @@ class Model:
     """A trained network.
 
     Args:
-        config: of its run.
-        class_names: of its output, in order.
+        config: the config of its run.
+        class_names: names of its outputs, in order.
         image_shape: (H, W, 3) of the images it was trained on.
         variables: {"params", "batch_stats"}, on the first device.
-        step: of its checkpoint.
-        temperatures: by which logits are divided before they become probabilities, for `flip` False and True; 1.0 if not given.
-        program: computes the logits of uint8 images, in place of `variables`.
+        step: number of steps done at its checkpoint.
+        temperatures: logits are divided by these before the softmax, for `flip` False and True; 1.0 if missing.
+        program: computes the logits of uint8 images instead of `variables`.
 
-    Attributes are those of the same names, but for the last.
+    All arguments but `program` are attributes.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Model:
         self._saliency = jax.jit(partial(_saliency, network))
 
     def __repr__(self) -> str:
-        """Parameters, classes, image size and step."""
+        """Show the number of parameters and classes, the image size and the step."""
         params = (
             "" if self._variables is None else f"{train_state.num_params(self._variables['params']):,} parameters, "
         )
@@ -92,26 +92,26 @@ class Model:
 
     @property
     def variables(self) -> Any:
-        """{"params", "batch_stats"}, on the first device.
+        """The weights, {"params", "batch_stats"}, on the first device.
 
         Raises:
-            UserError: of a network that was loaded from a `.stablehlo`.
+            UserError: if the network was loaded from a `.stablehlo`.
         """
         if self._variables is None:
-            raise UserError("a .stablehlo holds a program and no weights: give the run's workdir, or a .safetensors")
+            raise UserError("a .stablehlo holds a program without weights: give the run's workdir, or a .safetensors")
         return self._variables
 
     def predict(self, images: Any, flip: bool = False) -> Predictions:
-        """Class probabilities of images.
+        """Predict the class probabilities of images.
 
         Args:
-            images: one [H, W, C] or many [N, H, W, C], an array, or a list of arrays of different sizes; C is 3, or 1 for
-                grey. uint8 in 0..255, or floats in 0..1. Those of another size than `image_shape` are scaled, bilinearly,
-                until they cover it, and the centre is cut out.
+            images: an array [H, W, C] or [N, H, W, C], or a list of arrays of any sizes; C is 3, or 1 for grey. uint8
+                in 0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
+                cover it, and the centre is cropped.
             flip: average the logits of each image and its mirror.
 
         Raises:
-            ValueError: where they are no such images.
+            ValueError: if the images are not as described.
         """
         temperature = np.float32(self.temperatures.get(flip, 1.0))
         probabilities = scipy.special.softmax(self.logits(images, flip) / temperature, axis=1)
@@ -119,36 +119,36 @@ class Model:
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
     def logits(self, images: Any, flip: bool = False) -> np.ndarray:
-        """float32 [N, num_classes]; arguments and errors are those of `predict`."""
+        """Return the logits, float32 [N, num_classes]; arguments and errors are those of `predict`."""
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
-        found = [np.zeros((0, len(self.class_names)), np.float32)]
+        logits = [np.zeros((0, len(self.class_names)), np.float32)]
         for start in range(0, len(batch), _LARGEST_BATCH):
             part = batch[start : start + _LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
-            found.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
-        return np.concatenate(found)
+            logits.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
+        return np.concatenate(logits)
 
     def in_float32(self) -> "Model":
-        """The network with all its computation in float32."""
+        """Return the same network, computing everything in float32."""
         config = config_lib.replaced(self.config, {"model.dtype": "float32"})
         return Model(config, self.class_names, self.image_shape, self.variables, self.step, self.temperatures)
 
     def saliency(self, images: Any) -> np.ndarray:
-        """How much each pixel matters for the likeliest class: the size of that logit's gradient, the largest of the colours'.
+        """Return the saliency of each pixel: the largest logit's absolute gradient, the maximum over the colours.
 
         Simonyan et al., Deep Inside Convolutional Networks, arXiv:1312.6034, section 3.1.
 
         Args:
-            images: as `predict` takes them.
+            images: as for `predict`.
 
         Returns:
-            float32 [N, H, W] of `image_shape`, in shares of the largest of each image.
+            float32 [N, H, W] with the H and W of `image_shape`, divided by the maximum of each image.
 
         Raises:
-            UserError: of a network that was loaded from a `.stablehlo`.
-            ValueError: where they are no such images.
+            UserError: if the network was loaded from a `.stablehlo`.
+            ValueError: if the images are not as described.
         """
         batch = as_batch(images, self.image_shape)
         scale = np.float32(1.0 if batch.dtype == np.uint8 else 255.0)
@@ -157,7 +157,7 @@ class Model:
 
 
 def _network(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
-    """`steps.eval_logits` of the config's network."""
+    """Return `steps.eval_logits` of the network that a config describes."""
     network = models.from_config(config.model, num_classes, kernels.for_inference(train_state.make_mesh(1)))
 
     def logits(variables: Any, images: jax.Array, flip: bool = False) -> jax.Array:
@@ -167,21 +167,21 @@ def _network(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
 
 
 def _run(program: export.Exported, variables: None, images: jax.Array, flip: bool = False) -> jax.Array:
-    """The logits of a program that takes uint8 alone, to which floats in 0..255 are rounded."""
+    """Return the logits of a program that takes only uint8; floats in 0..255 are rounded."""
     pixels = images if images.dtype == np.uint8 else jnp.round(images).astype(np.uint8)
     logits: jax.Array = program.call(pixels)
     return (logits + program.call(pixels[:, :, ::-1])) / 2 if flip else logits
 
 
 def _saliency(network: Callable[..., jax.Array], variables: Any, images: jax.Array) -> jax.Array:
-    """[N, H, W] of images [N, H, W, 3], floats in 0..255."""
+    """Return the saliency [N, H, W] of images [N, H, W, 3], floats in 0..255."""
     gradient = jax.grad(lambda pixels: network(variables, pixels).max(axis=1).sum())(images)
     largest = jnp.abs(gradient).max(axis=3)
     return largest / jnp.maximum(largest.max(axis=(1, 2), keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Images as `Model.predict` takes them -> [N, *image_shape], uint8 or float32."""
+    """Convert images as `Model.predict` takes them to [N, *image_shape], uint8 or float32."""
     if isinstance(images, list | tuple):
         parts = [as_batch(image, image_shape) for image in images]
         if len({part.dtype for part in parts}) > 1:
@@ -192,9 +192,9 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
         raise ValueError(f"images have shape {np.shape(images)}: they must be [N, H, W, C] or [H, W, C] with C 3 or 1")
     if np.issubdtype(array.dtype, np.floating):
-        if array.size and not (array.min() >= 0 and array.max() <= 1):  # also of nan
+        if array.size and not (array.min() >= 0 and array.max() <= 1):  # true for nan too
             raise ValueError(
-                f"float images run from {array.min():g} to {array.max():g}: they must be in 0..1, or uint8"
+                f"float images have values from {array.min():g} to {array.max():g}: they must be in 0..1, or uint8"
             )
         array = array.astype(np.float32)
     elif array.dtype != np.uint8:
@@ -208,9 +208,11 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [H, W, 3] of uint8 or float32, scaled and cut to another size."""
-    if max(image.shape[:2]) > _LONGEST * min(image.shape[:2]):  # scaled, it would fill the memory
-        raise ValueError(f"an image has shape {image.shape}: one side may be {_LONGEST} times as long as the other")
+    """Scale and crop an image [H, W, 3] of uint8 or float32 to another size."""
+    if max(image.shape[:2]) > _LONGEST * min(image.shape[:2]):  # the scaled image would fill the memory
+        raise ValueError(
+            f"an image has shape {image.shape}: one side may be at most {_LONGEST} times as long as the other"
+        )
     if image.dtype == np.uint8:
         return np.asarray(sources.fit(Image.fromarray(image), size))
     return np.stack(
@@ -219,84 +221,78 @@ def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
-    """The network of a run.
+    """Load the network of a run.
 
     Args:
-        source: the run's workdir, or a `.safetensors` or `.stablehlo` that `python -m resnet_jax export` wrote. A `.stablehlo` is a
-            program: load those that you trust. It has no `variables` and rounds floats to uint8.
-        checkpoint: of a workdir: "best" by validation accuracy, "latest", or a step.
+        source: the run's workdir, or a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`. A `.stablehlo`
+            is a program: load only files that you trust. It has no `variables` and rounds floats to uint8.
+        checkpoint: "best" by validation accuracy, "latest", or a step; an export holds only one.
 
     Raises:
-        UserError: where there is no such run, checkpoint or file, or it cannot be read.
+        UserError: if the run, checkpoint or file does not exist or cannot be read.
     """
     path = Path(os.path.expanduser(source))
     if path.suffix not in _FILES:
         return _load_run(path, checkpoint)
     if checkpoint != "best":
-        raise UserError(
-            f"{path} holds one checkpoint, and {checkpoint} was asked for: leave that out, or give the workdir"
-        )
+        raise UserError(f"{path} holds only one checkpoint: do not ask for {checkpoint}, or give the run's workdir")
     return _load_file(path)
 
 
 def _load_run(directory: Path, checkpoint: str | int) -> Model:
     if not (directory / "checkpoints").is_dir():
         raise UserError(
-            f"{directory} holds no run with checkpoints: give the workdir of one, or a .safetensors or .stablehlo of it"
+            f"{directory} holds no run with checkpoints: give the workdir of a run, or its .safetensors or .stablehlo export"
         )
-    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
     accuracies = metrics_log.validation_accuracies(directory)
     with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
         step = checkpoints.choose(str(checkpoint))
         meta = checkpoints.meta(step)
         if "class_names" not in meta:
-            raise UserError(
-                f"{directory} is of a version that kept no class names with its checkpoints: train it again"
-            )
+            raise UserError(f"{directory} is from an old version whose checkpoints have no class names: train it again")
         config, image_shape = stored_config.from_json(meta["config"]), tuple(meta["image_shape"])
-        # The schedule is part of the optimizer, and of no use here: any number of steps an epoch will do.
+        # The state needs a schedule, which is not used here: any number of steps per epoch works.
         like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
         state, _ = checkpoints.restore(step, like)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    kept = calibration.temperatures(directory, step)
-    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, kept)
+    temperatures = calibration.temperatures(directory, step)
+    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, temperatures)
 
 
 def _load_file(path: Path) -> Model:
     try:
         meta, variables, program, payload = _FILES[path.suffix](path)
         if meta.pop("sha256") != seal(meta, payload):
-            raise ValueError("it is damaged: its SHA-256 is another")
+            raise ValueError("it is corrupt: its SHA-256 differs")
         config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
         if program:
             if [a.shape[1:] for a in (*program.in_avals, *program.out_avals)] != [shape, (len(names),)]:
-                raise ValueError("its program does not map such images to such classes")
+                raise ValueError("its program has other image or class shapes than its metadata")
         else:
             model = models.from_config(config.model, len(names))
             image = jax.ShapeDtypeStruct((1, *shape), np.float32)
             wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
             if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
-                raise ValueError("its weights are not those of its config")
+                raise ValueError("its weights do not fit its config")
         return Model(config, names, shape, variables, step, calibration.from_names(meta["temperature"]), program)
     except KeyError as error:
-        raise UserError(f"{path} cannot be used (it lacks {error}): export it again, with this version") from error
-    except Exception as error:  # what a damaged file makes its reader raise is of every kind
+        raise UserError(f"{path} cannot be used (it lacks {error}): export it again with this version") from error
+    except Exception as error:  # a reader can raise anything for a corrupt file
         reason = f"{error or type(error).__name__}"[:200]
-        raise UserError(
-            f"{path} cannot be used ({reason}): give a file that python -m resnet_jax export wrote"
-        ) from error
+        raise UserError(f"{path} cannot be used ({reason}): give a file from python -m resnet_jax export") from error
 
 
 def seal(meta: Mapping[str, Any], payload: str) -> str:
-    """SHA-256 of what an exported file says, as JSON holds it, and of the digest of what it holds, in hexadecimal."""
+    """Return the SHA-256 of an export's metadata and its payload's digest, in hexadecimal."""
     return hashlib.sha256(json.dumps([meta, payload], sort_keys=True).encode()).hexdigest()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
     with safe_open(path, "numpy") as file:
         meta = json.loads((file.metadata() or {})["resnet_jax"])
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a dict
     variables = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
     return meta, variables, None, train_state.digest(variables)
 

@@ -1,4 +1,4 @@
-"""Images without labels, as the report's authors were given them: a pickled dict, of which nothing but arrays is read."""
+"""Read images without labels from the pickled dict of the report's authors, without running code in the file."""
 
 import pickle
 import re
@@ -13,43 +13,43 @@ _PLAIN_DTYPE = re.compile(r"[<>|=]?[biufSU]\d+")  # numbers, bytes and text: no 
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`, whose own state can make NumPy read memory that is not the array's."""
+    """Replaces `numpy.dtype`, whose pickled state can make NumPy read memory outside the array."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         text = _text(name)
         if not _PLAIN_DTYPE.fullmatch(text):
-            raise pickle.UnpicklingError(f"it has arrays of {text}, and only those of numbers and text are read")
+            raise pickle.UnpicklingError(f"it has arrays of {text}, but only numbers and text are supported")
         self.dtype = np.dtype(text)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order alone."""
+        """Use only the byte order."""
         self.dtype = self.dtype.newbyteorder(_text(state[1]))  # type: ignore[arg-type]
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`, which takes any memory for objects where a pickle says so."""
+    """Replaces `numpy.ndarray`, which can be made to treat any bytes as objects."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take shape, dtype, order and bytes."""
+        """Use shape, dtype, order and bytes."""
         _, shape, dtype, is_fortran, raw = state
         self.array = _from_bytes(raw, dtype, shape, "F" if is_fortran else "C")
 
 
 def _text(value: str | bytes) -> str:
-    """Text as Python 2 and 3 have pickled it."""
+    """Return text as str; Python 2 pickles it as bytes."""
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 
 def _from_bytes(
     raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any = "C", axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """As NumPy's own, which turns arrays by `axes` where their order is neither C's nor Fortran's."""
+    """Replaces NumPy's `_frombuffer`, which transposes arrays by `axes` if their order is neither C nor Fortran."""
     flat = np.frombuffer(raw, dtype.dtype)
     return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 
 
-_MAKERS: dict[tuple[str, str], Any] = {  # all that a pickle of arrays, scalars and byte strings asks for
-    ("numpy", "ndarray"): None,  # is named to `_reconstruct`, and never called
+_MAKERS: dict[tuple[str, str], Any] = {  # everything that a pickle of arrays, scalars and byte strings needs
+    ("numpy", "ndarray"): None,  # an argument of `_reconstruct`, never called
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
 }
@@ -60,32 +60,32 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads plain values and NumPy arrays, and refuses whatever else a pickle would have built or called."""
+    """Reads plain values and NumPy arrays, and refuses to build or call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What makes an array, by this module."""
+        """Return this module's replacement for a constructor of arrays."""
         if (module, name) not in _MAKERS:
-            raise pickle.UnpicklingError(f"it would call {module}.{name}, and only NumPy arrays are read")
+            raise pickle.UnpicklingError(f"it would call {module}.{name}, but only NumPy arrays are supported")
         return _MAKERS[module, name]
 
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
-    """The images uint8 [N, H, W, 3] and N ids of the authors' pickled dict (`b"data"`, `b"ids"`), or of an `.npz` with both.
+    """Read images, uint8 [N, H, W, 3], and N ids from a pickled dict (`b"data"`, `b"ids"`) or an `.npz` with both.
 
     Raises:
-        UserError: where it is no such file; nothing that it asks for is called.
+        UserError: if the file holds anything else; no code in it is run.
     """
     hint = "give a pickled dict with b'data' and b'ids', or an .npz with data and ids"
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                held: Any = dict(arrays)
+                content: Any = dict(arrays)
         else:
             with path.open("rb") as file:
-                held = _ArraysOnly(file, encoding="bytes").load()
-        if not isinstance(held, dict):
-            raise ValueError(f"it holds a {type(held).__name__}")
-        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in held.items()}
+                content = _ArraysOnly(file, encoding="bytes").load()
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
         if missing := {"data", "ids"} - named.keys():
             raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
         data, ids = (getattr(named[name], "array", named[name]) for name in ("data", "ids"))
@@ -94,11 +94,11 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
             raise ValueError(f"its data are {what}, not uint8 [N, H, W, 3]")
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         if not isinstance(ids, list) or len(ids) != len(data):
-            raise ValueError(f"its ids are no list of one an image, of which there are {len(data)}")
+            raise ValueError(f"its ids are not a list of {len(data)} entries, one for each image")
         if wrong := {type(i).__name__ for i in ids if isinstance(i, bool) or not isinstance(i, int | str | bytes)}:
-            raise ValueError(f"its ids are of type {', '.join(sorted(wrong))}, not whole numbers or text")
+            raise ValueError(f"its ids have type {', '.join(sorted(wrong))}, not whole numbers or text")
         texts = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
-        "".join(texts).encode()  # as the file will be
-    except Exception as error:  # what a hostile pickle makes NumPy raise is of every kind
+        "".join(texts).encode()  # fails if a text cannot be written as UTF-8
+    except Exception as error:  # NumPy can raise anything for a hostile pickle
         raise UserError(f"--unlabelled {path} cannot be used ({error or type(error).__name__}): {hint}") from error
     return data, texts

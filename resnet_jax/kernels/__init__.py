@@ -1,4 +1,4 @@
-"""Faster convolutions on a CPU, the one place that chooses between them and XLA's own, and XLA's settings there."""
+"""Choose the convolution of a network, XLA's or the faster ones of `conv_cpu`, and XLA's compiler options on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +9,21 @@ from jax.sharding import Mesh
 
 from resnet_jax.kernels import conv_cpu
 
-Convolution = Callable[..., jax.Array]  # `jax.lax.conv_general_dilated`, or a function that equals it
+Convolution = Callable[..., jax.Array]  # `jax.lax.conv_general_dilated` or an equivalent function
 
-_MANY = 32  # images, from which on `conv_cpu` is faster than XLA in a forward pass
+_MANY = 32  # images; from this batch size, `conv_cpu` has the faster forward pass
 
 
 def for_training(mesh: Mesh) -> Convolution:
-    """The convolution of a network that is trained on a mesh: `conv_cpu` on a single CPU device, else XLA's.
+    """Return the convolution for training on a mesh: `conv_cpu`'s on a single CPU device, otherwise XLA's.
 
-    On several devices XLA would gather every chunk's images from all of them.
+    On several devices, XLA would gather the images of every chunk from all of them.
     """
     return conv_cpu.conv_general_dilated if _is_one_cpu(mesh) else lax.conv_general_dilated
 
 
 def for_inference(mesh: Mesh) -> Convolution:
-    """The convolution of a network in use: as in training, but XLA's for a few images, which it convolves faster."""
+    """Return the convolution for inference: as in training, but XLA's for small batches, where it is faster."""
     if not _is_one_cpu(mesh):
         return lax.conv_general_dilated
 
@@ -35,12 +35,12 @@ def for_inference(mesh: Mesh) -> Convolution:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Settings of XLA for a mesh of CPUs, where its defaults are slower or need more memory; None elsewhere."""
+    """Return XLA's options for a mesh of CPUs, where the defaults are slower or need more memory; None elsewhere."""
     if mesh.devices.flat[0].platform != "cpu":
         return None
-    # Operations one after another, each on all cores; side by side they are no faster and take half as much memory again.
+    # One operation at a time, each on all cores. Running them concurrently is not faster and needs 50% more memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    if jax.__version_info__ < (0, 11):  # whose YNNPACK computes products and convolutions in a single thread
+    if jax.__version_info__ < (0, 11):  # its YNNPACK runs products and convolutions in one thread
         options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
     return options
 

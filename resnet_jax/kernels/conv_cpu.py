@@ -1,14 +1,14 @@
-"""Convolutions for a CPU, where XLA's own reach a third of the speed of PyTorch's over a training step.
+"""Faster convolutions for a CPU, where a training step with XLA's own has a third of the speed of PyTorch's.
 
-`conv_general_dilated` stands in for `jax.lax`'s. Three cases make up nearly all of a residual network's work; they are
-computed in other ways, with results equal to float32 rounding (`tests/test_conv_cpu.py`):
+`conv_general_dilated` replaces that of `jax.lax`. Three cases are nearly all the work of a residual network. They are
+computed differently, with results equal up to float32 rounding (`tests/kernels/test_conv_cpu.py`):
 
 - 3x3, stride 1: Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, arXiv:1509.09308), 36 multiplications for 4x4
-  outputs where the definition takes 144, for the output and for both gradients.
+  outputs instead of 144, for the output and both gradients.
 - 3x3, stride 2: the weight gradient is one matrix product over the nine shifted views of the images.
 - 1x1: a matrix product.
 
-The intermediate results are larger than the images, so a batch goes through in chunks that fit the processor's cache.
+The intermediate results are larger than the images, so a batch is computed in chunks that fit into the cache.
 """
 
 import operator
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_CHUNK_BYTES = 2**21  # of images; their transform is 2.25 times as large. With less, XLA takes one thread a product
-_MIN_CHANNELS = 32  # with fewer, the transforms cost more than the products save
+_CHUNK_BYTES = 2**21  # of images; their transform is 2.25 times as large. Below this, XLA uses one thread per product
+_MIN_CHANNELS = 32  # with fewer, the transforms take more time than the products save
 
 # The output of a tile x [6, 6] under a kernel w [3, 3] is A^T [(G w G^T) * (B^T x B)] A, [4, 4]. The matrices are
-# Toom-Cook's for the points 0, 1, -1, 1/2, -2 and infinity, which round four times less than the usual ones with 2 and
-# -2 (Barabasz et al., arXiv:1803.10986).
+# Toom-Cook's for the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is a quarter of that of the
+# usual points 2 and -2 (Barabasz et al., arXiv:1803.10986).
 _TILE = 4
 _B_T = np.array(
     [
@@ -47,7 +47,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for x [B, H, W, C] and w [h, w, C, K], as Flax's `nn.Conv` calls it.
 
-    Other than the three cases above, in float32 and at sizes that the tiles divide, it is XLA's convolution.
+    The three cases above need float32 and sizes that are multiples of the tiles; everything else is XLA's convolution.
     """
     kernel, stride, pad = w.shape[:2], tuple(strides), tuple(padding)
     if x.dtype == jnp.float32 and x.shape[-1] >= _MIN_CHANNELS:
@@ -62,20 +62,20 @@ def conv_general_dilated(
 
 
 def _split(x: jax.Array) -> jax.Array:
-    """A batch in equal chunks: [B, H, W, C] -> [chunks, B / chunks, H, W, C]."""
+    """Split a batch into equal chunks: [B, H, W, C] -> [chunks, B / chunks, H, W, C]."""
     most = max(1, _CHUNK_BYTES * x.shape[0] // x.nbytes)
     size = max(n for n in range(1, most + 1) if x.shape[0] % n == 0)
     return x.reshape(-1, size, *x.shape[1:])
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
-    """M @ parts for a matrix M, written out as sums, for many of its entries are 0 or 1."""
+    """Return M @ parts for a matrix M, written out as sums because many of its entries are 0 or 1."""
     rows = [[(c, part) for c, part in zip(row, parts, strict=True) if c] for row in matrix.tolist()]
     return [reduce(operator.add, [part if c == 1 else c * part for c, part in row]) for row in rows]
 
 
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """M @ tile @ M^T of the tiles that begin at every fourth pixel: [b, H, W, C] -> [36, tiles, C]."""
+    """Return M @ tile @ M^T for the tiles that start at every fourth pixel: [b, H, W, C] -> [36, tiles, C]."""
 
     def tiles(x: jax.Array, axis: int) -> list[jax.Array]:  # pixels 0, 1, ... of every tile
         size = matrix.shape[1]
@@ -88,18 +88,18 @@ def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
 
 
 def _transform_images(x: jax.Array) -> jax.Array:
-    """[b, H, W, C] -> [36, b H/4 W/4, C]."""
+    """Transform the tiles of images: [b, H, W, C] -> [36, b H/4 W/4, C]."""
     return _transform(_B_T, jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
 
 
 def _transform_kernel(matrix: np.ndarray, w: jax.Array) -> jax.Array:
-    """M @ w @ M^T for each pair of channels: [n, n, C, K] -> [m, m, C, K] by a matrix M [m, n]."""
+    """Return M @ w @ M^T for each pair of channels and a matrix M [m, n]: [n, n, C, K] -> [m, m, C, K]."""
     rows = jnp.stack(_combine(matrix, list(w)))
     return jnp.stack(_combine(matrix, list(rows.swapaxes(0, 1))), axis=1)
 
 
 def _filter(x: jax.Array, u: jax.Array) -> jax.Array:
-    """The outputs [b, H, W, K] of a chunk of images [b, H, W, C] under transformed kernels [36, C, K]."""
+    """Convolve a chunk of images [b, H, W, C] with transformed kernels [36, C, K]: returns [b, H, W, K]."""
     b, height, width, _ = x.shape
     products = jnp.einsum("tpc,tck->tpk", _transform_images(x), u)
     products = products.reshape(6, 6, b, height // _TILE, width // _TILE, -1)
@@ -117,8 +117,8 @@ def _winograd_forward(x: jax.Array, w: jax.Array) -> jax.Array:
 @jax.jit
 def _winograd_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
-    turned = w[::-1, ::-1].swapaxes(2, 3)  # dx is the convolution of dy with it
-    u = _transform_kernel(_G, turned).reshape(36, *turned.shape[2:])
+    flipped = w[::-1, ::-1].swapaxes(2, 3)  # dx is dy convolved with this kernel
+    u = _transform_kernel(_G, flipped).reshape(36, *flipped.shape[2:])
 
     def chunk(du: jax.Array, x_dy: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, dy = x_dy
@@ -132,7 +132,7 @@ def _winograd_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) ->
 
 @jax.custom_vjp
 def _winograd(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The 3x3 convolution of stride 1 and padding 1; both directions are traced once a shape, for they are long."""
+    """Convolve 3x3 with stride 1 and padding 1. Jitted functions trace each shape once, because the traces are long."""
     return _winograd_forward(x, w)
 
 
@@ -149,7 +149,7 @@ _xla_strided = partial(
 
 @jax.custom_vjp
 def _strided(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The 3x3 convolution of stride 2 and padding 1: XLA's, but for the weight gradient."""
+    """Convolve 3x3 with stride 2 and padding 1: XLA's convolution with a faster weight gradient."""
     return _xla_strided(x, w)
 
 

@@ -36,7 +36,7 @@ def summarise(directory: Path) -> dict[str, Any]:
     """The summary of a run: `result.json`, the rows of `metrics.jsonl` and the analysis of its network.
 
     Raises:
-        UserError: where the run is not complete, or its data or checkpoint cannot be loaded.
+        UserError: if the run is not complete, or its data or checkpoint cannot be loaded.
     """
     if not (directory / "result.json").exists():
         raise UserError(

@@ -69,7 +69,7 @@ def run(
 def _describe(
     result: Evaluation, labels: np.ndarray, names: tuple[str, ...], temperature: float | None
 ) -> dict[str, Any]:
-    """What the report says of a split: what `evaluate` found, by class, and how well its probabilities are meant."""
+    """Return the report of a split: the result of `evaluate`, the accuracy by class, and the calibration."""
     per_class = np.diag(result.confusion) / np.maximum(result.confusion.sum(axis=1), 1)
     described = {
         "loss": result.loss,
@@ -89,7 +89,7 @@ def _describe(
 
 
 def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The report for a person: a line a split, then the test split class by class."""
+    """Return the report as text: one line per split, then the test split by class."""
     mirrored = ", each image and its mirror averaged" * report["flip"]
     lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}{mirrored}"]
     for split in ("validation", "test"):

@@ -78,7 +78,7 @@ def card(directory: Path) -> str:
     """The card of a complete run that has been evaluated, in Markdown.
 
     Raises:
-        UserError: where the run is not complete or not evaluated, its files do not match, or its checkpoint is corrupt.
+        UserError: if the run is not complete or not evaluated, its files do not match, or its checkpoint is corrupt.
     """
     if not (directory / "result.json").exists():
         raise UserError(
@@ -138,7 +138,7 @@ def card(directory: Path) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     parser = ArgumentParser("python -m resnet_jax card", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a complete run that was evaluated")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/MODEL_CARD.md)")

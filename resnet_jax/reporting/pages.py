@@ -38,7 +38,7 @@ def check_output(directory: Path) -> None:
     """Check, before anything is computed, that writing a page to a folder would delete nothing but an earlier page.
 
     Raises:
-        UserError: where the folder holds something else.
+        UserError: if the folder holds something else.
     """
     try:
         names = {str(path.relative_to(directory)) for path in directory.rglob("*")} if directory.exists() else set()

@@ -39,7 +39,7 @@ def read_run(path: Path) -> tuple[str, Summary]:
     """The name and summary of a run. A workdir is analysed; a file is read.
 
     Raises:
-        UserError: where the run is not complete, or the file is not a summary.
+        UserError: if the run is not complete, or the file is not a summary.
     """
     from resnet_jax.reporting import analysis  # only here, because JAX takes seconds to import
 
@@ -82,7 +82,7 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     """The runs grouped by config, in the order in which the configs first appear, each group's runs by seed.
 
     Raises:
-        UserError: where two runs have the same config and seed.
+        UserError: if two runs have the same config and seed.
     """
     by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
@@ -210,14 +210,14 @@ def _page(groups: Sequence[Group], claims: Sequence[Any], notes: Mapping[str, st
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool."""
+    """Run the tool."""
     parser = ArgumentParser("python -m resnet_jax report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")
     target.add_argument("--summary", type=Path, metavar="FILE", help="write the one RUN's summary instead")
     arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it is only read
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folders
     if arguments.summary:
         if len(arguments.runs) > 1:
             raise UserError("--summary takes one RUN")

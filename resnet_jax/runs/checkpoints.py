@@ -175,7 +175,7 @@ class Checkpoints:
         Args:
             step: of the checkpoint.
             like: a state of the same structure, shapes and shardings; its values are not used.
-            check: called with the checkpoint's `meta` before the state is read; raises if it is of another run.
+            check: called with the checkpoint's `meta` before the state is read; raises if it belongs to another run.
 
         Returns:
             The state, and the `meta` it was saved with.

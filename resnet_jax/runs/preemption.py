@@ -142,6 +142,6 @@ def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def _on_devices(code: int, mesh: Mesh) -> jax.Array:
-    """int32 [devices], of which this process's hold `code`."""
+    """Return int32 [devices] with `code` on the devices of this process."""
     codes = np.full(len(mesh.local_devices), code, np.int32)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), codes)

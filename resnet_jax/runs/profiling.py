@@ -49,7 +49,7 @@ class Profile(Hook):
             )
         self._first = int(numbers[1])
         self._last = self._first + int(numbers[2]) - 1
-        self._phase = "ahead"  # or "under way", or "done"
+        self._phase = "ahead"  # or "running", or "done"
 
     def begin(self, directory: Path) -> None:
         """Note where the trace goes."""
@@ -79,22 +79,22 @@ class Profile(Hook):
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the loop that it watches
         jax.profiler.start_trace(self._directory, profiler_options=options)
-        self._phase = "under way"
+        self._phase = "running"
 
     def after_dispatch(self, call: Call, metrics: Any) -> str:
         """End the trace after the call that holds its last step; returns the ten costliest operations."""
         import jax
 
-        if self._phase != "under way" or call.end < self._last:
+        if self._phase != "running" or call.end < self._last:
             return ""
         jax.block_until_ready(metrics)
         return self.on_stop(self._last)
 
     def on_stop(self, step: int) -> str:
-        """End a trace that is under way; returns the ten costliest operations."""
+        """End a running trace; return the ten most expensive operations."""
         import jax
 
-        if self._phase != "under way":
+        if self._phase != "running":
             return ""
         jax.profiler.stop_trace()
         self._phase = "done"

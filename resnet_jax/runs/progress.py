@@ -142,4 +142,4 @@ def _print(text: str, end: str = "\n") -> None:
     except OSError as error:
         sys.stdout = None  # print then does nothing
         with suppress(OSError):  # standard error may go to the same disk
-            print(f"cannot write to standard output ({error.strerror}): training goes on", file=sys.stderr)
+            print(f"cannot write to standard output ({error.strerror}): training continues", file=sys.stderr)

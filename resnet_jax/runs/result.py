@@ -54,7 +54,7 @@ class RunResult:
         """Read the result of a run; `hint` says what to do where it cannot be read.
 
         Raises:
-            UserError: where there is none, it lacks a field, or a field has the wrong type.
+            UserError: if there is no result, it lacks a field, or a field has the wrong type.
         """
         path = directory / "result.json"
         required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]

@@ -119,7 +119,7 @@ class Workdir:
     def restore(self, initial: TrainState) -> tuple[TrainState, float]:
         """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
 
-        What was logged after that step is dropped, for it will be logged again.
+        Rows logged after that step are dropped, because they will be logged again.
         """
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)

@@ -1,4 +1,4 @@
-"""The tools `search` and `search report`: what they take, checked before JAX and Optuna are imported."""
+"""The tools `search` and `search report`; they check their arguments before they import JAX and Optuna."""
 
 import signal
 import sys
@@ -11,26 +11,28 @@ from resnet_jax.errors import UserError
 from resnet_jax.search import STAGES, check_folder, default_storage, default_workdir, is_name
 from resnet_jax.search.fields import SEARCH_FIELDS
 
-_SEARCH = """Search for a network and a recipe under a budget, or join a search.
+_SEARCH = """Search for a network and a recipe within a budget, or join a search.
 
     python -m resnet_jax search --config search --study NAME
     python -m resnet_jax search --config search --study NAME --storage postgresql://USER@HOST/DATABASE
 
-Every process that gives the same --study and --storage joins the search. `python -m resnet_jax search report` shows it.
+Every process with the same --study and --storage joins the search. `python -m resnet_jax search report` shows it.
 """
 _REPORT = """Write a page about a search, and the config that it found.
 
     python -m resnet_jax search report --study NAME
 
-DIR/index.html is self-contained; DIR/figures holds each figure as PNG and SVG. --found is a config that `train` takes.
+DIR/index.html is self-contained; DIR/figures holds each figure as PNG and SVG. `train` takes the config of --found.
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """The tool `search`."""
+    """Run the tool `search`."""
     parser = ArgumentParser("python -m resnet_jax search", _SEARCH)
     command_line.add_config_arguments(parser)
-    parser.add_argument("--study", default="", metavar="NAME", help="name of the search; a worker that gives it joins")
+    parser.add_argument(
+        "--study", default="", metavar="NAME", help="name of the search; workers with the same name join it"
+    )
     parser.add_argument(
         "--storage",
         metavar="WHERE",
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         type=command_line.whole_number(0),
         default=0,
         metavar="N",
-        help="processes to start here, each with a GPU or a share of the cores (default: 0, one for each GPU)",
+        help="processes to start on this machine, each with a GPU or a share of the cores (default: 0, one per GPU)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the grid with parameters, GFLOP and feasibility, and exit"
@@ -54,9 +56,9 @@ def main(argv: Sequence[str]) -> None:
     arguments, config = command_line.parse_config(parser, argv, SEARCH_FIELDS)
     name = arguments.study
     if not arguments.dry_run and not is_name(name):
-        raise UserError(f"--study is {name!r}: give the search a name of letters, digits, '.', '_' and '-'")
+        raise UserError(f"--study is {name!r}: use a name of letters, digits, '.', '_' and '-'")
     if not config.data.validation_ratio:
-        raise UserError("config.data.validation_ratio is 0: validation accuracy decides a search, so set it to 0.1")
+        raise UserError("config.data.validation_ratio is 0, but a search needs validation accuracy: set it to 0.1")
     root = command_line.folder(arguments.workdir or default_workdir(name))
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir {root} is not a folder: give another")
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         check_folder(root)
         if count > 1:
             with studies.opened(where, create=True):
-                pass  # so that an error in it is reported once
+                pass  # reports an error of the storage once, and not in every worker
             command = [sys.executable, "-m", "resnet_jax", "search", *argv, "--workers=1"]
             sys.exit(local_workers.run(command, count, gpus))
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def main_report(argv: Sequence[str]) -> None:
-    """The tool `search report`."""
+    """Run the tool `search report`."""
     parser = ArgumentParser("python -m resnet_jax search report", _REPORT)
     parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of its runs (default: runs/search/NAME)")
@@ -112,7 +114,7 @@ def main_report(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     name = arguments.study
     if not is_name(name):
-        raise UserError(f"--study is {name!r}: give the name of a search")
+        raise UserError(f"--study is {name!r}: use a name of letters, digits, '.', '_' and '-'")
     from resnet_jax.search import report  # after the checks, because JAX takes seconds to import
 
     where = arguments.storage or str(default_storage(arguments.workdir or default_workdir(name)))

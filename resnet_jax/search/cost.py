@@ -1,4 +1,4 @@
-"""What a network costs, from shapes alone: no array is made and nothing is compiled."""
+"""Compute the cost of a network from shapes, without arrays or compilation."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from resnet_jax import models, train_state
 
 
 class Cost(NamedTuple):
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
         num_params: trainable parameters.
-        gflops: of the forward pass of one image, in 1e9 operations: convolutions and classifier, by their definition, a
-            multiplication and an addition counted as two. A training step takes about three times as many an image.
+        gflops: 1e9 operations of the forward pass of one image: convolutions and classifier by their definition, with a
+            multiplication and an addition counted as two. A training step takes about three times as many per image.
     """
 
     num_params: int
@@ -24,22 +24,22 @@ class Cost(NamedTuple):
 
 
 def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...]) -> Cost:
-    """The cost of the network that `config.model` describes.
+    """Return the cost of the network that `config.model` describes.
 
     Args:
-        config: `config.model` of a run.
-        num_classes: size of its output.
-        image_shape: (H, W, C) of its images.
+        config: `config.model`.
+        num_classes: size of the output.
+        image_shape: (H, W, C) of an image.
     """
-    counted: list[int] = []
+    operations: list[int] = []
 
     def conv(images: jax.Array, kernel: jax.Array, *arguments: Any, **settings: Any) -> jax.Array:
         result = jax.lax.conv_general_dilated(images, kernel, *arguments, **settings)
-        counted.append(2 * result.size * math.prod(kernel.shape[:-1]))
+        operations.append(2 * result.size * math.prod(kernel.shape[:-1]))
         return result
 
     model = models.from_config(config, num_classes, conv)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)["params"]
-    counted.append(2 * params["classifier"]["kernel"].size)
-    return Cost(train_state.num_params(params), sum(counted) / 1e9)
+    operations.append(2 * params["classifier"]["kernel"].size)
+    return Cost(train_state.num_params(params), sum(operations) / 1e9)

@@ -1,4 +1,4 @@
-"""The fields that the config of a search has besides those of a run."""
+"""The additional fields of a search's config."""
 
 from collections.abc import Callable
 

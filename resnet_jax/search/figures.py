@@ -20,11 +20,11 @@ _MARKER_OF = dict(zip(STAGES, "os^", strict=True))
 _LABELS = {"num_params": "parameters", "seconds_per_epoch": "seconds per epoch"}
 
 
-def draw_history(found: Summary) -> Figure:
-    """Validation accuracy of the trials in the order in which they started, and the best so far."""
+def draw_history(search: Summary) -> Figure:
+    """Draw the validation accuracy of the trials, in the order in which they started, and the best so far."""
     figure, axes = new_axes("Validation accuracy, trial by trial")
     first, best, so_far = 0, -np.inf, []
-    for stage, rows in found["trials"].items():
+    for stage, rows in search["trials"].items():
         ended = [(first + row["number"], row["accuracy"]) for row in rows if row["accuracy"] is not None]
         unfinished = [
             (first + r["number"], r["validations"][-1]) for r in rows if r["state"] != "complete" and r["validations"]
@@ -47,9 +47,9 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[Sequence[float], Se
     return ([x for x, _ in points], [y for _, y in points])
 
 
-def draw_importances(found: Summary, stage: str) -> Figure:
-    """The share of the variance of the accuracy that each parameter of a stage explains."""
-    shares = sorted(found["importances"][stage].items(), key=lambda item: item[1])
+def draw_importances(search: Summary, stage: str) -> Figure:
+    """Draw the share of the accuracy's variance that each parameter of a stage explains."""
+    shares = sorted(search["importances"][stage].items(), key=lambda item: item[1])
     figure, axes = new_axes(f"Importance for the accuracy: {stage}", (4.6, max(2.2, 0.3 * len(shares) + 1)))
     axes.barh([name.replace("_", " ") for name, _ in shares], [share for _, share in shares], color=_COLOUR_OF[stage])
     axes.set(xlim=(0, 1))
@@ -57,14 +57,14 @@ def draw_importances(found: Summary, stage: str) -> Figure:
     return figure
 
 
-def draw_pareto(found: Summary) -> Figure:
-    """Accuracy of the complete trials against their cost, and the Pareto front of those within the budget."""
-    cost = summary.costs_against(found)
+def draw_pareto(search: Summary) -> Figure:
+    """Draw the accuracy of complete trials against their cost, and the Pareto front of those within the budget."""
+    cost = summary.costs_against(search)
     figure, axes = new_axes(f"Accuracy against {_LABELS[cost]}")
-    config = stored_config.from_json(found["config"], SEARCH_FIELDS)
+    config = stored_config.from_json(search["config"], SEARCH_FIELDS)
     points: list[tuple[float, float]] = []
     over: list[tuple[float, float]] = []
-    for stage, rows in found["trials"].items():
+    for stage, rows in search["trials"].items():
         of_stage: list[tuple[float, float]] = []
         for row in (row for row in rows if row["accuracy"] is not None):
             over_budget = space.why_infeasible(config, Cost(row["num_params"], row["gflops"]))
@@ -83,10 +83,10 @@ def draw_pareto(found: Summary) -> Figure:
     return figure
 
 
-def columns(found: Summary) -> dict[str, list[float]]:
-    """The values that differ among the complete trials of grid and refine: name -> one value per trial, accuracy last."""
-    config = config_lib.flatten(found["config"])
-    rows = [r for stage in ("grid", "refine") for r in found["trials"].get(stage, []) if r["accuracy"] is not None]
+def columns(search: Summary) -> dict[str, list[float]]:
+    """Return what differs between complete trials of grid and refine: name -> one value per trial, accuracy last."""
+    config = config_lib.flatten(search["config"])
+    rows = [r for stage in ("grid", "refine") for r in search["trials"].get(stage, []) if r["accuracy"] is not None]
     values: dict[str, list[float]] = {}
     for row in rows:
         fields = config | row["fields"]
@@ -104,7 +104,7 @@ def columns(found: Summary) -> dict[str, list[float]]:
 
 
 def draw_parallel(values: dict[str, list[float]]) -> Figure:
-    """Parallel coordinates: one line per trial over the values that `columns` returns, the best trial thick."""
+    """Draw parallel coordinates: one line per trial over the values of `columns`; the best trial is thick."""
     figure, axes = new_axes("", (10.8, 3.6))
     axes.grid(visible=False)
     heights = []

@@ -1,4 +1,4 @@
-"""Locks that go with the process that holds them, however it ends: the kernel keeps them, for each an open file."""
+"""Locks on open files, which the kernel releases when their process ends, however it ends."""
 
 import contextlib
 import fcntl
@@ -12,13 +12,13 @@ from resnet_jax.errors import UserError
 
 
 def lock(path: Path, wait: bool) -> IO[str] | None:
-    """Lock a file, which is made with its folder where it is not there.
+    """Lock a file; create it and its folder if they do not exist.
 
     Returns:
-        The file, locked until it is closed; None where another process holds it and `wait` is not asked for.
+        The file, locked until it is closed; None if another process holds the lock and `wait` is False.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: if the file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -34,10 +34,10 @@ def lock(path: Path, wait: bool) -> IO[str] | None:
 
 
 class JournalLock(JournalFileSymlinkLock):
-    """Of a journal; Optuna's own, the name of a file, outlives its holder by half a minute.
+    """The lock of a journal. Optuna's own lock stays for half a minute after its process was killed.
 
     Args:
-        path: of the journal.
+        path: path of the journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class JournalLock(JournalFileSymlinkLock):
         self.held: IO[str] | None = None
 
     def acquire(self) -> bool:
-        """Wait for the lock, and take a line away in which whoever held it was killed."""
+        """Wait for the lock; remove the incomplete last line of a process that was killed while writing."""
         self.held = lock(self.path.with_name(self.path.name + ".lock"), wait=True)
         with self.path.open("rb+") as journal:
             journal.seek(-min(1, journal.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -56,6 +56,6 @@ class JournalLock(JournalFileSymlinkLock):
         return True
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Release the lock."""
         assert self.held
         self.held.close()

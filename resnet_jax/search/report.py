@@ -1,4 +1,4 @@
-"""The page about a search, and the config that it found: `python -m resnet_jax search report`."""
+"""Write the page about a search and the config that it found: `python -m resnet_jax search report`."""
 
 import hashlib
 import json
@@ -16,57 +16,57 @@ from resnet_jax.search import figures, space, studies
 from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary, summarise
 
-_MARK = '"""Found by `python -m resnet_jax search`'  # begins the file of a config that was found
+_MARK = '"""Found by `python -m resnet_jax search`'  # the start of the file of a found config
 
 
-def pictures(found: Summary) -> list[Picture]:
-    """The figures that can be drawn for a search."""
+def pictures(search: Summary) -> list[Picture]:
+    """List the figures that can be drawn for a search."""
     drawn = [
         Picture(
             "history",
             "Validation accuracy of every trial that has been evaluated.",
-            partial(figures.draw_history, found),
+            partial(figures.draw_history, search),
         )
     ]
-    complete = sum(row["accuracy"] is not None for rows in found["trials"].values() for row in rows)
+    complete = sum(row["accuracy"] is not None for rows in search["trials"].values() for row in rows)
     if complete:
         drawn.append(
             Picture(
-                "pareto", f"Accuracy against cost of {complete} complete trials.", partial(figures.draw_pareto, found)
+                "pareto", f"Accuracy against cost of {complete} complete trials.", partial(figures.draw_pareto, search)
             )
         )
-    if "accuracy" in (columns := figures.columns(found)):
+    if "accuracy" in (columns := figures.columns(search)):
         caption = (
             "Parallel coordinates of the complete trials of grid and refine: one line per trial, one axis per value "
             "that differs. The more accurate a trial, the stronger its line; the thick line is the best."
         )
         drawn.append(Picture("parallel", caption, partial(figures.draw_parallel, columns), wide=True))
-    for stage, shares in found["importances"].items():
+    for stage, shares in search["importances"].items():
         if shares:
-            count = sum(row["accuracy"] is not None for row in found["trials"][stage])
+            count = sum(row["accuracy"] is not None for row in search["trials"][stage])
             caption = f"Importances by fANOVA over {count} complete trials; with few trials, only a hint."
-            drawn.append(Picture(f"importances_{stage}", caption, partial(figures.draw_importances, found, stage)))
+            drawn.append(Picture(f"importances_{stage}", caption, partial(figures.draw_importances, search, stage)))
     return drawn
 
 
-def page(found: Summary, config_path: Path, folder: Path) -> str:
-    """The page. Its figures are drawn into `folder`."""
+def page(search: Summary, config_path: Path, folder: Path) -> str:
+    """Return the page as HTML, and draw its figures into `folder`."""
     counts = {
         stage: {state: sum(row["state"] == state for row in rows) for state in dict.fromkeys(r["state"] for r in rows)}
-        for stage, rows in found["trials"].items()
+        for stage, rows in search["trials"].items()
     }
     ranked = [
-        {"stage": stage, **row} for stage in ("grid", "refine") for row in found["trials"].get(stage, [])
+        {"stage": stage, **row} for stage in ("grid", "refine") for row in search["trials"].get(stage, [])
         if row["accuracy"] is not None
     ]  # fmt: skip
     return pages.render(
         "search.html",
-        pictures(found),
-        found["environments"],
+        pictures(search),
+        search["environments"],
         folder,
-        found=found,
-        seeds=sorted({seed for entry in found["confirmed"] for seed in entry["accuracies"]}, key=int),
-        over=any(entry["over_budget"] for entry in found["confirmed"]),
+        found=search,
+        seeds=sorted({seed for entry in search["confirmed"] for seed in entry["accuracies"]}, key=int),
+        over=any(entry["over_budget"] for entry in search["confirmed"]),
         counts=counts,
         ranked=sorted(ranked, key=lambda row: -row["accuracy"])[:10],
         name=space.name,
@@ -75,18 +75,18 @@ def page(found: Summary, config_path: Path, folder: Path) -> str:
     )
 
 
-def found_config(found: Summary, path: Path) -> str:
-    """The text of a config file: the search's config with the best candidate's fields."""
-    config = space.training_config(stored_config.from_json(found["config"], SEARCH_FIELDS), found["best"])
+def found_config(search: Summary, path: Path) -> str:
+    """Return the text of a config file: the search's config with the best candidate's fields."""
+    config = space.training_config(stored_config.from_json(search["config"], SEARCH_FIELDS), search["best"])
     what = "one trial"
-    for entry in found["confirmed"]:
+    for entry in search["confirmed"]:
         if entry["best"]:
             accuracies = [*entry["accuracies"].values()]
             what = f"{statistics.mean_and_spread(accuracies)} on validation, {len(accuracies)} seeds"
     lines = [
-        f"{_MARK}, study {found['study']}: {what}.",
+        f"{_MARK}, study {search['study']}: {what}.",
         "",
-        f"python launch.py --config {path}    # as long as in the search; for longer: --config.num_epochs=50.0",
+        f"python launch.py --config {path}    # as many epochs as in the search; for more: --config.num_epochs=50.0",
         '"""',
         "",
         "from ml_collections import ConfigDict",
@@ -101,7 +101,7 @@ def found_config(found: Summary, path: Path) -> str:
 
 
 def _as_python(name: str, config: ConfigDict) -> list[str]:
-    """The lines of Python that build a config."""
+    """Return the lines of Python that build a config."""
     lines = [f"{name} = ConfigDict()"]
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -112,7 +112,7 @@ def _as_python(name: str, config: ConfigDict) -> list[str]:
 
 
 def _signed(text: str) -> str:
-    """A text with its digest in a comment, which shows whether somebody edited it."""
+    """Append a comment with the digest of the text, which shows whether somebody edited it."""
     return f"{text}\n\n# {_digest(text)}, digest of the lines above: an edited file is not overwritten\n"
 
 
@@ -124,7 +124,7 @@ def _check_found(path: Path, study: str) -> None:
     """Check that a file can be written: only an unedited found config of the same search is overwritten.
 
     Raises:
-        UserError: where the file is something else, or its folder does not exist.
+        UserError: if the file is something else, or its folder does not exist.
     """
     hint = "give another file with --found"
     if not path.parent.is_dir():
@@ -136,8 +136,8 @@ def _check_found(path: Path, study: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
     lines, _, signature = text.rpartition("\n\n# ")
-    unedited = re.fullmatch(rf"{_digest(lines)}, .*\n", signature)  # whatever words an earlier version wrote after it
-    known = text.replace("resnet_jax.search`", "resnet_jax search`", 1)  # earlier versions wrote that
+    unedited = re.fullmatch(rf"{_digest(lines)}, .*\n", signature)  # the words after the digest may differ
+    known = text.replace("resnet_jax.search`", "resnet_jax search`", 1)  # an earlier spelling of the command
     if not known.startswith(f"{_MARK}, study {study}: ") or not unedited:
         raise UserError(f"--found {path} exists, and was edited or belongs to something else: {hint}")
 
@@ -146,7 +146,7 @@ def _check_summary(path: Path) -> None:
     """Check that a file can be written: only the summary of a search is overwritten.
 
     Raises:
-        UserError: where the file is something else.
+        UserError: if the file is something else.
     """
     if path.exists():
         files.read_json(
@@ -179,15 +179,15 @@ def save_page(study: str, where: str, output: Path, config_path: Path) -> None:
     pages.check_output(output)
     _check_found(config_path, study)
     with studies.opened(where, create=False) as storage:
-        found = summarise(study, studies.existing(storage, study))
-    write(found, output, config_path)
+        search = summarise(study, studies.existing(storage, study))
+    write(search, output, config_path)
 
 
-def write(found: Summary, output: Path, config_path: Path) -> None:
+def write(search: Summary, output: Path, config_path: Path) -> None:
     """Write the page of a search, and the config that it found, if it found one."""
     with pages.writing(output) as folder:
-        (folder / "index.html").write_text(page(found, config_path, folder / "figures"))
+        (folder / "index.html").write_text(page(search, config_path, folder / "figures"))
     print(output / "index.html")
-    if found["best"]:
-        files.write_text(config_path, found_config(found, config_path))
+    if search["best"]:
+        files.write_text(config_path, found_config(search, config_path))
         print(config_path)

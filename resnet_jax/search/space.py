@@ -1,4 +1,4 @@
-"""What is searched: the candidates of each stage, each as the fields in which it differs from the config."""
+"""The search space: the candidates of each stage, as the fields in which they differ from the config."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ RECIPE = {"optim.learning_rate": "lr", "optim.weight_decay": "wd", "schedule.war
 
 
 def as_text(values: Sequence[int]) -> str:
-    """(64, 128) -> "64,128": the name of a list, for a database takes no tuple as a choice."""
+    """Convert (64, 128) to "64,128", because a database does not store tuples as choices."""
     return ",".join(map(str, values))
 
 
@@ -28,7 +28,7 @@ def _from_text(text: str) -> tuple[int, ...]:
 
 
 def grid(config: ConfigDict) -> dict[str, list[Any]]:
-    """The choices of the grid: each list of channels with each list of blocks."""
+    """Return the choices of the grid: each list of channels with each list of blocks."""
     return {
         "channels": [as_text(values) for values in config.search.channel_lists],
         "blocks": [as_text(values) for values in config.search.block_lists],
@@ -36,29 +36,29 @@ def grid(config: ConfigDict) -> dict[str, list[Any]]:
 
 
 def check(config: ConfigDict) -> None:
-    """Check what the fields of a search must be together.
+    """Check that all lists of the grid have as many stages as the config's own network.
 
     Raises:
-        UserError: where the lists of the grid are not all of one length, that of the config's own network.
+        UserError: if a list has another length.
     """
     stages = len(config.model.channel_list)
     for field in ("channel_lists", "block_lists"):
         for values in config.search[field]:
             if len(values) != stages:
                 raise UserError(
-                    f"config.search.{field} has {values}, of {len(values)} stages, and config.model.channel_list has {stages}: "
+                    f"config.search.{field} has {values} with {len(values)} stages, but config.model.channel_list has {stages}: "
                     "give all the same number"
                 )
 
 
 def grid_points(config: ConfigDict) -> list[dict[str, str]]:
-    """All points of the grid."""
+    """List all points of the grid."""
     choices = grid(config)
     return [dict(zip(choices, point, strict=True)) for point in itertools.product(*choices.values())]
 
 
 def from_grid(params: Mapping[str, str]) -> Fields:
-    """The candidate at a point of the grid."""
+    """Return the candidate at a point of the grid."""
     return {
         "model.channel_list": _from_text(params["channels"]),
         "model.block_list": _from_text(params["blocks"]),
@@ -70,9 +70,9 @@ def _log_uniform(limits: tuple[float, float]) -> FloatDistribution:
 
 
 def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | FloatDistribution]:
-    """The ranges of refinement: early against late capacity, stage by stage, and the recipe.
+    """Return the ranges of refinement: the width and depth of each stage, and the recipe.
 
-    A stage without blocks stays without, and one with blocks keeps one.
+    A stage without blocks stays empty, and a stage with blocks keeps at least one.
     """
     search, step = config.search, config.search.width_step
     ranges: dict[str, IntDistribution | FloatDistribution] = {}
@@ -94,7 +94,7 @@ def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | F
 
 
 def centre(config: ConfigDict, around: Fields) -> dict[str, Any]:
-    """The point of refinement at which it starts: the best network so far, with its recipe as far as the ranges have it."""
+    """Return the first point of refinement: the best network so far, with its recipe clipped to the ranges."""
     fields = config_lib.flatten(config) | around
     known: dict[str, Any] = {f"channels_{i}": c for i, c in enumerate(fields["model.channel_list"], start=1)}
     known |= {f"blocks_{i}": b for i, b in enumerate(fields["model.block_list"], start=1)}
@@ -105,71 +105,71 @@ def centre(config: ConfigDict, around: Fields) -> dict[str, Any]:
 
 
 def refined(trial: optuna.Trial, config: ConfigDict, around: Fields) -> Fields:
-    """A candidate around another."""
-    found: dict[str, Any] = {}
-    for name, among in _around(config, around).items():
-        if isinstance(among, IntDistribution):
-            found[name] = trial.suggest_int(name, among.low, among.high, step=among.step)
+    """Propose a candidate near another one."""
+    params: dict[str, Any] = {}
+    for name, interval in _around(config, around).items():
+        if isinstance(interval, IntDistribution):
+            params[name] = trial.suggest_int(name, interval.low, interval.high, step=interval.step)
         else:
-            found[name] = trial.suggest_float(name, among.low, among.high, log=among.log)
+            params[name] = trial.suggest_float(name, interval.low, interval.high, log=interval.log)
     fields = {
-        field: tuple(found.get(f"{name}_{i}", value) for i, value in enumerate(around[field], start=1))
+        field: tuple(params.get(f"{name}_{i}", value) for i, value in enumerate(around[field], start=1))
         for name, field in (("channels", "model.channel_list"), ("blocks", "model.block_list"))
     }
-    fields |= {f"optim.{name}": found[name] for name in ("learning_rate", "weight_decay")}
-    if "warmup_share" in found:
-        fields["schedule.warmup_epochs"] = found["warmup_share"] * config.num_epochs
+    fields |= {f"optim.{name}": params[name] for name in ("learning_rate", "weight_decay")}
+    if "warmup_share" in params:
+        fields["schedule.warmup_epochs"] = params["warmup_share"] * config.num_epochs
     return fields
 
 
 def own(config: ConfigDict) -> Fields:
-    """The config's own network, as a candidate."""
+    """Return the config's own network as a candidate."""
     return {name: config_lib.flatten(config)[name] for name in ("model.channel_list", "model.block_list")}
 
 
 def from_json(fields: Mapping[str, Any]) -> Fields:
-    """A candidate as JSON holds it: lists become tuples."""
+    """Convert a candidate from JSON: lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def name(fields: Mapping[str, Any]) -> str:
-    """What a person calls a candidate: "[3, 5, 3, 0] x [64, 128, 256, 512], lr 0.0051"."""
+    """Describe a candidate: "[3, 5, 3, 0] x [64, 128, 256, 512], lr 0.0051"."""
     text = f"{list(fields['model.block_list'])} x {list(fields['model.channel_list'])}"
     labels = RECIPE | {"seed": "seed"}
     return text + "".join(f", {label} {fields[field]:.2g}" for field, label in labels.items() if field in fields)
 
 
 def training_config(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """The config of a candidate's run, which knows nothing of the search.
+    """Return the config of a candidate's run, without the fields of the search.
 
     Raises:
-        UserError: where a field is not one or is out of its range.
+        UserError: if a field is unknown or out of its range.
     """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         del plain.search
-        plain.model.max_params = 0  # the budget is the search's
+        plain.model.max_params = 0  # the search checks the budget
     candidate = config_lib.replaced(plain, fields)
     config_lib.validate(candidate)
     return candidate
 
 
 def why_infeasible(config: ConfigDict, of: cost.Cost) -> str:
-    """Why a candidate is over the budget; "" where it is not."""
+    """Return why a candidate is over the budget, or "" if it is not."""
     max_params, max_gflops = config.model.max_params, config.search.max_gflops
     if max_params and of.num_params > max_params:
         return f"{of.num_params:,} parameters of {max_params:,} allowed"
     if max_gflops and of.gflops > max_gflops:
-        return f"{of.gflops:.3f} GFLOP an image of {max_gflops:g} allowed"
+        return f"{of.gflops:.3f} GFLOP per image of {max_gflops:g} allowed"
     return ""
 
 
 def distinct(config: ConfigDict, candidates: Sequence[Fields]) -> list[Fields]:
-    """The candidates without those whose run would be that of one before."""
-    found: dict[str, Fields] = {}
+    """Remove candidates whose run would be the same as that of an earlier one."""
+    by_run: dict[str, Fields] = {}
     for fields in candidates:
         run = stored_config.deciding(stored_config.to_json(training_config(config, fields)))
         used = [i == 0 or blocks > 0 for i, blocks in enumerate(run["model.block_list"])]
         run["model.channel_list"] = [c * u for c, u in zip(run["model.channel_list"], used, strict=True)]
-        found.setdefault(json.dumps(run, sort_keys=True), fields)
-    return [*found.values()]
+        by_run.setdefault(json.dumps(run, sort_keys=True), fields)
+    return [*by_run.values()]

@@ -1,4 +1,4 @@
-"""What the stages of a search try: the candidates that each starts from, what it proposes next, and when it is done."""
+"""The stages of a search: the candidates that a stage starts from, what it proposes, and when it is done."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ _SEEDS = 2**32
 
 
 def candidates(config: ConfigDict, others: Mapping[str, optuna.Study], stage: str) -> list[space.Fields]:
-    """What a stage starts from: nothing, the best, or the best few and the config's own network.
+    """Return the candidates that a stage starts from: none, the best, or the best few and the config's own network.
 
     Args:
-        config: of the search.
-        others: the studies of the other stages that have begun.
-        stage: which.
+        config: the search's config.
+        others: stage -> study, for the other stages that have started.
+        stage: the stage.
     """
     if stage == "grid":
         return []
@@ -34,44 +34,44 @@ def candidates(config: ConfigDict, others: Mapping[str, optuna.Study], stage: st
 
 
 def check_grid_has_ended(config: ConfigDict, grid: optuna.Study) -> None:
-    """Refuse to refine around the best of a part of the grid.
+    """Check that the grid is complete before refinement starts from its best.
 
     Raises:
-        UserError: where the grid goes on.
+        UserError: if the grid is not complete.
     """
     trials = begun(grid, "grid")
     if len(trials) < wanted(config, grid, "grid") or not all(trial.state.is_finished() for trial in trials):
-        raise UserError("refine starts from the grid's best, and the grid has not ended: go on with --stage=grid first")
+        raise UserError("refine starts from the grid's best, but the grid is not complete: run --stage=grid first")
 
 
 def confirmations(config: ConfigDict, study: optuna.Study) -> list[dict[str, int]]:
-    """The parameters of all trials of the confirmation: each candidate with each seed."""
-    # Not the seed by which they were chosen, which flatters them.
+    """Return the parameters of all trials of confirmation: each candidate with each seed."""
+    # Other seeds than the one that selected the candidates, whose accuracy is biased upwards.
     seeds = [(config.seed + 1 + i) % _SEEDS for i in range(config.search.confirm_seeds)]
     return [{"candidate": i, "seed": seed} for i in range(len(study.user_attrs["candidates"])) for seed in seeds]
 
 
 def wanted(config: ConfigDict, study: optuna.Study, stage: str) -> int:
-    """How many trials a stage has in the end; of refinement, those within the budget."""
+    """Return how many trials a complete stage has; refinement counts only those within the budget."""
     if stage == "refine":
         return int(config.search.refine_trials)
     return len(space.grid_points(config) if stage == "grid" else confirmations(config, study))
 
 
 def begun(study: optuna.Study, stage: str) -> list[FrozenTrial]:
-    """The trials that count towards `wanted`, under way or ended."""
+    """List the trials that count towards `wanted`, running or ended."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, *studies.ENDED))
     return [trial for trial in trials if stage != "refine" or "infeasible" not in trial.user_attrs]
 
 
 def sampler(config: ConfigDict, study: optuna.Study, stage: str) -> optuna.samplers.BaseSampler:
-    """What proposes the next trial; those of the confirmation are all enqueued."""
+    """Return the sampler of the next trial; the trials of confirmation are all enqueued."""
     seed = (config.seed + len(study.get_trials(deepcopy=False))) % _SEEDS
     return studies.sampler(space.grid(config) if stage == "grid" else {}, seed)
 
 
 def propose(config: ConfigDict, study: optuna.Study, stage: str, trial: optuna.Trial) -> space.Fields:
-    """The candidate of a trial."""
+    """Return the candidate of a trial."""
     known = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
     if stage == "refine":
         return space.refined(trial, config, known[0])
@@ -83,30 +83,30 @@ def propose(config: ConfigDict, study: optuna.Study, stage: str, trial: optuna.T
 
 
 def progress(config: ConfigDict, study: optuna.Study, stage: str) -> str:
-    """How far a stage is: "7 of 12, best 63.10%"."""
+    """Describe the progress of a stage: "7 of 12, best 63.10%"."""
     trials = begun(study, stage)
     ended = sum(trial.state.is_finished() for trial in trials)
-    best = studies.best_first(trials) if stage != "confirm" else []  # where a mean decides, and not the luckiest seed
+    best = studies.best_first(trials) if stage != "confirm" else []  # which is decided by means, not by the best seed
     return f"{ended} of {wanted(config, study, stage)}" + (f", best {best[0].values[0]:.2%}" if best else "")
 
 
 def outcome(config: ConfigDict, study: optuna.Study, stage: str) -> str:
-    """What a stage that is done has found, in a line.
+    """Describe the result of a stage in one line.
 
     Raises:
-        UserError: where none of its trials is complete.
+        UserError: if none of its trials is complete.
     """
     best = studies.best_first(study.get_trials(deepcopy=False))
     if not best:
         raise UserError(
-            f"{stage} is done and no trial of it is complete: start another --study, with a larger config.model.max_params "
+            f"{stage} is done, but none of its trials is complete: start another --study, with a larger config.model.max_params "
             "or config.search.max_gflops if they were infeasible, a lower config.optim.learning_rate if they diverged"
         )
-    told = f"{best[0].values[0]:.2%}, {space.name(best[0].user_attrs['fields'])}"
-    if stage == "confirm":  # where a mean decides, and not the luckiest seed
+    winner = f"{best[0].values[0]:.2%}, {space.name(best[0].user_attrs['fields'])}"
+    if stage == "confirm":  # which is decided by means, not by the best seed
         for entry in summary.confirmed([summary.row(trial) for trial in study.trials], config):
             if entry["best"]:
-                told = (
+                winner = (
                     f"{entry['mean']:.2%}, the mean of {len(entry['accuracies'])} seeds, {space.name(entry['fields'])}"
                 )
-    return f"{stage} is done: {len(best)} complete, the best {told}"
+    return f"{stage} is done: {len(best)} complete, the best {winner}"

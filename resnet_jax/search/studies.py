@@ -1,4 +1,4 @@
-"""Where a search is kept: an Optuna study a stage, in a journal file or in PostgreSQL."""
+"""Store a search: one Optuna study per stage, in a journal file or in PostgreSQL."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from resnet_jax.runs import stored_config
 from resnet_jax.search import STAGES
 from resnet_jax.search.locks import JournalLock
 
-# config.search.objective -> what is optimized, and where to
+# config.search.objective -> what is optimized, and in which direction
 OBJECTIVES: dict[str, dict[str, Literal["minimize", "maximize"]]] = {
     "accuracy": {"accuracy": "maximize"},
     "accuracy_params": {"accuracy": "maximize", "num_params": "minimize"},
@@ -35,14 +35,14 @@ Storage = optuna.storages.BaseStorage
 
 @contextmanager
 def opened(where: str, create: bool) -> Iterator[Storage]:
-    """A storage; whatever fails in it while it is open becomes one line.
+    """Open a storage; turn its errors into user errors while it is open.
 
     Args:
         where: the path of a journal file, or a URL that begins with "postgresql://".
-        create: make the journal where it is not there.
+        create: create the journal if it does not exist.
 
     Raises:
-        UserError: where it is neither, or cannot be used.
+        UserError: if it is neither, or cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -65,40 +65,42 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
 
 
 def _shown(url: str) -> str:
-    """A URL without user, password and settings."""
+    """Return a URL without user, password and settings."""
     return re.sub(r"^([^:]+://)(?:.*@)?([^?@]*).*$", r"\1\2", url)
 
 
 def _database(url: str) -> RDBStorage:
-    # A server may close a connection that is idle while a trial trains, so each is tried before it is used.
+    # A server may close connections that are idle while a trial trains, so each is tested before use.
     driver = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
     connect = partial(RDBStorage, driver, engine_kwargs={"pool_pre_ping": True})
     try:
         for seconds in (0.2, 0.5, 1.0, 2.0):
             try:
                 return connect()
-            except (IntegrityError, ProgrammingError):  # another worker makes the tables at this moment
+            except (IntegrityError, ProgrammingError):  # another worker is creating the tables
                 time.sleep(seconds)
         return connect()
     except ValueError as error:
-        raise UserError(f"--storage {_shown(url)} is not the URL of a database ({error}): fix it") from error
+        raise UserError(
+            f"--storage {_shown(url)} is not the URL of a database ({error}): use postgresql://USER@HOST/DATABASE"
+        ) from error
     except ImportError as error:
         raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
 
 
 def _journal(path: Path, create: bool) -> JournalStorage:
-    """A journal, which is checked before anything is written beside it."""
+    """Open a journal; check it before anything is written next to it."""
     hint = "give the path of a search's journal" + ", or of a new file" * create
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a regular file")
         if path.exists():
             with path.open() as file:
-                first = json.loads(file.readline() or '{"op_code": 0}')  # an empty file is a journal to be
+                first = json.loads(file.readline() or '{"op_code": 0}')  # an empty file is a new journal
             if not isinstance(first, dict) or "op_code" not in first:
-                raise ValueError("it is no journal")
+                raise ValueError("it is not a journal")
         elif not create:
-            raise UserError(f"--storage {path} is not there: check --study, or {hint}")
+            raise UserError(f"--storage {path} does not exist: check --study, or {hint}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -108,16 +110,16 @@ def _journal(path: Path, create: bool) -> JournalStorage:
 
 
 def create(storage: Storage, name: str, stage: str, config: ConfigDict) -> optuna.Study:
-    """The study of a stage, made where it is not there.
+    """Load the study of a stage, or create it.
 
     Args:
-        storage: that holds it.
-        name: of the search.
+        storage: the storage.
+        name: name of the search.
         stage: one of `STAGES`.
-        config: of the search; a study that is there must have the same, but for what changes no result.
+        config: the search's config; that of an existing study may differ only in fields that change no result.
 
     Raises:
-        UserError: where the study is of another config.
+        UserError: if the study has another config.
     """
     study = optuna.create_study(
         study_name=f"{name}-{stage}",
@@ -128,41 +130,43 @@ def create(storage: Storage, name: str, stage: str, config: ConfigDict) -> optun
     stored = study.user_attrs.get("config")
     if stored and (differences := stored_config.differences(config, stored)):
         raise UserError(
-            f"--study {name} is of another config ({'; '.join(differences)}): give another --study, or its own values"
+            f"--study {name} has another config ({'; '.join(differences)}): use the same values, or another --study"
         )
     return study
 
 
 def begun(storage: Storage, name: str) -> dict[str, optuna.Study]:
-    """Stage -> study, of the stages of a search that have begun."""
+    """Return stage -> study for the stages of a search that have started."""
     names = optuna.get_all_study_names(storage)
-    found = {s: optuna.load_study(study_name=f"{name}-{s}", storage=storage) for s in STAGES if f"{name}-{s}" in names}
-    return {stage: study for stage, study in found.items() if "candidates" in study.user_attrs}
+    by_stage = {
+        s: optuna.load_study(study_name=f"{name}-{s}", storage=storage) for s in STAGES if f"{name}-{s}" in names
+    }
+    return {stage: study for stage, study in by_stage.items() if "candidates" in study.user_attrs}
 
 
 def existing(storage: Storage, name: str) -> dict[str, optuna.Study]:
-    """As `begun`.
+    """Return the same as `begun`.
 
     Raises:
-        UserError: where no stage has begun.
+        UserError: if no stage has started.
     """
-    found = begun(storage, name)
-    if not found:
-        there = sorted({known.rpartition("-")[0] for known in optuna.get_all_study_names(storage)})
+    by_stage = begun(storage, name)
+    if not by_stage:
+        others = sorted({known.rpartition("-")[0] for known in optuna.get_all_study_names(storage)})
         raise UserError(
-            f"--study {name} has not begun in this storage, which has {', '.join(there) or 'none'}: give one of them"
+            f"--study {name} is not in this storage, which has {', '.join(others) or 'none'}: give one of them"
         )
-    return found
+    return by_stage
 
 
 def best_first(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete trials, by validation accuracy."""
+    """Sort the complete trials by validation accuracy, best first."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return sorted(complete, key=lambda trial: (-trial.values[0], trial.number))
 
 
 def sampler(choices: dict[str, list[Any]], seed: int) -> optuna.samplers.BaseSampler:
-    """What proposes the next trial of a stage: all combinations of `choices` in turn, or TPE where there are none."""
+    """Return the sampler of a stage: all combinations of `choices` in turn, or TPE if there are none."""
     if choices:
         return _Grid(choices, seed=0)
     with warnings.catch_warnings():
@@ -171,12 +175,12 @@ def sampler(choices: dict[str, list[Any]], seed: int) -> optuna.samplers.BaseSam
 
 
 class _Grid(optuna.samplers.GridSampler):
-    """Optuna's, for a loop that ends by itself."""
+    """Optuna's grid sampler, for a loop that ends by itself."""
 
     def after_trial(self, *_: Any) -> None:
-        """Do not stop `Study.optimize`, which is not running."""
+        """Do nothing: `Study.optimize`, which the original stops, is not running."""
 
 
 def in_memory() -> Storage:
-    """A storage for what needs none."""
+    """Return a temporary storage in memory."""
     return optuna.storages.InMemoryStorage()

@@ -1,4 +1,4 @@
-"""What a search found: its trials by stage, the candidates that were confirmed, and the differences beyond noise."""
+"""Summarise a search: its trials by stage, the confirmed candidates, and which differences are more than noise."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from resnet_jax.search.cost import Cost
 from resnet_jax.search.fields import SEARCH_FIELDS
 
 Summary = dict[str, Any]
-_EARLY = ("infeasible", "pruned", "diverged", "out_of_memory")  # attributes of trials that say why they have no result
+_EARLY = ("infeasible", "pruned", "diverged", "out_of_memory")  # attributes that say why a trial has no result
 
 
-def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
-    """All that the page shows of a search, as JSON holds it.
+def summarise(name: str, by_stage: Mapping[str, optuna.Study]) -> Summary:
+    """Collect everything that the page shows of a search, as JSON values.
 
     Args:
-        name: of the search.
-        found: stage -> study, of at least one stage.
+        name: name of the search.
+        by_stage: stage -> study, for at least one stage.
 
     Returns:
-        {"study", "config": of the search, "fingerprint": of the data, "environments": one a stage,
+        {"study", "config": of the search, "fingerprint": of the data, "environments": one per stage,
         "trials": stage -> `row` of each trial, "importances": stage -> parameter -> share, "confirmed": as `confirmed`
-        gives it, "best": fields of the candidate with the highest accuracy, confirmed where that stage has begun,
+        returns it, "best": fields of the candidate with the highest accuracy, a confirmed one if there is one,
         "share_outside_training": of the workers' time, "seconds": from the first trial's start to the last one's end}.
     """
-    attributes = [study.user_attrs for study in found.values()]
+    attributes = [study.user_attrs for study in by_stage.values()]
     config = stored_config.from_json(attributes[0]["config"], SEARCH_FIELDS)
-    trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in found.items()}
+    trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in by_stage.items()}
     candidates = confirmed(trials.get("confirm", []), config)
     ranked = sorted(
         (row for stage in ("grid", "refine") for row in trials.get(stage, []) if row["accuracy"] is not None),
@@ -48,29 +48,29 @@ def summarise(name: str, found: Mapping[str, optuna.Study]) -> Summary:
         "fingerprint": attributes[0]["fingerprint"],
         "environments": [known["environment"] for known in attributes],
         "trials": trials,
-        "importances": {stage: importances(study) for stage, study in found.items() if stage != "confirm"},
+        "importances": {stage: importances(study) for stage, study in by_stage.items() if stage != "confirm"},
         "confirmed": candidates,
         "best": chosen[0]["fields"] if chosen else None,
         "share_outside_training": 1
         - sum(row["train_seconds"] for row in timed) / sum(row["worker_seconds"] for row in timed)
         if timed
         else None,
-        "seconds": _wall_seconds([trial for study in found.values() for trial in study.trials]),
+        "seconds": _wall_seconds([trial for study in by_stage.values() for trial in study.trials]),
     }
 
 
 def _wall_seconds(trials: Sequence[FrozenTrial]) -> float | None:
-    """From the start of the first trial to the end of the last one that has ended."""
+    """Return the seconds from the start of the first trial to the end of the last one that has ended."""
     began = [trial.datetime_start for trial in trials if trial.datetime_start]
     ended = [trial.datetime_complete for trial in trials if trial.datetime_complete]
     return (max(ended) - min(began)).total_seconds() if ended else None
 
 
 def row(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial: how it ended ("complete", "running", or why it has no result), its candidate, cost, accuracy and times.
+    """Return a trial as a row: its state ("complete", "running" or why it has no result), candidate, cost, accuracy, times.
 
-    Seconds are of its run in all ("seconds"), of its last session ("train_seconds"), and of its last worker, from the end
-    of the trial before to the end of this one ("worker_seconds").
+    "seconds" is the time of its run, "train_seconds" that of the run's last session, and "worker_seconds" the time from
+    the end of its worker's previous trial to the end of this one.
     """
     known = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
@@ -87,12 +87,12 @@ def row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """The share of the accuracy's variance that each parameter explains (fANOVA), of complete trials; {} of too few."""
+    """Return the share of the accuracy's variance that each parameter explains (fANOVA); {} for too few trials."""
     values = {trial.values[0] for trial in study.trials if trial.state == TrialState.COMPLETE}
     if len(values) < 3:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is experimental
+        warnings.simplefilter("ignore")  # Optuna warns that this is experimental
         return optuna.importance.get_param_importances(
             study,
             evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
@@ -101,20 +101,20 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[str, Any]]:
-    """The candidates of the confirmation, the highest mean first, those over the budget last.
+    """Return the candidates of confirmation, the highest mean first, those over the budget last.
 
     The config's own network takes part even if it is over the budget. Such a candidate is never the best.
 
     Args:
-        rows: of its trials.
-        config: of the search.
+        rows: `row` of each trial of confirmation.
+        config: the search's config.
 
     Returns:
-        {"fields", "own": whether it is the config's own network, "over_budget": the reason, or "", "num_params", "gflops",
-        "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None for one seed, "best": whether it
-        is the best, "behind": the best's lead over it, as `paired` returns it} for each candidate with a result.
+        {"fields", "own": whether it is the config's own network, "over_budget": the reason, or "", "num_params",
+        "gflops", "seconds_per_epoch", "accuracies": seed -> accuracy, "mean", "std": of a sample, None for one seed,
+        "best": whether it is the best, "behind": the best's lead over it, as `paired` returns it} for each candidate with a result.
     """
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for row in rows:
         fields = space.from_json(row["fields"])
         seed = fields.pop("seed")
@@ -129,13 +129,13 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
             "seconds_per_epoch": row["seconds_per_epoch"],
             "accuracies": {},
         }
-        found.setdefault(repr(sorted(fields.items())), start)["accuracies"][seed] = row["accuracy"]
-    for entry in found.values():
+        entries.setdefault(repr(sorted(fields.items())), start)["accuracies"][seed] = row["accuracy"]
+    for entry in entries.values():
         entry["accuracies"] = dict(sorted(entry["accuracies"].items()))
         values = [*entry["accuracies"].values()]
         entry["mean"] = float(np.mean(values))
         entry["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    ranked = sorted(found.values(), key=lambda entry: (bool(entry["over_budget"]), -entry["mean"]))
+    ranked = sorted(entries.values(), key=lambda entry: (bool(entry["over_budget"]), -entry["mean"]))
     best = ranked[0] if ranked and not ranked[0]["over_budget"] else None
     for entry in ranked:
         entry["best"] = entry is best
@@ -144,10 +144,10 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
 
 
 def paired(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[str, Any] | None:
-    """Whether second - first is more than noise: Student's paired t test over the seeds that both have.
+    """Test whether second - first is more than noise: a paired t-test over their common seeds.
 
     Returns:
-        {"mean", "low", "high": 95 % interval, "seeds": how many, "verdict"}; None of fewer than two seeds.
+        {"mean", "low", "high": 95 % interval, "seeds": how many, "verdict"}; None for fewer than two seeds.
     """
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) < 2:
@@ -160,7 +160,7 @@ def paired(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[str,
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points (cost, accuracy) of which no other costs at most as much and is at least as accurate, by cost."""
+    """Return the indices of the Pareto front of points (cost, accuracy), in the order of cost."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -169,5 +169,5 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def costs_against(summary: Summary) -> str:
-    """What the Pareto front sets accuracy against: the objective's, or parameters where it has none."""
+    """Return the cost of the Pareto front: that of the objective, or the parameters if the objective has none."""
     return [*studies.OBJECTIVES[summary["config"]["search"]["objective"]], "num_params"][1]

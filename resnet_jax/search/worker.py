@@ -1,8 +1,8 @@
-"""One worker of a search: it claims trials, trains them and tells how they ended, until its stages are done.
+"""One worker of a search: it claims trials, trains them and records how they ended, until its stages are done.
 
-Workers agree by files that they lock in the folder of the search, which they share: `.claim` while one takes a trial, and
-`.worker` in a trial's folder while one is at it. A lock goes with the process that holds it, so a trial that is running and
-not locked was left by a worker that ended, and the next one takes it up where it was left.
+Workers coordinate by locking files in the shared folder of the search: `.claim` while a worker claims a trial, and
+`.worker` in a trial's folder while a worker trains it. A lock is released when its process ends. So a running trial
+without a lock was left by a worker that ended, and another worker resumes it.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ from resnet_jax.search import check_folder, cost, space, stages, studies
 from resnet_jax.search.locks import lock
 
 _POLL_SECONDS = 1.0
-_MOST_INFEASIBLE = 50  # for each trial of refinement: where nearly nothing is within the budget, it ends
+_MOST_INFEASIBLE = 50  # for each trial of refinement, which ends if nearly no candidate is within the budget
 
 
 class _Pruned(Exception):
-    """The trial has fallen behind."""
+    """The trial was pruned."""
 
 
 class _WatchTrial(Hook):
-    """Reports the validations of a trial, and ends one that has fallen behind.
+    """Reports the validations of a trial to Optuna, and ends the trial if Optuna prunes it.
 
     Args:
-        trial: running.
+        trial: the running trial.
         say: prints a line.
-        what: the trial, for a person.
-        reported: the validations that Optuna knows, counted from 1; None where nothing is pruned.
+        what: a description of the trial.
+        reported: numbers of the validations that Optuna already has, from 1; None if trials are not pruned.
     """
 
     def __init__(self, trial: optuna.Trial, say: Callable[[str], None], what: str, reported: set[int] | None) -> None:
@@ -53,7 +53,7 @@ class _WatchTrial(Hook):
         self.count = 0
 
     def on_validation(self, step: int, accuracy: float) -> None:
-        """Report an accuracy, the `count`-th of the trial."""
+        """Count and report an accuracy."""
         self.count += 1
         self._say(f"{self._what}: {accuracy:.2%} at step {step}")
         if self._reported is not None:
@@ -64,11 +64,11 @@ class _WatchTrial(Hook):
 
 
 class Early(NamedTuple):
-    """The end of a trial that has no result.
+    """The reason why a trial has no result.
 
     Attributes:
         how: "infeasible", "pruned", "diverged" or "out_of_memory".
-        why: in words.
+        why: the details.
     """
 
     how: str
@@ -76,13 +76,13 @@ class Early(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A trial that this worker has taken.
+    """A trial that this worker has claimed.
 
     Attributes:
-        trial: running.
-        fields: of its candidate.
-        folder: of its run.
-        lock: held until it has ended.
+        trial: the running trial.
+        fields: its candidate.
+        folder: the folder of its run.
+        lock: its lock, held until the trial has ended.
     """
 
     trial: optuna.Trial
@@ -95,15 +95,15 @@ class Worker:
     """One worker of a search.
 
     Args:
-        config: of the search, validated.
-        name: of the search.
-        storage: that keeps it.
-        root: folder of its trials' runs, shared by all workers.
+        config: the search's config, validated.
+        name: name of the search.
+        storage: its storage.
+        root: folder of the trials' runs, shared by all workers.
     """
 
     def __init__(self, config: ConfigDict, name: str, storage: studies.Storage, root: Path) -> None:
         self.config, self.name, self.storage, self.root = config, name, storage, root
-        self.terminal = sys.stdout  # while a run's own lines go into a file
+        self.terminal = sys.stdout  # the output of runs goes into files
         self.stop_request = preemption.StopRequest()
         dataset = datasets.load(config.data)
         train_split, _ = datasets.validation_split(dataset, config.data)
@@ -111,23 +111,23 @@ class Worker:
         self.num_examples = len(train_split.labels)
         self.num_steps = math.ceil(config.num_epochs * self.num_examples / config.batch_size)
         if self.num_steps < 2:
-            raise UserError("a trial takes one step: raise config.num_epochs, or lower config.batch_size")
+            raise UserError("a trial has only one step: raise config.num_epochs, or lower config.batch_size")
         if config.log_every_steps >= self.num_steps:
             raise UserError(
-                f"config.log_every_steps is {config.log_every_steps}: a trial takes {self.num_steps} steps and its speed is "
-                f"read from a row before its last, so set it below that"
+                f"config.log_every_steps is {config.log_every_steps}, but a trial has {self.num_steps} steps, and its speed is "
+                f"measured from a row before its last: set it below {self.num_steps}"
             )
         self.fingerprint = dataset.fingerprint
 
     def cost(self, fields: Mapping[str, Any]) -> cost.Cost:
-        """What a candidate's network costs."""
+        """Return the cost of a candidate's network."""
         return cost.of_model(space.training_config(self.config, fields).model, self.num_classes, self.image_shape)
 
     def run(self, names: tuple[str, ...]) -> None:
-        """Take part in stages, one after the other, until each is done.
+        """Take part in stages, one after the other, until all are done.
 
         Raises:
-            preemption.TrainingInterrupted: after a signal, with the trial under way saved.
+            preemption.TrainingInterrupted: after a signal; the running trial is saved.
         """
         with self.stop_request.capture_signals():
             for stage in names:
@@ -147,9 +147,9 @@ class Worker:
             if claim:
                 with claim.lock:
                     self.attempt(study, stage, claim)
-                jax.clear_caches()  # the next candidate is another program
+                jax.clear_caches()  # the next candidate needs other programs
             elif running:
-                time.sleep(_POLL_SECONDS)  # by other workers, whose trials are ours if they die
+                time.sleep(_POLL_SECONDS)  # other workers are training; if one dies, this worker resumes its trial
                 self.free_since = time.monotonic()
             else:
                 break
@@ -157,24 +157,26 @@ class Worker:
 
     @contextlib.contextmanager
     def claiming(self) -> Iterator[str]:
-        """Be the only worker that takes a trial; yields what tells this folder from another."""
-        held = lock(self.root / ".claim", wait=True)
-        assert held
-        with held:
-            held.seek(0)
-            if not (token := held.read()):
-                held.write(token := secrets.token_hex(8))
-                held.flush()
+        """Lock the claiming of trials; yield a token that identifies this folder."""
+        lock_file = lock(self.root / ".claim", wait=True)
+        assert lock_file
+        with lock_file:
+            lock_file.seek(0)
+            if not (token := lock_file.read()):
+                lock_file.write(token := secrets.token_hex(8))
+                lock_file.flush()
             yield token
 
     def study(self, stage: str, token: str) -> optuna.Study:
-        """The study of a stage, made with what it starts from where it is not there."""
+        """Return the study of a stage; store what the stage starts from if the study is new."""
         study = studies.create(self.storage, self.name, stage, self.config)
         known = study.user_attrs
         if known.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise UserError(f"--study {self.name} is of other data: give its own, or another --study")
+            raise UserError(f"--study {self.name} was started with other data: use the same data, or another --study")
         if known.get("folder", token) != token:
-            raise UserError(f"--workdir {self.root} is not that of the other workers of {self.name}: give theirs")
+            raise UserError(
+                f"--workdir {self.root} is not the folder of the other workers of {self.name}: give the same folder"
+            )
         if "candidates" not in known:
             if token not in {study.user_attrs["folder"] for study in self.others(stage).values()}:
                 check_folder(self.root, claimed=True)
@@ -189,7 +191,7 @@ class Worker:
                 "candidates": candidates,
             }.items():
                 study.set_user_attr(key, value)
-        elif stage == "confirm":  # the stages before it may have gone on
+        elif stage == "confirm":  # the earlier stages may have new trials
             confirmed = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
             study.set_user_attr("candidates", space.distinct(self.config, [*confirmed, *self.candidates(stage)]))
         if stage == "confirm":
@@ -198,15 +200,15 @@ class Worker:
         return study
 
     def others(self, stage: str) -> dict[str, optuna.Study]:
-        """The studies of the stages that have begun, but for one."""
+        """Return stage -> study for the stages that have started, without this one."""
         return {s: study for s, study in studies.begun(self.storage, self.name).items() if s != stage}
 
     def candidates(self, stage: str) -> list[space.Fields]:
-        """What a stage starts from.
+        """Return the candidates that a stage starts from.
 
         Raises:
-            UserError: of refinement, where the grid has begun and not ended, or there is none and the config's own network is
-                over the budget.
+            UserError: if refinement cannot start: the grid is not complete, or there is no grid and the config's own
+                network is over the budget.
         """
         others = self.others(stage)
         if stage == "refine":
@@ -214,39 +216,39 @@ class Worker:
                 stages.check_grid_has_ended(self.config, others["grid"])
             elif why := space.why_infeasible(self.config, self.cost(space.own(self.config))):
                 raise UserError(
-                    f"refine would start from config.model, which is over the budget ({why}): run --stage=grid first"
+                    f"refine starts from config.model, which is over the budget ({why}): run --stage=grid first"
                 )
         return stages.candidates(self.config, others, stage)
 
     def adopt(self, study: optuna.Study, stage: str) -> Claim | None:
-        """A running trial whose worker has ended."""
+        """Claim a running trial whose worker has ended; None if there is none."""
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if held := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
-                self.say(f"{stage} {frozen.number}: taken up where a worker left it")
+            if lock_file := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
+                self.say(f"{stage} {frozen.number}: resumed, because its worker ended")
                 study.sampler = stages.sampler(self.config, study, stage)
-                if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), held):
+                if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), lock_file):
                     return claim
         return None
 
     def ask(self, study: optuna.Study, stage: str) -> Claim | None:
-        """A new trial; None where the stage has all. Those over the budget are told so at once."""
+        """Claim a new trial; None if the stage has all its trials. Trials over the budget end at once."""
         while len(stages.begun(study, stage)) < (wanted := stages.wanted(self.config, study, stage)):
             if len(study.get_trials(deepcopy=False)) >= wanted * _MOST_INFEASIBLE:
                 break
             study.sampler = stages.sampler(self.config, study, stage)
             trial = study.ask()
-            held = lock(self.folder(stage, trial.number) / ".worker", wait=False)
-            assert held  # for the trial is new, and only this worker is claiming
-            if claim := self.prepared(study, stage, trial, held):
+            lock_file = lock(self.folder(stage, trial.number) / ".worker", wait=False)
+            assert lock_file  # the trial is new, and only this worker is claiming
+            if claim := self.prepared(study, stage, trial, lock_file):
                 return claim
         return None
 
-    def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, held: IO[str]) -> Claim | None:
-        """Give a trial its candidate, and the cost of it; None where that is over the budget."""
+    def prepared(self, study: optuna.Study, stage: str, trial: optuna.Trial, lock_file: IO[str]) -> Claim | None:
+        """Set the candidate and cost of a trial, and claim it; None if it is over the budget."""
         folder = self.folder(stage, trial.number)
         with contextlib.ExitStack() as stack:
-            stack.callback(held.close)
-            study.sampler.before_trial(study, study.trials[trial.number])  # a trial may have been left before that
+            stack.callback(lock_file.close)
+            study.sampler.before_trial(study, study.trials[trial.number])  # its worker may have ended before this call
             fields = stages.propose(self.config, study, stage, trial)
             costs = self.cost(fields)
             for key, value in {"fields": fields, **costs._asdict()}.items():
@@ -254,13 +256,13 @@ class Worker:
             why = space.why_infeasible(self.config, costs) if stage != "confirm" else ""
             if not why:
                 stack.pop_all()
-                return Claim(trial, fields, folder, held)
+                return Claim(trial, fields, folder, lock_file)
             self.end_early(study, stage, trial, "infeasible", why)
         shutil.rmtree(folder)
         return None
 
     def attempt(self, study: optuna.Study, stage: str, claim: Claim) -> None:
-        """Train a trial to its end, from wherever it was left, and tell how it ended."""
+        """Train a trial, or resume it, and record how it ended."""
         trial, what = claim.trial, f"{stage} {claim.trial.number}: {space.name(claim.fields)}"
         self.say(f"{what}: in {claim.folder}")
         started = time.monotonic()
@@ -284,7 +286,7 @@ class Worker:
         self.say(f"{what}: complete, {figures['accuracy']:.2%} ({stages.progress(self.config, study, stage)})")
 
     def trained(self, study: optuna.Study, stage: str, claim: Claim, what: str) -> RunResult | Early:
-        """The result of a trial's run, or why it has none."""
+        """Train the run of a trial; return its result, or why it has none."""
         trial = claim.trial
         prunes = stage != "confirm" and len(study.directions) == 1
         reported = study.trials[trial.number].intermediate_values
@@ -306,13 +308,13 @@ class Worker:
             return Early("out_of_memory", str(error)[:200])
 
     def seconds_per_epoch(self, folder: Path) -> float:
-        """How long an epoch of a trial takes, by the median speed of its logged steps."""
+        """Return the seconds of an epoch of a trial, from the median speed of its logged steps."""
         rows = metrics_log.metrics_rows(folder)
         speeds = [row["images_per_second"] for row in rows if row["split"] == "train" and row["images_per_second"]]
         return self.num_examples / float(np.median(speeds))
 
     def end_early(self, study: optuna.Study, stage: str, trial: optuna.Trial, how: str, why: str) -> None:
-        """Tell that a trial has no result, and why."""
+        """Record that a trial has no result, and why."""
         trial.set_user_attr(how, why)
         study.tell(trial, state=TrialState.PRUNED)
         self.say(
@@ -320,22 +322,22 @@ class Worker:
         )
 
     def folder(self, stage: str, number: int) -> Path:
-        """The workdir of a trial's run."""
+        """Return the workdir of a trial's run."""
         return self.root / f"{stage}-{number:04d}"
 
     def say(self, text: str) -> None:
-        """Print a line for a person, wherever the run's own lines go."""
+        """Print a line on the terminal, also while the output of a run goes into a file."""
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self.terminal, flush=True)
 
 
 def dry_run(worker: Worker) -> Iterator[str]:
-    """The grid, a line a point: its parameters, GFLOP an image and whether it is within the budget."""
+    """Yield the grid, one line per point: parameters, GFLOP per image and whether it is within the budget."""
     yield f"{'blocks':<16} {'channels':<22} {'parameters':>12} {'GFLOP':>8}  feasible"
     within = 0
     for point in space.grid_points(worker.config):
-        of = worker.cost(space.from_grid(point))
-        why = space.why_infeasible(worker.config, of)
+        costs = worker.cost(space.from_grid(point))
+        why = space.why_infeasible(worker.config, costs)
         within += not why
         verdict = f"no: {why}" if why else "yes"
-        yield f"{point['blocks']:<16} {point['channels']:<22} {of.num_params:>12,} {of.gflops:>8.3f}  {verdict}"
-    yield f"{within} within the budget, each trained for {worker.num_steps:,} steps; GFLOP of a forward pass of one image"
+        yield f"{point['blocks']:<16} {point['channels']:<22} {costs.num_params:>12,} {costs.gflops:>8.3f}  {verdict}"
+    yield f"{within} within the budget, each trained for {worker.num_steps:,} steps; GFLOP are for the forward pass of one image"

@@ -120,8 +120,8 @@ def test_each_batch_size_dtype_and_number_of_devices_is_a_case(tmp_path):
 MISTAKES = {
     "no such measurement": (["--only=train"], ["--only", "train_step,eval_step"]),
     "nothing to measure": (["--only="], ["--only"]),
-    "a batch size that is no number": (["--batch-sizes=128,many"], ["--batch-sizes", "whole numbers from 1"]),
-    "no devices": (["--device-counts=0"], ["--device-counts", "whole numbers from 1"]),
+    "a batch size that is no number": (["--batch-sizes=128,many"], ["--batch-sizes", "whole numbers >= 1"]),
+    "no devices": (["--device-counts=0"], ["--device-counts", "whole numbers >= 1"]),
     "no repeats": (["--repeats=0"], ["--repeats"]),
     "an unknown dtype": (["--dtypes=float16"], ["config.model.dtype is 'float16'", "'float32', 'bfloat16'"]),
     "a time without end": (["--seconds=inf"], ["--seconds", "number of seconds"]),

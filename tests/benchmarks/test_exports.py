@@ -49,7 +49,7 @@ def test_a_python_without_pytorch_is_named_in_one_line(run, tmp_path, capsys):
         exports.main([str(run), "--torch-python=false", f"--output={tmp_path}/result.json"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "give --torch-python=PYTHON that has PyTorch" in line
+    assert "give the Python of an environment with PyTorch" in line
     assert not (tmp_path / "result.json").exists()
 
 

@@ -73,7 +73,7 @@ def test_free_memory_is_that_of_the_fullest_device(split):
         return types.SimpleNamespace(local_devices=[device(bytes_in_use) for bytes_in_use in in_use])
 
     pipelines.check_fits(split, mesh(0, 22_800))
-    with pytest.raises(UserError, match="needs 77,200 bytes for the training images, and 77,199 are free: set it to"):
+    with pytest.raises(UserError, match="needs 77,200 bytes for the training images, but 77,199 are free: set it to"):
         pipelines.check_fits(split, mesh(0, 22_801))
 
 

@@ -509,7 +509,7 @@ def test_a_worker_of_a_search_is_killed_and_the_other_ends_its_trial_exactly(tmp
         killed.kill()
         printed, stderr = other.communicate(timeout=240)
         assert other.returncode == 0, stderr
-        assert f"grid {number}: taken up where a worker left it" in printed
+        assert f"grid {number}: resumed, because its worker ended" in printed
         assert "resuming" in (trial / "log.txt").read_text()
         found = trials(where)
     assert len(found) == 4
@@ -530,5 +530,5 @@ def test_a_signal_ends_all_workers_of_a_search_saved_and_the_same_command_goes_o
     assert all(line.startswith("stopped by SIGINT") for line in stderr.splitlines()), stderr
     again = launch(*flags, program=SEARCH)
     assert again.returncode == 0, again.stderr
-    assert "taken up where a worker left it" in again.stdout
+    assert "resumed, because its worker ended" in again.stdout
     assert len(trials(str(tmp_path / "study.journal"))) == 4

@@ -71,7 +71,7 @@ def test_a_reliability_plot_has_a_curve_for_each():
 def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path, temperature):
     path = tmp_path / "temperature.json"
     path.write_text(json.dumps({"checkpoint_step": 7, "temperature": {"plain": temperature}}))
-    with pytest.raises(UserError, match=r"temperature\.json cannot be used \(.*: fit it again, or remove it"):
+    with pytest.raises(UserError, match=r"temperature\.json cannot be used \(.*: fit the temperature again, or remove"):
         calibration.temperatures(tmp_path, 7)
     calibration.keep_temperature(tmp_path, 7, True, 1.5)
     assert calibration.temperatures(tmp_path, 7) == {True: 1.5}

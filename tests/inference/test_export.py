@@ -79,7 +79,9 @@ def test_a_file_that_computes_something_else_is_not_written(cache_dir, tmp_path,
     model = random_model(cache_dir)
     monkeypatch.setitem(export.WRITERS, "safetensors", lambda m, path: lambda images: m.logits(images) * 1.001)
     (tmp_path / "model.safetensors").write_text("an older one")
-    with pytest.raises(RuntimeError, match=r"safetensors differs by 1\.0e-03 of the largest logit: it was not written"):
+    with pytest.raises(
+        RuntimeError, match=r"safetensors export differs by 1\.0e-03 of the largest logit: it was not written"
+    ):
         export.write(model, "safetensors", tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_text() == "an older one"
 
@@ -89,7 +91,7 @@ def test_what_it_says_of_a_file(run, capsys):
     size = (run / "other.safetensors").stat().st_size / 1e6
     assert (
         capsys.readouterr().out
-        == f"{run}/other.safetensors: {size:.2f} MB, at most 0.0e+00 of the largest logit from the network\n"
+        == f"{run}/other.safetensors: {size:.2f} MB, differs from the network by at most 0.0e+00 of the largest logit\n"
     )
 
 
@@ -172,16 +174,16 @@ def test_stablehlo_is_loaded_as_the_run_is(run, files):
 def test_a_program_without_weights_says_so(run, files, capsys):
     model = trained_model.load(files["stablehlo"])
     for use in (lambda: model.variables, lambda: model.saliency(np.zeros((8, 8, 3), np.uint8))):
-        with pytest.raises(UserError, match=r"holds a program and no weights: give the run's workdir"):
+        with pytest.raises(UserError, match=r"holds a program without weights: give the run's workdir"):
             use()
     with pytest.raises(SystemExit):
         tool("export", files["stablehlo"], "--format=onnx", f"--output={run}/again.onnx")
-    assert "holds a program and no weights" in capsys.readouterr().err
+    assert "holds a program without weights" in capsys.readouterr().err
 
 
 def test_a_file_has_one_checkpoint(files):
     for kind in ("stablehlo", "safetensors"):
-        with pytest.raises(UserError, match="holds one checkpoint, and latest was asked for: leave that out"):
+        with pytest.raises(UserError, match="holds only one checkpoint: do not ask for latest"):
             trained_model.load(files[kind], "latest")
 
 
@@ -229,8 +231,8 @@ DAMAGED_PROGRAMS = {
     "noise": "not a zip file",
     "no metadata": "not a zip file",
     "no program": "",
-    "a bit": "its SHA-256 is another",
-    "another shape": "its program does not map such images to such classes",
+    "a bit": "its SHA-256 differs",
+    "another shape": "its program has other image or class shapes",
 }
 
 
@@ -257,9 +259,7 @@ def test_a_damaged_program_is_refused(files, tmp_path, damage):
         with zipfile.ZipFile(path, "a") as archive:
             meta = {key: value for key, value in said.items() if key != "sha256"} | {"image_shape": [16, 16, 3]}
             archive.writestr("metadata.json", export.sealed(meta, hashlib.sha256(program).hexdigest()))
-    with pytest.raises(
-        UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give a file that python -m resnet_jax export wrote"
-    ):
+    with pytest.raises(UserError, match=rf"{DAMAGED_PROGRAMS[damage]}.*give a file from python -m resnet_jax export"):
         trained_model.load(path)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_program_is_refused(files, tmp_path, damage):
 
 MISTAKES = {
     "no run": (["nowhere", "--format=onnx"], "nowhere holds no run"),
-    "another suffix": (["{run}", "--format=onnx", "--output=m.pb"], "a file of this format ends in .onnx"),
+    "another suffix": (["{run}", "--format=onnx", "--output=m.pb"], "the file name must end in .onnx"),
     "folding something else": (
         ["{run}", "--format=stablehlo", "--fold-batch-norm"],
         "--fold-batch-norm needs --format onnx",
@@ -294,10 +294,10 @@ DAMAGED_WEIGHTS = {
     "missing": "No such file",
     "cut": "",
     "no metadata": "it lacks 'resnet_jax'",
-    "a bit of a weight": "its SHA-256 is another",
-    "a digit of the metadata": "its SHA-256 is another",
-    "another shape": "its weights are not those of its config",
-    "a weight less": "its weights are not those of its config",
+    "a bit of a weight": "its SHA-256 differs",
+    "a digit of the metadata": "its SHA-256 differs",
+    "another shape": "its weights do not fit its config",
+    "a weight less": "its weights do not fit its config",
     "a temperature of nothing": "a temperature of 0 is not in 0.001..1000",
 }
 
@@ -332,7 +332,7 @@ def test_damaged_weights_are_refused(run, tmp_path, damage):
         save_file(weights, path, {"resnet_jax": export.sealed(meta, payload)})
     with pytest.raises(
         UserError,
-        match=rf"{DAMAGED_WEIGHTS[damage]}.*(give a file that python -m resnet_jax export wrote|export it again)",
+        match=rf"{DAMAGED_WEIGHTS[damage]}.*(give a file from python -m resnet_jax export|export it again)",
     ):
         trained_model.load(path)
 

@@ -135,11 +135,11 @@ HOSTILE = {
     ),
     "too many pixels": (
         png_of_size(9_000, 9_000),
-        "This image cannot be used: it has 9000 x 9000 pixels, and at most 50,000,000 are read.",
+        "This image cannot be used: it has 9000 x 9000 pixels, more than the limit of 50,000,000.",
     ),
     "long and thin": (
         file_of(np.zeros((1, 5000, 3), np.uint8)),
-        "This image cannot be used: an image has shape (1, 5000, 3): one side may be 1000 times as long as the other.",
+        "This image cannot be used: an image has shape (1, 5000, 3): one side may be at most 1000 times as long as the other.",
     ),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n%%EOF\n", NO_PICTURE),
     "another kind": (file_of(NOISE, "TIFF"), NO_PICTURE),
@@ -212,7 +212,9 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise_and_ctrl_c_ends_
     with served(run, "--host=0.0.0.0", "--no-samples") as (process, url):
         assert url.startswith("http://0.0.0.0:")
         process.kill()
-        assert process.stderr.read() == "warning: 0.0.0.0 is open to whoever reaches this machine\n"
+        assert (
+            process.stderr.read() == "warning: 0.0.0.0 can be reached by other machines, and the page has no password\n"
+        )
 
 
 def test_mistakes_are_one_line_and_loading_does_not_come_first(run, tmp_path, address):
@@ -228,7 +230,7 @@ MISTAKES = {
     "a host that there is not": (["{run}", "--host=no.such.host.invalid"], "--host no.such.host.invalid"),
     "a host that is none": (["{run}", "--host=" + "a" * 300], "give an address of this machine, such as 127.0.0.1"),
     "no such checkpoint": (["{run}", "--port=0", "--checkpoint=7"], "no checkpoint of step 7"),
-    "no weights": (["{run}/model.stablehlo", "--port=0"], "a .stablehlo holds a program and no weights"),
+    "no weights": (["{run}/model.stablehlo", "--port=0"], "a .stablehlo holds a program without weights"),
 }
 
 
@@ -254,7 +256,7 @@ def test_data_that_are_gone_are_named(model, tmp_path):
 
 def test_data_of_other_classes_are_refused(model):
     other = SimpleNamespace(config=model.config, class_names=("cat", "dog"))
-    with pytest.raises(UserError, match=r"digits has changed since the run began: it has other classes.*--no-samples"):
+    with pytest.raises(UserError, match=r"digits has changed since the run started: its classes differ.*--no-samples"):
         serve.samples(other)
 
 

@@ -128,5 +128,5 @@ def test_without_a_validation_split_no_temperature_is_fitted(finished):
 @pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])
 def test_a_damaged_temperature_is_refused(tmp_path, content):
     (tmp_path / "temperature.json").write_text(content)
-    with pytest.raises(UserError, match="fit it again, or remove it"):
+    with pytest.raises(UserError, match="fit the temperature again, or remove"):
         calibration.temperatures(tmp_path, 41)

@@ -419,7 +419,10 @@ MISTAKES = {
     "a summary of two": (["good.json", "twin.json", "--summary", "x.json"], "--summary takes one RUN"),
     "a summary nowhere": (["good.json", "--summary", "nowhere/x.json"], "cannot be written"),
     "no comparison": (["good.json", "--resnet18", "nowhere", "--output", "page"], "reproduction.reproduce resnet18"),
-    "another comparison": (["good.json", "--resnet18", "good.json", "--output", "page"], "is something else"),
+    "another comparison": (
+        ["good.json", "--resnet18", "good.json", "--output", "page"],
+        "is not a comparison with ResNet-18",
+    ),
     "a report with a file of the user's": (
         ["good.json", "--output", "kept"],
         "not a report (mine.txt): give a new folder",

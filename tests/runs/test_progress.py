@@ -280,7 +280,7 @@ def test_a_run_goes_on_without_its_standard_output(monkeypatch, capsys):
     shown.note("second")
     print("by others")
     progress.Progress(100, 1.0, 8).show(ROW)
-    assert capsys.readouterr().err == "cannot write to standard output (No space left on device): training goes on\n"
+    assert capsys.readouterr().err == "cannot write to standard output (No space left on device): training continues\n"
 
 
 def test_a_run_goes_on_without_its_standard_output_and_error(monkeypatch):

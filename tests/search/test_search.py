@@ -153,14 +153,15 @@ def test_a_run_knows_nothing_of_the_search_and_its_budget(config):
     assert plain.model.max_params == 0
     config_lib.validate(plain)
     with pytest.raises(
-        UserError, match=r"config\.search\.block_lists is a field of searches: run python -m resnet_jax search"
+        UserError,
+        match=r"config\.search\.block_lists is only for searches: use this config with python -m resnet_jax search",
     ):
         config_lib.validate(config)
 
 
 @pytest.mark.parametrize(
     ("max_params", "max_gflops", "why"),
-    [(0, 0.0, ""), (100, 1.0, ""), (99, 1.0, "100 parameters of 99 allowed"), (0, 0.4, "0.500 GFLOP an image of 0.4")],
+    [(0, 0.0, ""), (100, 1.0, ""), (99, 1.0, "100 parameters of 99 allowed"), (0, 0.4, "0.500 GFLOP per image of 0.4")],
 )
 def test_the_budget(config, max_params, max_gflops, why):
     config.model.max_params, config.search.max_gflops = max_params, max_gflops
@@ -269,7 +270,7 @@ def test_what_is_over_the_budget_is_recorded_and_leaves_no_folder(run, config, t
 def test_a_stage_in_which_nothing_is_within_the_budget_ends_in_one_line(run, config):
     config.model.max_params = 10
     with pytest.raises(
-        UserError, match="grid is done and no trial of it is complete: start another --study, with a larger"
+        UserError, match="grid is done, but none of its trials is complete: start another --study, with a larger"
     ):
         run(by_width, "grid")
 
@@ -287,7 +288,7 @@ def test_refinement_ends_where_nearly_nothing_is_within_the_budget(run, config, 
 def test_refinement_does_not_start_from_what_is_over_the_budget(run, config):
     config.model.max_params = 20_000
     with pytest.raises(
-        UserError, match=r"refine would start from config\.model, which is over the budget \(78,042 parameters"
+        UserError, match=r"refine starts from config\.model, which is over the budget \(78,042 parameters"
     ):
         run(by_width, "refine")
     found = run(by_width, "grid", "refine")  # nothing stands in the way of
@@ -298,7 +299,7 @@ def test_refinement_waits_for_the_grid_that_has_begun(run):
     failures = iter([ValueError("stop")])
     with pytest.raises(ValueError, match="stop"):
         run(lambda c: next(failures), "grid")
-    with pytest.raises(UserError, match="the grid has not ended: go on with --stage=grid first"):
+    with pytest.raises(UserError, match="the grid is not complete: run --stage=grid first"):
         run(by_width, "refine")
     found = run(by_width, "grid", "refine")
     assert found["refine"].user_attrs["candidates"][0]["model.channel_list"] == [16, 32, 64]
@@ -427,7 +428,9 @@ def test_two_objectives_on_demand(run, config, objective, values):
 def test_workers_must_share_one_folder_config_and_data(run, config, tmp_path, monkeypatch):
     run(by_width, "grid")
     (tmp_path / "runs" / ".claim").unlink()
-    with pytest.raises(UserError, match=r"--workdir .* is not that of the other workers of s: give theirs"):
+    with pytest.raises(
+        UserError, match=r"--workdir .* is not the folder of the other workers of s: give the same folder"
+    ):
         run(by_width, "grid")
     config.log_every_steps = 30  # what changes no result may differ
     config.optim.learning_rate = 0.5
@@ -435,7 +438,7 @@ def test_workers_must_share_one_folder_config_and_data(run, config, tmp_path, mo
         run(by_width, "grid")
     config.optim.learning_rate = 0.01
     monkeypatch.setattr(worker.datasets, "load", lambda c, load=worker.datasets.load: load(c)._replace(fingerprint="x"))
-    with pytest.raises(UserError, match="is of other data"):
+    with pytest.raises(UserError, match="was started with other data"):
         run(by_width, "grid")
 
 
@@ -444,7 +447,7 @@ def test_a_folder_takes_one_search_and_keeps_its_runs(run, config, tmp_path):
     before = sorted((tmp_path / "runs").rglob("*"))
     for stage in ("grid", "confirm"):
         with pytest.raises(
-            UserError, match=r"--workdir .*/runs holds grid-0000 of another search: give another folder"
+            UserError, match=r"--workdir .*/runs holds grid-0000 of another search: choose another folder"
         ):
             run(by_width, stage, storage=tmp_path / "other.journal")
     (tmp_path / "others" / "refine-0001").mkdir(parents=True)
@@ -675,7 +678,7 @@ MISTAKES = {
     "a file that is no journal": ((*SMOKE, "--study=a", "--storage=README.md"), "--storage README.md cannot be used"),
     "a journal nowhere": ((*SMOKE, "--study=a", "--storage=/proc/x/y"), "--storage /proc/x/y cannot be used"),
     "a folder nowhere": ((*SMOKE, "--study=a", "--workdir=/proc/x", "--storage={tmp}/j"), "/proc/x/.claim"),
-    "too many workers": ((*SMOKE, "--study=a", "--storage={tmp}/j", "--workers=999"), "give at most"),
+    "too many workers": ((*SMOKE, "--study=a", "--storage={tmp}/j", "--workers=999"), "use at most"),
     "a file for a folder": ((*SMOKE, "--study=a", "--workdir=README.md"), "README.md is not a folder"),
     "a port that is none": (
         (*SMOKE, "--study=a", "--storage=postgresql://u:secret@h:x/y"),
@@ -685,13 +688,16 @@ MISTAKES = {
         (*SMOKE, "--study=a", "--storage=mysql://u:se:cr@secret@h/y?password=secret"),
         "mysql://h/y:",
     ),
-    "a device": ((*SMOKE, "--study=a", "--storage=/dev/null"), "--storage /dev/null cannot be used (it is no file)"),
+    "a device": (
+        (*SMOKE, "--study=a", "--storage=/dev/null"),
+        "--storage /dev/null cannot be used (it is not a regular file)",
+    ),
     "one step": ((*SMOKE, "--study=a", "--workdir={tmp}", "--config.batch_size=100000"), "raise config.num_epochs"),
     "too few rows": ((*SMOKE, "--study=a", "--workdir={tmp}", "--config.log_every_steps=61"), "config.log_every_steps"),
     "a range upside down": ((*SMOKE, "--study=a", "--config.search.learning_rate=(0.1,0.01)"), "lowest and a highest"),
     "lists of other lengths": (
         (*SMOKE, "--study=a", "--workdir={tmp}", "--config.search.channel_lists=((8,16),)"),
-        "config.search.channel_lists has (8, 16), of 2 stages, and config.model.channel_list has 3",
+        "config.search.channel_lists has (8, 16) with 2 stages, but config.model.channel_list has 3",
     ),
 }
 
@@ -706,10 +712,10 @@ def test_a_mistake_is_one_line(tmp_path, mistake):
 
 
 REPORT_MISTAKES = {
-    "no journal": (["--study=s", "--storage=nowhere"], "--storage nowhere is not there"),
-    "another study": (["--study=t", "--storage=study.journal"], "--study t has not begun in this storage, which has s"),
+    "no journal": (["--study=s", "--storage=nowhere"], "--storage nowhere does not exist"),
+    "another study": (["--study=t", "--storage=study.journal"], "--study t is not in this storage, which has s"),
     "no name": (["--study=../s", "--storage=study.journal"], "--study is '../s'"),
-    "another workdir": (["--study=s", "--workdir=runs"], "--storage runs/study.journal is not there"),
+    "another workdir": (["--study=s", "--workdir=runs"], "--storage runs/study.journal does not exist"),
     "a folder that is not there": (
         ["--study=s", "--storage=study.journal", "--found=no/x.py"],
         "the folder no does not exist",
