@@ -120,9 +120,9 @@ class _Measure(Hook):
         """Read the clock."""
         now = time.perf_counter()
         if self._first is None:
-            self._first = call.last, now
+            self._first = call.end, now
         elif now - self._first[1] >= self._seconds:
-            raise _Measured((call.last - self._first[0]) / (now - self._first[1]))
+            raise _Measured((call.end - self._first[0]) / (now - self._first[1]))
 
 
 def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:

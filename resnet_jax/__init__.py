@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load", "train"]
 
-if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m`, the last word before the arguments
-    _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
-    if _module.startswith("resnet_jax.") and _module != "resnet_jax.__main__":
-        from resnet_jax.cli.tools import refuse_old_spelling
+if sys.argv[:1] == ["-m"]:  # `python -m resnet_jax.MODULE`, and Python looks for the module now
+    from resnet_jax.cli.tools import refuse_old_spelling
 
-        refuse_old_spelling(_module)
+    refuse_old_spelling()
 
 
 def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: float | None = None) -> "RunResult":

@@ -1,4 +1,4 @@
-"""The exceptions that this package raises."""
+"""The exceptions for what a user can fix; `CorruptCheckpointError` and `TrainingInterrupted` are in runs/."""
 
 
 class UserError(Exception):

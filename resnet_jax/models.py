@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al., arXiv:1512.03385), in Flax linen.
 
-`ResNet` describes its stages by two lists, channels and numbers of blocks. The report's model is `final`. Images are
+`ResNet` describes its stages by two lists, channels and numbers of blocks. The report's model is `final`; a run builds its own by `from_config`. Images are
 `[B, H, W, C]`; batch norm normalises over the global batch when the step is jitted over a sharded batch.
 """
 
@@ -152,11 +152,7 @@ resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6,
 resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
 
 
-def from_config(
-    config: ConfigDict,
-    num_classes: int,
-    conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
-) -> ResNet:
+def from_config(config: ConfigDict, num_classes: int, convolution: Any = jax.lax.conv_general_dilated) -> ResNet:
     """Build the network that `config.model` describes, by default with XLA's convolution."""
     return ResNet(
         num_classes=num_classes,
@@ -168,5 +164,5 @@ def from_config(
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=convolution,
     )

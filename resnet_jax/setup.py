@@ -44,7 +44,7 @@ class Setup(NamedTuple):
 
 
 def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
-    """Load the data and build the state; check everything that can be wrong before the first step.
+    """Load the data, check the config against data and devices, and build the initial state.
 
     Args:
         config: the run's config.

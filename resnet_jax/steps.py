@@ -73,7 +73,7 @@ class StepMetrics(NamedTuple):
 def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[TrainState, StepMetrics]:
     """Take a training step.
 
-    A step is rejected if its loss is not finite, or if its gradient's norm is not finite or is above
+    A step is rejected if its loss is not finite, or if its gradient's norm is not finite or reaches
     `config.abort_grad_norm`. The state then does not change, except that `failed` is set. Every later step is rejected
     too, until the host reads `StepMetrics.rejected`.
 
@@ -99,7 +99,7 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
         opt_state=opt_state,
         metrics=since_row,
     )
-    accepted = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))
+    accepted = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))  # not if NaN
     state = jax.tree.map(partial(jnp.where, accepted), after, state).replace(failed=~accepted)
     return state, StepMetrics(since_row, ~accepted)
 
@@ -123,7 +123,7 @@ def train_steps(
     def one_step(state: TrainState, draws: Batch) -> tuple[TrainState, StepMetrics]:
         return train_step(state, build_batch(data, draws), config=config)
 
-    if len(draws["indices"]) == 1:  # no loop: on a CPU, XLA's convolutions are 20 times slower in one
+    if len(draws["indices"]) == 1:  # without a scan, in which XLA runs convolutions 20 times slower on a CPU
         state, metrics = one_step(state, jax.tree.map(lambda drawn: drawn[0], draws))
         return state, jax.tree.map(lambda value: value[None], metrics)
     return jax.lax.scan(one_step, state, draws)

@@ -28,7 +28,7 @@ class TrainMetrics(metrics.Collection):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The content of a checkpoint, and the two functions that act on it.
+    """The content of a checkpoint, with the model's `apply` and the optimizer.
 
     Attributes:
         step: int32 [], number of steps done.

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -23,7 +24,7 @@ from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.runs import environment, processes, stored_config, workdir
 from resnet_jax.runs.diagnose import diagnose_step
-from resnet_jax.runs.exits import exit_immediately
+from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
@@ -55,7 +56,7 @@ def train(
         max_seconds: stop, with the state saved, after the first step that ends later than this after `started`.
         hooks: watch the run.
         test: evaluate on the test split; without it the result's test figures are None.
-        stop_request: of a caller that continues after this run and reads it then; `max_seconds` is ignored with it.
+        stop_request: shared by a caller that runs several trainings; it replaces `max_seconds`.
 
     Raises:
         TrainingDiverged: if a step is rejected.
@@ -73,7 +74,7 @@ def train(
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
             hook.check(0, start.total_steps)
-        if code := stop_request.exit_code():
+        if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
             raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
         needed = 4 * train_state.num_bytes(start.state)  # three checkpoints are kept, and a fourth is being written
         with (
@@ -107,13 +108,13 @@ class Run:
     Attributes:
         config: of the run.
         start: what it starts from.
-        plan: what it does after which step.
+        plan: decides what is done after which step.
         folder: its workdir.
         stop_request: read after each call and before each batch of evaluation.
         started: the `time.monotonic()` from which this session's seconds count.
         seconds_before: of earlier sessions, up to the checkpoint from which this one resumes.
-        hooks: watch it.
-        startup_seconds: from `started` to the end of this session's first step.
+        hooks: called around each call, at validations and at a stop.
+        startup_seconds: from `started` to the dispatch of this session's first step.
     """
 
     config: ConfigDict
@@ -137,9 +138,9 @@ class Run:
         """Wall time spent on the run."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def row(self, step: int, split: str, **figures: float | None) -> dict[str, Any]:
+    def row(self, step: int, split: str, **values: float | None) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
-        return {"step": step, "epoch": round(step / self.start.steps_per_epoch, 6), "split": split, **figures}
+        return {"step": step, "epoch": round(step / self.start.steps_per_epoch, 6), "split": split, **values}
 
 
 def _begin(run: Run, state: TrainState) -> None:
@@ -173,21 +174,21 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
     for call in plan.calls(first_step, steps_per_call):
         for hook in run.hooks:
             hook.before_call(call, state)
-        state, metrics = step_fn(state, call.first, call.count)
+        state, metrics = step_fn(state, call.start, call.count)
         _after_dispatch(run, call, metrics)
         if pending:
             _log(run, state, *pending)
         pending = call, metrics
         exit_code = run.stop_request.agreed_exit_code(start.mesh)
-        if exit_code or plan.saves_after(call.last):
+        if exit_code or plan.saves_after(call.end):
             _log(run, state, *pending)
             pending = None
             run.folder.save(state, run.seconds())
             if exit_code:
-                _stop(run, exit_code, call.last)
-            if plan.evaluates_after(call.last):
-                _validate(run, state, call.last)
-            run.progress.restart_clock(call.last)
+                _stop(run, exit_code, call.end)
+            if plan.evaluates_after(call.end):
+                _validate(run, state, call.end)
+            run.progress.restart_clock(call.end)
     return state
 
 
@@ -196,21 +197,21 @@ def _after_dispatch(run: Run, call: Call, metrics: StepMetrics) -> None:
     for hook in run.hooks:
         if text := hook.after_dispatch(call, metrics):
             run.progress.note(text)
-            run.progress.restart_clock(call.last)
+            run.progress.restart_clock(call.end)
     if run.startup_seconds is None:
         run.startup_seconds = time.monotonic() - run.started
         run.progress.note(f"first step dispatched {run.startup_seconds:.1f} s after the start")
         jax.block_until_ready(metrics)
-        run.progress.restart_clock(call.last)
+        run.progress.restart_clock(call.end)
         run.stop_request.start_clock()
 
 
 def _log(run: Run, state: TrainState, call: Call, metrics: StepMetrics) -> None:
     """Wait for a call and log its rows; `state` is that of the newest call. Stop the run if a step was rejected."""
-    metrics = jax.device_get(metrics)
-    speed = run.progress.images_per_second(call.last) if run.plan.measures_speed(call) else None
-    for i, step in enumerate(range(call.first + 1, call.last + 1)):
-        of_step = jax.tree.map(lambda leaf, i=i: leaf.reshape(call.count)[i], metrics)
+    metrics = jax.tree.map(np.atleast_1d, jax.device_get(metrics))
+    speed = run.progress.images_per_second(call.end) if run.plan.measures_speed(call) else None
+    for i, step in enumerate(range(call.start + 1, call.end + 1)):
+        of_step = jax.tree.map(lambda leaf, i=i: leaf[i], metrics)
         if of_step.rejected:
             _reject(run, state, step)
         if not run.plan.logs_after(step):
@@ -283,10 +284,13 @@ def _evaluate(run: Run, state: TrainState, split: datasets.Split, step: int) -> 
     def end_process(exit_code: int) -> None:
         try:
             _stop(run, exit_code, step)
-        except (TrainingInterrupted, UserError) as stop:
+        except TrainingInterrupted as stop:
             run.progress.close()
             print(stop, file=sys.stderr)
-            exit_immediately(exit_code)
+        except UserError as error:
+            report(error)
+            exit_code = 2
+        exit_immediately(exit_code)
 
     with run.stop_request.exit_within(_GRACE_SECONDS, end_process):
         return evaluate(run.eval_step, state, split, run.config.eval_batch_size, run.start.mesh, stop_if_asked)

@@ -39,7 +39,7 @@ def launch(
     *arguments: object,
     program: Sequence[str] = (str(ROOT / "launch.py"),),
     prefix: Sequence[str] = (),
-    timeout: float = 300,
+    timeout: float = 1800,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `launch.py`, or another program, as a user does; `prefix` is a command that starts it."""

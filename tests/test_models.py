@@ -2,10 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from resnet_jax import models
-from resnet_jax.kernels import conv_cpu
 
 
 def shapes(model, size=32):
@@ -37,10 +35,7 @@ def test_parameters_are_counted_exactly(model, size):
 
 
 def test_config_builds_the_preset(final_config):
-    mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("data",))
-    assert models.from_config(final_config.model, 10, mesh) == models.final(
-        10, conv_general_dilated=conv_cpu.conv_general_dilated
-    )
+    assert models.from_config(final_config.model, 10) == models.final(10)
 
 
 def test_a_stage_without_blocks_is_the_identity():

@@ -174,6 +174,8 @@ def load_config(
         config = values["config"].value
     except UserError:
         raise
+    except SystemExit as error:
+        raise UserError(f"{file} exits with {error.code!r}: get_config() must return a ConfigDict") from error
     except Exception as error:
         raise UserError(_reason(error)) from error
     if not isinstance(config, ConfigDict):

@@ -1,4 +1,4 @@
-"""The one command: `python -m resnet_jax TOOL ...`, or `resnet-jax TOOL ...` where the package is installed."""
+"""The tools of the one command, by name."""
 
 import difflib
 import importlib
@@ -72,8 +72,14 @@ def _function(name: str) -> command_line.Tool:
     return tool
 
 
-def refuse_old_spelling(module: str) -> None:
-    """Exit with code 2 and say what replaces `python -m MODULE`, the spelling before there was one command."""
+def refuse_old_spelling() -> None:
+    """Exit with code 2 if the command is `python -m resnet_jax.MODULE`, which earlier versions had, and say what to type.
+
+    To be called while Python looks for that module, when `sys.argv` is "-m" and the arguments after the module.
+    """
+    module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    if not module.startswith("resnet_jax.") or module == "resnet_jax.__main__":
+        return
     name = module.rpartition(".")[2]
     tool = _RENAMED.get(name, name)
     known = any(tool == other.split()[0] for other in TOOLS)
@@ -84,7 +90,3 @@ def refuse_old_spelling(module: str) -> None:
 def run() -> None:
     """The entry point `resnet-jax`."""
     command_line.run(main)
-
-
-if __name__ == "__main__":
-    run()

@@ -24,7 +24,7 @@ def run(
 ) -> dict[str, Any]:
     """Restore a checkpoint, evaluate it on validation and test, print the report, write `eval.json` and `reliability.png`.
 
-    Args and errors are those of `restored`, and:
+    Args and errors are those of `restore_run`, and:
         flip: average the logits of each image and its mirror.
         fit_temperature: on the validation split, and keep it in `temperature.json` for `inference.load`.
 

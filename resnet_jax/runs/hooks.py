@@ -7,9 +7,10 @@ from resnet_jax.runs.plan import Call
 
 
 class Hook:
-    """Is called by the training loop; each method does nothing unless a subclass says otherwise.
+    """The training loop calls these methods; each does nothing unless a subclass overrides it.
 
-    What a method raises ends the session, with everything before it saved or logged. A returned text is shown to the user.
+    An exception from a method ends the session at the last checkpoint. A returned text is shown to the user. Several
+    processes of a run call the same hooks at the same places.
     """
 
     def check(self, first_step: int, total_steps: int) -> None:
@@ -22,7 +23,7 @@ class Hook:
         """The run in `directory` is about to take its first step of this session."""
 
     def before_call(self, call: Call, state: Any) -> None:
-        """A call is about to be dispatched; `state` is the result of the call before it."""
+        """A call is about to be dispatched; it consumes `state`, the result of the call before, so keep no reference."""
 
     def after_dispatch(self, call: Call, metrics: Any) -> str:
         """A call was dispatched; its `metrics` are not ready yet."""

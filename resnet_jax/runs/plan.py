@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Steps that are dispatched together: those after step `first`, up to and including step `last`."""
+    """Steps that are dispatched together: those after step `start`, through step `end`."""
 
-    first: int
-    last: int
+    start: int
+    end: int
 
     @property
     def count(self) -> int:
         """The number of steps."""
-        return self.last - self.first
+        return self.end - self.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Plan:
 
     def measures_speed(self, call: Call) -> bool:
         """Whether a call holds a step that ends a full row, `log_every_steps` long."""
-        return call.last // self.log_every_steps > call.first // self.log_every_steps
+        return call.end // self.log_every_steps > call.start // self.log_every_steps
 
     def calls(self, first_step: int, steps_per_call: int) -> Iterator[Call]:
         """The calls from `first_step` to the end.
@@ -68,4 +68,4 @@ class Plan:
             saves_within = any(map(self.saves_after, range(step + 1, step + steps_per_call)))
             call = Call(step, step + (1 if saves_within else steps_per_call))
             yield call
-            step = call.last
+            step = call.end

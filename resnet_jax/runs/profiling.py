@@ -73,7 +73,7 @@ class Profile(Hook):
         """Start the trace before the call that holds its first step; a call is traced whole."""
         import jax
 
-        if self._phase != "ahead" or call.last < self._first:
+        if self._phase != "ahead" or call.end < self._first:
             return
         jax.block_until_ready(state)  # so that no earlier step is in the trace
         options = jax.profiler.ProfileOptions()
@@ -85,7 +85,7 @@ class Profile(Hook):
         """End the trace after the call that holds its last step; returns the ten costliest operations."""
         import jax
 
-        if self._phase != "running" or call.last < self._last:
+        if self._phase != "running" or call.end < self._last:
             return ""
         jax.block_until_ready(metrics)
         return self.on_stop(self._last)

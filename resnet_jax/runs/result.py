@@ -22,13 +22,13 @@ class RunResult:
         num_params: trainable parameters.
         checkpoint_step: the step of the best checkpoint.
         steps: of the run.
-        seconds: wall time of all sessions, each up to its last checkpoint.
+        seconds: wall time of all sessions; an interrupted one counts up to its last checkpoint.
         config: of the run, as JSON.
         dataset: {"name", "fingerprint", "splits": {name: number of images}}.
         environment: of the last session, from `environment.collect`.
         seed: `config.seed`.
         state_digest: SHA-256 of parameters, batch statistics and optimizer state after the last step.
-        startup_seconds: from the start of the last session to its first step; None if it took no step.
+        startup_seconds: from the start of the last session to the dispatch of its first step; None if it took no step.
         peak_memory_bytes: {"host", "device"} of the last session; None where the system does not say.
         initial_weights: {"file", "sha256"} of the weights that the run started from; None if drawn from the seed.
     """

@@ -214,14 +214,15 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / ".lock").open("w"))
-            checkpoints = directory / "checkpoints"  # perhaps a link to another disk
-            free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free
-            taken = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+            lock = stack.enter_context((directory / ".lock").open("a"))  # "w" would erase the token of another process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
+        with files.writable(directory):
+            checkpoints = directory / "checkpoints"  # perhaps a link to another disk
+            free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free
+            taken = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
         if free < bytes_needed - taken:
             raise UserError(
                 f"--workdir {directory}: its disk has {free / 1e6:,.1f} MB free, and the run's checkpoints take "
@@ -234,6 +235,7 @@ def _check_shared(directory: Path, lock: IO[str] | None) -> None:
     """Let no process go on before the first holds the lock, and refuse a folder that is not the first process's."""
     token = str(secrets.randbits(31)) if lock else "0"
     if lock:
+        lock.truncate(0)
         lock.write(token)
         lock.flush()
         os.fsync(lock.fileno())

@@ -36,7 +36,7 @@ def copy_to_torch(variables, network):
 def test_the_yardstick_has_our_parameters_and_given_them_our_logits(final_config, network):
     changed, num_params = NETWORKS[network]
     config = config_lib.replaced(final_config, {f"model.{k}": v for k, v in changed.items()})
-    ours = models.from_config(config.model, 10, train_state.make_mesh(1))
+    ours = models.from_config(config.model, 10)
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     variables = ours.lazy_init(jax.random.key(0), jax.ShapeDtypeStruct(images.shape, np.float32), train=False)
     theirs = torch_step.ResNet(stored_config.to_json(config)["model"], 10)

@@ -9,7 +9,7 @@ from helpers import make_tiny_config
 from PIL import Image
 
 import resnet_jax
-from resnet_jax import models, steps, train_state
+from resnet_jax import models, steps
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
@@ -112,7 +112,7 @@ def test_other_sizes_are_scaled_to_cover_and_cut_at_the_centre(model, shape):
 
 def test_saliency_is_the_size_of_the_likeliest_logits_gradient(model, images):
     pixels = images[:1].astype(np.float32)
-    apply = models.from_config(model.config.model, 10, train_state.make_mesh(1)).apply
+    apply = models.from_config(model.config.model, 10).apply
     of_all = jax.jacrev(lambda x: steps.eval_logits(apply, model.variables, x, model.config.data)[0])(pixels)
     slopes = np.abs(of_all[model.predict(images[0]).labels[0], 0]).max(axis=2)
     found = model.saliency(images[0])

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 
-from resnet_jax import models
+from resnet_jax import kernels, models
 from resnet_jax.kernels import conv_cpu
 
 
@@ -75,15 +75,25 @@ def test_all_else_is_xlas_convolution(shape, dtype):
         np.testing.assert_array_equal(ours, xlas)
 
 
-def test_a_model_of_one_cpu_device_uses_them_and_others_do_not(final_config):
+def test_one_cpu_device_uses_them_and_others_do_not():
     class Device:
         platform = "gpu"
 
     one_cpu = Mesh(np.array(jax.devices("cpu")[:1]), ("data",))
-    assert models.from_config(final_config.model, 10, one_cpu).conv_general_dilated is conv_cpu.conv_general_dilated
-    for devices in ([Device()], [Device(), Device()]):
+    assert kernels.for_training(one_cpu) is conv_cpu.conv_general_dilated
+    for devices in ([Device()], [Device(), Device()], jax.devices("cpu")[:2]):
         mesh = type("FakeMesh", (), {"size": len(devices), "devices": np.array(devices)})()
-        assert conv_cpu.for_mesh(mesh) is lax.conv_general_dilated
+        assert kernels.for_training(mesh) is kernels.for_inference(mesh) is lax.conv_general_dilated
+
+
+@pytest.mark.parametrize(("images", "uses_them"), [(1, False), (31, False), (32, True), (128, True)])
+def test_in_use_few_images_go_through_xlas_own(monkeypatch, images, uses_them):
+    calls = []
+    monkeypatch.setattr(conv_cpu, "conv_general_dilated", lambda *_: calls.append("ours"))
+    monkeypatch.setattr(lax, "conv_general_dilated", lambda *_: calls.append("xla"))
+    one_cpu = Mesh(np.array(jax.devices("cpu")[:1]), ("data",))
+    kernels.for_inference(one_cpu)(np.zeros((images, 4, 4, 3)), None)
+    assert calls == (["ours"] if uses_them else ["xla"])
 
 
 def test_the_whole_models_gradient_equals_that_of_the_plain_convolutions():

@@ -78,16 +78,16 @@ def test_a_call_measures_the_speed_only_if_a_full_row_ends_in_it():
 def test_calls_cover_every_step_once_and_never_go_past_a_save(first_step, steps_per_call):
     uneven = plan(checkpoint_every_steps=9)
     calls = list(uneven.calls(first_step, steps_per_call))
-    assert [step for call in calls for step in range(call.first + 1, call.last + 1)] == list(range(first_step + 1, 42))
+    assert [step for call in calls for step in range(call.start + 1, call.end + 1)] == list(range(first_step + 1, 42))
     for call in calls:
         assert call.count in (1, steps_per_call)
-        assert not any(uneven.saves_after(step) for step in range(call.first + 1, call.last))
+        assert not any(uneven.saves_after(step) for step in range(call.start + 1, call.end))
 
 
 def test_after_a_save_the_calls_are_those_of_the_run_that_did_not_stop():
     calls = list(PLAN.calls(0, 5))
     resumed = list(PLAN.calls(21, 5))
-    assert resumed == [call for call in calls if call.first >= 21]
+    assert resumed == [call for call in calls if call.start >= 21]
 
 
 def test_a_run_that_is_complete_has_no_calls():
