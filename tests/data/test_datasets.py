@@ -150,7 +150,7 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
         ({"test_labels": np.arange(4) - 1}, ["test labels run from -1 to 2", "must be in 0..2"]),
         ({"test_labels": np.array([0, 1, 2, 3]), "class_names": None}, ["test labels run from 0 to 3"]),
         ({"train_labels": np.arange(5) % 3}, ["train labels are int64 (5,) for 6 images"]),
-        ({"train_labels": np.zeros(6)}, ["train labels are float64 (6,)", "whole number"]),
+        ({"train_labels": np.zeros(6)}, ["train labels are float64 (6,)", "one integer label for each"]),
         ({"train_labels": np.zeros((6, 1), int)}, ["train labels are int64 (6, 1) for 6 images"]),
         (
             {"test_images": np.zeros((0, 5, 7, 3), np.uint8), "test_labels": np.zeros(0, int)},
@@ -478,7 +478,7 @@ def test_a_ratio_of_zero_leaves_validation_empty_and_train_whole(data):
 @pytest.mark.parametrize("ratio", [0.0001, 0.9999])
 def test_a_ratio_that_leaves_a_part_empty_is_refused(data, ratio):
     digits = load(data, "digits", validation_ratio=ratio)
-    with pytest.raises(UserError, match=rf"config.data.validation_ratio {ratio} of 1438 .* empty"):
+    with pytest.raises(UserError, match=rf"config.data.validation_ratio {ratio} of 1438 .* leaves no image in one part"):
         datasets.validation_split(digits, data)
 
 

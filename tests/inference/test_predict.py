@@ -289,7 +289,7 @@ MISTAKES = {
         ["{run}", "--unlabelled", "flat.npz", "--output", "y"],
         "flat.npz cannot be used (images have",
     ),
-    "images too thin": (["{run}", "--unlabelled", "thin.npz", "--output", "y"], "one side may be 1000 times"),
+    "images too thin": (["{run}", "--unlabelled", "thin.npz", "--output", "y"], "one side may be at most 1000 times"),
     "a style of no table": (["{run}", "--unlabelled", "u.npz", "--output", "y", "--json"], "leave them out"),
     "a user who is not there": (["~nouser/x", "one.png"], "~nouser/x holds no run"),
     "a name that is too long": (["{run}", "x" * 5000], "File name too long"),
