@@ -478,7 +478,9 @@ def test_a_ratio_of_zero_leaves_validation_empty_and_train_whole(data):
 @pytest.mark.parametrize("ratio", [0.0001, 0.9999])
 def test_a_ratio_that_leaves_a_part_empty_is_refused(data, ratio):
     digits = load(data, "digits", validation_ratio=ratio)
-    with pytest.raises(UserError, match=rf"config.data.validation_ratio {ratio} of 1438 .* leaves no image in one part"):
+    with pytest.raises(
+        UserError, match=rf"config.data.validation_ratio {ratio} of 1438 .* leaves no image in one part"
+    ):
         datasets.validation_split(digits, data)
 
 
