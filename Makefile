@@ -10,7 +10,7 @@ RUN := runs/quickstart
 
 run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 	@echo "Training a small model on scikit-learn's digits: loading and compiling take up to a minute on two cores, and"
-	@echo "training about as long. Ctrl-C stops and saves; make run then goes on."
+	@echo "training about as long. Ctrl-C stops and saves; make run then resumes."
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN)
 	$(BIN)/python launch.py --config configs/quickstart.py --workdir $(RUN) --mode eval --checkpoint best
 	@echo
@@ -23,7 +23,7 @@ run: $(VENV)/installed ## train the quickstart, evaluate its best checkpoint
 test: $(VENV)/installed ## run the tests, with line coverage
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-test-slow: $(VENV)/installed ## the tests of violence: kills, full disks, lost hosts, other devices, 20,000 steps
+test-slow: $(VENV)/installed ## fault injection: kills, full disks, lost hosts, other devices, 20,000 steps
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random inputs a reader

@@ -131,7 +131,7 @@ def test_evaluation_covers_every_example_once(split, batch_size, processes):
 
 
 def test_tensorflow_takes_the_threads_it_is_given_and_those_it_has_when_it_runs(split, config):
-    """In a process of its own, for the threads are made once: the second pipeline asks for others, and goes on with those."""
+    """In its own process, because TensorFlow makes its threads once: the second pipeline asks for others and uses those."""
     script = """
 import sys, pickle, hashlib
 from resnet_jax.data import pipelines

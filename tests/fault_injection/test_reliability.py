@@ -159,7 +159,7 @@ def assert_stops_with_a_line(process, *words):
 
 
 def assert_goes_on(directory):
-    """What was good is good: the run goes on from its newest checkpoint."""
+    """The run resumes from its newest checkpoint."""
     newest = steps_saved(directory)[-1]
     process = start(*LONG, "--workdir", directory)
     seen = read_until(process, "epoch")
@@ -225,7 +225,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run_and_what_was_good_stays(t
     process = under_way(tmp_path / "run", prefix=unprivileged)
     (tmp_path / "run" / "checkpoints").chmod(0o555)
     try:
-        assert_stops_with_a_line(process, "a checkpoint cannot be written", "Permission denied", "goes on from step")
+        assert_stops_with_a_line(process, "a checkpoint cannot be written", "Permission denied", "resumes from step")
     finally:
         (tmp_path / "run" / "checkpoints").chmod(0o755)
     assert_goes_on(tmp_path / "run")
@@ -503,7 +503,7 @@ def test_a_worker_of_a_search_is_killed_and_the_other_ends_its_trial_exactly(tmp
             assert line, killed.stderr.read()
         number = re.search(r"grid (\d+): ", line)[1]
         trial = tmp_path / "killed" / f"grid-{int(number):04d}"
-        while not steps_saved(trial):  # a checkpoint is written while the run goes on, and may come after that line
+        while not steps_saved(trial):  # a checkpoint is written while the run continues, and may come after that line
             assert killed.poll() is None, killed.stderr.read()
             time.sleep(0.05)
         killed.kill()
