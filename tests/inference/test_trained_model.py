@@ -152,9 +152,9 @@ def test_saliency_takes_what_predict_takes(model, images):
         (np.zeros((8, 8), np.uint8), "must be"),
         (np.zeros((2, 8, 8, 4), np.uint8), "with C 3 or 1"),
         (np.zeros((0, 0, 3), np.uint8), "must be"),
-        (np.full((8, 8, 3), 255.0), "run from 255 to 255: they must be in 0..1, or uint8"),
+        (np.full((8, 8, 3), 255.0), "have values from 255 to 255: they must be in 0..1, or uint8"),
         (np.full((8, 8, 3), np.nan), "must be in 0..1"),
-        (np.full((8, 8, 3), 1e300), "run from 1e\\+300 to 1e\\+300"),
+        (np.full((8, 8, 3), 1e300), "have values from 1e\\+300 to 1e\\+300"),
         (np.zeros((8, 8, 3), np.int64), "images are int64: they must be uint8 in 0..255 or floats in 0..1"),
         ("cat.png", "must be"),
         ([np.zeros((8, 8))], "must be"),
@@ -223,7 +223,7 @@ def test_it_takes_three_lines_and_no_tensorflow(run, tmp_path):
 
 
 def test_the_package_gives_nothing_else():
-    assert set(resnet_jax.__all__) == {"Model", "load"}
+    assert set(resnet_jax.__all__) == {"Model", "load", "train"}
     assert resnet_jax.load is trained_model.load
     with pytest.raises(AttributeError, match="has no attribute 'lead'"):
         resnet_jax.lead  # noqa: B018
