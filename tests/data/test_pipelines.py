@@ -12,8 +12,7 @@ import pytest
 import tensorflow as tf
 from helpers import ROOT
 
-from resnet_jax import steps
-from resnet_jax.data import augment_tf, pipelines, sampling
+from resnet_jax.data import augment_jax, augment_tf, pipelines, sampling
 from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
 from resnet_jax.host import usable_cores
@@ -51,7 +50,7 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
 def test_both_pipelines_give_the_same_batches(split, config, start, policy):
     config.augment.policy = policy
     streamed = list(pipelines.train_batches(split, config, start, start + 6))
-    build_batch = jax.jit(functools.partial(steps.build_batch, config=config))
+    build_batch = jax.jit(functools.partial(augment_jax.build_batch, config=config.augment))
     draws = pipelines.train_draws(split, config, start, 6)
     for step, batch in enumerate(streamed):
         on_device = build_batch(split._asdict(), {name: drawn[step] for name, drawn in draws.items()})

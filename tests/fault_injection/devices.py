@@ -9,6 +9,7 @@ rounding flips what is discrete: the sign of a gradient near 0, which is Adam's 
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import final, sgd
 from resnet_jax import steps, train_state
-from resnet_jax.data import pipelines
+from resnet_jax.data import augment_jax, pipelines
 from resnet_jax.data.datasets import Split
 
 STEPS = 10
@@ -37,7 +38,7 @@ def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
         config.optim, config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     state = train_state.create(config, 10, (8, 8, 3), 10.0, mesh)
-    step = steps.jit_train_steps(config, mesh)
+    step = steps.jit_train_steps(config, mesh, partial(augment_jax.build_batch, config=config.augment))
     found: dict[str, Any] = {"losses": []}
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS, 32, 8, 8, 3)) // np.repeat([1, 2, 4, 8], 8)[:, None, None, None]
@@ -48,7 +49,7 @@ def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
         in_order = np.arange(number * 32, (number + 1) * 32, dtype=np.int32)  # so that devices' means differ
         draws["indices"] = in_order[None]
         state, metrics = step(state, data, steps.put(draws, mesh, P(None, "data")))
-        found["losses"].append(float(jax.tree.map(lambda values: values[0], metrics).compute()["loss"]))
+        found["losses"].append(float(jax.tree.map(lambda values: values[0], metrics.means).compute()["loss"]))
         if number == 0:
             found["batch_stats after one step"] = jax.device_get(state.batch_stats)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(dtype)}
