@@ -63,7 +63,7 @@ def test_a_reliability_plot_has_a_curve_for_each():
     (axes,) = figure.axes
     assert len(axes.lines) == 3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"{name}, error {100 * found['expected_calibration_error']:.2f} %" for name in ("one", "other")
+        f"{name}: calibration error {100 * found['expected_calibration_error']:.2f} %" for name in ("one", "other")
     ]
 
 
