@@ -210,7 +210,7 @@ def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noti
         save_all(tmp_path, state, [0.5]).close()
     with (
         closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
-        pytest.raises(CorruptCheckpointError, match="its state is not the one that was saved"),
+        pytest.raises(CorruptCheckpointError, match="its state differs from the one that was saved"),
     ):
         checkpoints.restore(1, state, accept)
 
