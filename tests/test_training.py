@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -184,6 +185,12 @@ def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_end
             training.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
     assert training.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
+
+
+def test_training_works_outside_the_main_thread(tmp_path, tiny_config):
+    with ThreadPoolExecutor(1) as executor:
+        result = executor.submit(training.train, tiny_config, tmp_path / "thread").result()
+    assert result.state_digest == training.train(tiny_config, tmp_path / "main").state_digest
 
 
 def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):

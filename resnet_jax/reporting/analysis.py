@@ -5,6 +5,7 @@ data and the checkpoint, so summaries of runs can be kept in `results/`.
 """
 
 import base64
+import dataclasses
 import io
 import re
 from collections.abc import Mapping
@@ -22,14 +23,16 @@ from PIL import Image
 
 from resnet_jax import models, steps
 from resnet_jax.data import datasets, pipelines
-from resnet_jax.errors import UserError
 from resnet_jax.inference.restore import restore_run
-from resnet_jax.runs import files, metrics_log, stored_config
+from resnet_jax.runs import metrics_log, stored_config
+from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
 _MISTAKES = 16
-RESULT_KEYS = ("config", "dataset", "environment", "num_params", "test_accuracy", "test_loss", "seconds", "steps")
-SUMMARY_KEYS = (*RESULT_KEYS, "metrics", "analysis")
+SUMMARY_KEYS = (
+    *("config", "dataset", "environment", "num_params", "test_accuracy", "test_loss", "seconds", "steps"),
+    *("metrics", "analysis"),
+)
 
 
 def summarise(directory: Path) -> dict[str, Any]:
@@ -38,14 +41,10 @@ def summarise(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: if the run is not complete, or its data or checkpoint cannot be loaded.
     """
-    if not (directory / "result.json").exists():
-        raise UserError(
-            f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
-        )
-    result = files.read_json(directory / "result.json", RESULT_KEYS)
-    config = stored_config.from_json(result["config"])
+    result = RunResult.read(directory, "give another run")
+    config = stored_config.from_json(result.config)
     setup, state, _ = restore_run(config, directory, "best")
-    return result | {
+    return dataclasses.asdict(result) | {
         "metrics": metrics_log.metrics_rows(directory),
         "analysis": analyse(config, state, setup.dataset),
     }

@@ -23,6 +23,7 @@ from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
 from resnet_jax.runs import files, stored_config
+from resnet_jax.runs.result import RunResult
 
 _CONFUSIONS = 5  # listed under "Limits"
 
@@ -80,28 +81,23 @@ def card(directory: Path) -> str:
     Raises:
         UserError: if the run is not complete or not evaluated, its files do not match, or its checkpoint is corrupt.
     """
-    if not (directory / "result.json").exists():
-        raise UserError(
-            f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
-        )
+    result = RunResult.read(directory, "give another run")
     if not (directory / "eval.json").exists():
         raise UserError(f"{directory} was not evaluated: run python -m resnet_jax eval {directory} first")
     from resnet_jax import train_state  # after these checks, because JAX takes seconds to import
     from resnet_jax.inference import trained_model
-    from resnet_jax.reporting.analysis import RESULT_KEYS
 
-    result = files.read_json(directory / "result.json", (*RESULT_KEYS, "checkpoint_step"), "give another run")
     hint = f"evaluate the run again: python -m resnet_jax eval {directory}"
     evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "flip", "dataset", "test"), hint)
     for key, wanted in (
-        ("checkpoint_step", result["checkpoint_step"]),
-        ("dataset", result["dataset"]),
+        ("checkpoint_step", result.checkpoint_step),
+        ("dataset", result.dataset),
         ("flip", False),
     ):
         if evaluation[key] != wanted:
             raise UserError(f"{directory / 'eval.json'} has another {key.replace('_', ' ')} than result.json: {hint}")
 
-    model = trained_model.load(directory, result["checkpoint_step"])
+    model = trained_model.load(directory, result.checkpoint_step)
     templates = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(host.TEMPLATES),
@@ -112,12 +108,12 @@ def card(directory: Path) -> str:
     to_json = partial(json.dumps, ensure_ascii=False)
     templates.filters |= {"md": _escaped, "json": to_json, "code": _code, "percent": "{:.2%}".format}
     try:
-        test, config = evaluation["test"], stored_config.deciding(result["config"])
+        test, config = evaluation["test"], stored_config.deciding(result.config)
         config["data.name"] = _name_of_data(config["data.name"])
         classes = by_class(test)
         confusion = np.array(test["confusion"])
         count, correct = int(confusion.sum()), int(np.trace(confusion))
-        if count != result["dataset"]["splits"]["test"] or correct / count != test["accuracy"]:
+        if count != result.dataset["splits"]["test"] or correct / count != test["accuracy"]:
             raise ValueError("the confusion matrix does not match the accuracy or the size of the test split")
         return templates.get_template("model_card.md").render(
             name=directory.resolve().name,
@@ -131,7 +127,7 @@ def card(directory: Path) -> str:
             classes=classes,
             confusions=[c for c in sorted(classes, key=lambda c: -c["confused"]) if c["confused_with"]][:_CONFUSIONS],
             config=config,
-            machine=pages.machine(result["environment"]),
+            machine=pages.machine(result.environment),
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
         raise UserError(f"{directory}: result.json or eval.json is corrupt ({error!r}): {hint}") from error

@@ -26,8 +26,8 @@ class RunResult:
         config: of the run, as JSON.
         dataset: {"name", "fingerprint", "splits": {name: number of images}}.
         environment: of the last session, from `environment.collect`.
-        seed: `config.seed`.
         state_digest: SHA-256 of parameters, batch statistics and optimizer state after the last step.
+        seed: `config.seed`.
         startup_seconds: from the start of the last session to the dispatch of its first step; None if it took no step.
         peak_memory_bytes: {"host", "device"} of the last session; None where the system does not say.
         initial_weights: {"file", "sha256"} of the weights that the run started from; None if drawn from the seed.
@@ -43,8 +43,8 @@ class RunResult:
     config: dict[str, Any]
     dataset: dict[str, Any]
     environment: dict[str, Any]
+    state_digest: str
     seed: int = 0
-    state_digest: str = ""
     startup_seconds: float | None = None
     peak_memory_bytes: dict[str, Any] = dataclasses.field(default_factory=dict)
     initial_weights: dict[str, Any] | None = None
@@ -57,6 +57,10 @@ class RunResult:
             UserError: if there is no result, it lacks a field, or a field has the wrong type.
         """
         path = directory / "result.json"
+        if not path.exists():
+            raise UserError(
+                f"{directory} is not a complete run: it has no result.json. Finish it first, or give another run"
+            )
         required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         values = files.read_json(path, required, hint)
         result = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
