@@ -1,7 +1,9 @@
 # make run, make test and make lint set up .venv by themselves; a set-up that is current is left alone.
 # The newest supported Python that can make an environment: its newer JAX is up to 1.4 times as fast on a CPU.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+ifndef PYTHON
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
@@ -45,8 +47,8 @@ lint: $(VENV)/installed ## ruff, mypy, and which package may import which
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version). This happens once and takes 2 to 10 minutes: pip downloads TensorFlow,"
-	@echo "JAX and about 130 smaller packages, naming each, then installs them without a word for a minute or more."
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version). This happens once and takes 2 to 10 minutes, more on a slow disk: pip downloads TensorFlow,"
+	@echo "JAX and about 130 smaller packages, naming each, then installs them in silence for some minutes."
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-deps --requirement requirements.txt

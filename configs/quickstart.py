@@ -1,4 +1,4 @@
-"""The whole trainer in a minute, offline: scikit-learn's digits, a small model, the same code path as `final.py`.
+"""The whole trainer in two minutes, offline: scikit-learn's digits, a small model, the same code path as `final.py`.
 
 make run
 """

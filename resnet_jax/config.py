@@ -167,7 +167,8 @@ def check_name(name: str, fields: Mapping[str, Field] = ALL_FIELDS) -> None:
     """Refuse a name that is not a field, and suggest the most similar field."""
     if name not in fields:
         section = [field for field in fields if field.rpartition(".")[0] == name.rpartition(".")[0]]
-        near = difflib.get_close_matches(name, fields, 1)
+        near = [f for f in fields if "".join(w[0] for w in f.split(".")[-1].split("_")) == name.split(".")[-1]]  # lr
+        near = near or difflib.get_close_matches(name, fields, 1)
         if name.startswith("search.") and not any(field.startswith("search.") for field in fields):
             raise UserError(f"config.{name} is only for searches: use this config with python -m resnet_jax search")
         hint = f"did you mean config.{near[0]}?" if near else f"there are config.{', config.'.join(section or fields)}"

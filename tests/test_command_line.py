@@ -37,6 +37,26 @@ def run_in(folder, *command, **environment):
 # Help and mistakes
 
 
+def test_outside_the_environment_a_missing_package_is_one_line(tmp_path):
+    done = run_in(tmp_path, "-S", "-m", "resnet_jax", "--help", PYTHONPATH=str(ROOT))  # -S: without site-packages
+    assert_user_error(done, "absl is not installed", "source .venv/bin/activate")
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_jax", "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writer)
+    assert done.stderr == b""
+
+
+def test_a_config_without_variants_says_so():
+    with pytest.raises(UserError, match="this config has no variants"):
+        command_line.load_config("quickstart:smoke")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["weights", "--help"]])
 def test_the_command_lists_its_tools(arguments, capsys):
     tool(*arguments)

@@ -197,6 +197,8 @@ def test_every_field_is_read_by_the_code(name):
         ("batchsize", "did you mean config.batch_size?"),
         ("model.channels_list", "did you mean config.model.channel_list?"),
         ("optim.lerning_rate", "did you mean config.optim.learning_rate?"),
+        ("optim.lr", "did you mean config.optim.learning_rate?"),
+        ("bs", "did you mean config.batch_size?"),
         ("zzz", "there are config.seed"),
         ("optim.momentum", "not a field that this config uses"),  # adamw's config
         ("schedule.decay_factor", "not a field that this config uses"),

@@ -224,6 +224,8 @@ def _reason(error: Exception) -> str:
     reason = str(error).strip()
     if "Traceback" in reason:
         reason = reason.splitlines()[-1]
+    if "get_config() takes 0 positional arguments" in reason:
+        return "--config: this config has no variants: leave out the colon and what follows it"
     if not isinstance(error, flags.Error):
         kind = "no such field" if isinstance(error, (AttributeError, KeyError)) else type(error).__name__
         quoted = r"\\n|\\'|'|\""  # ml_collections' messages come as the repr of a repr

@@ -35,6 +35,13 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         report(error)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("resnet_jax"):
+            raise
+        report(f"{error.name} is not installed: run source .venv/bin/activate, or install resnet_jax again")
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of the standard output has enough
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # such as a full disk under the standard output, or a name that is too long
         report(f"{error}: fix this and rerun the command")
         sys.exit(2)

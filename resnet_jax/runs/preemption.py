@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,8 @@ class StopRequest:
             self._signum = signum
             for s in previous:
                 signal.signal(s, signal.SIG_DFL)
+            if sys.stdout is not None and sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
 
         for s in previous:
             signal.signal(s, note)
