@@ -141,7 +141,7 @@ MISTAKES = {
     ),
     "a Python without PyTorch": (
         ["--against-torch", "--device-counts=1", "--torch-python=false"],
-        ["false: it ended", "give --torch-python"],
+        ["false: it ended", "as --torch-python=PYTHON"],
     ),
 }
 

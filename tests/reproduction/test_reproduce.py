@@ -60,8 +60,12 @@ def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
 
 
 MISTAKES = {
-    "no GPU, and no CPU asked for": ({"JAX_PLATFORMS": ""}, [], ["no GPU", "JAX_PLATFORMS=cpu"]),
-    "a part that is none": ({}, ["stepp"], ["no part 'stepp'", "resnet18"]),
+    "no GPU, and no CPU asked for": (
+        {"JAX_PLATFORMS": ""},
+        [],
+        ["needs a GPU, but JAX finds none", "JAX_PLATFORMS=cpu"],
+    ),
+    "a part that is none": ({}, ["stepp"], ["unknown PART 'stepp'", "resnet18"]),
     "a folder that cannot be made": ({"JAX_PLATFORMS": "cpu"}, ["--results=README.md/x"], ["--results README.md/x"]),
 }
 
