@@ -4,10 +4,10 @@ import json
 import pytest
 from helpers import ROOT
 
-from benchmarks import exports
+from benchmarks import exports, measure
 from reproduction import tables
 from resnet_jax import train_state
-from resnet_jax.errors import UserError, measure
+from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 
 pytest.importorskip("onnxruntime")
