@@ -93,7 +93,7 @@ def saved_by_signal(process: subprocess.Popen[str], signum: signal.Signals, dire
     """Send a run a signal: it ends within so many seconds, says so in one line, and has saved the step that is returned."""
     sent = time.monotonic()
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert time.monotonic() - sent < seconds
     assert process.returncode == 128 + signum
     (line,) = stderr.splitlines()
