@@ -1,7 +1,7 @@
 """The training loop: from a config and a folder to `result.json`, from wherever the folder's run stands.
 
 Read it from the top: `train` prepares a run, `take_steps` is the loop, and below it is what the loop does between steps.
-`plan.py` decides after which step, `steps.py` holds the step itself, `runs/workdir.py` what is kept.
+`runs/plan.py` decides after which step, `steps.py` holds the step itself, `runs/workdir.py` what is kept.
 """
 
 import dataclasses
@@ -240,7 +240,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
         run.folder.save(state, run.seconds())
     run.folder.wait()
     batch, examples = feed.batch_of_step(run.config, run.start.train, run.start.mesh, step - 1)
-    report = {
+    diagnosis = {
         "step": step,
         "epoch": step / run.start.steps_per_epoch,
         "checkpoint_step": step - 1,
@@ -248,10 +248,10 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
         "labels": run.start.train.labels[examples].tolist(),
         **diagnose_step(run.config, state, batch),
     }
-    run.folder.write_json("failed_step.json", report)
+    run.folder.write_json("failed_step.json", diagnosis)
     limit = run.config.abort_grad_norm
     raise TrainingDiverged(
-        f"step {step} has loss {report['loss']} and gradient norm {report['grad_norm']}"
+        f"step {step} has loss {diagnosis['loss']} and gradient norm {diagnosis['grad_norm']}"
         + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
         + f", see {run.folder.path / 'failed_step.json'}; "
         + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")

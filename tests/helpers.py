@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
@@ -56,6 +57,16 @@ def tool(*arguments: object) -> None:
     """Run a tool in this process; as for a user, a mistake is one line on stderr and exit code 2."""
     with exit_on_user_error():
         resnet_jax(list(map(str, arguments)))
+
+
+def mistake_of_tool(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a tool in this process with a mistake: exit code 2, and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        tool(*arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def start(

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_user_error, launch, make_tiny_config, rows, tool
+from helpers import ROOT, assert_user_error, launch, make_tiny_config, mistake_of_tool, rows, tool
 
 from resnet_jax import config
 from resnet_jax.cli import command_line
@@ -102,10 +102,7 @@ def test_a_mistake_in_the_flags_of_a_tool_is_one_line(name, arguments, capsys):
     ],
 )
 def test_an_unknown_tool_is_one_line(arguments, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tool(*arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = mistake_of_tool(capsys, *arguments)
     assert words in line
 
 
@@ -222,10 +219,7 @@ def test_eval_takes_the_config_of_the_run(run, capsys):
     ],
 )
 def test_a_mistake_of_eval_is_one_line(run, arguments, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tool("eval", run, *arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = mistake_of_tool(capsys, "eval", run, *arguments)
     assert words in line
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import make_tiny_config, start, tool
+from helpers import make_tiny_config, mistake_of_tool, start, tool
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -281,11 +281,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
     arguments, words = MISTAKES[mistake]
-    with pytest.raises(SystemExit) as stop:
-        tool("export", *(argument.format(run=run) for argument in arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    line = mistake_of_tool(capsys, "export", *(argument.format(run=run) for argument in arguments))
     assert words in line
     assert list(tmp_path.iterdir()) == []
 

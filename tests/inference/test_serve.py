@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import werkzeug.serving
-from helpers import assert_user_error, launch, make_tiny_config, start, tool
+from helpers import assert_user_error, launch, make_tiny_config, mistake_of_tool, start, tool
 from PIL import Image
 
 from resnet_jax.data import datasets
@@ -239,11 +239,7 @@ def test_a_mistake_is_one_line(run, model, capsys, mistake):
     export.write(model, "stablehlo", run / "model.stablehlo")
     capsys.readouterr()
     arguments, words = MISTAKES[mistake]
-    with pytest.raises(SystemExit) as stop:
-        tool("serve", *(argument.format(run=run) for argument in arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    line = mistake_of_tool(capsys, "serve", *(argument.format(run=run) for argument in arguments))
     assert words in line
 
 

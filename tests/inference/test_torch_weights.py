@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import ROOT, assert_user_error, launch, tool
+from helpers import ROOT, assert_user_error, launch, mistake_of_tool
 
 from resnet_jax import models
 from resnet_jax.errors import UserError
@@ -168,10 +168,7 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, arguments, words, weights):
     torch_weights.write(tmp_path / "other.npz", weights)
-    with pytest.raises(SystemExit) as stop:
-        tool("weights", *(argument.format(tmp_path) for argument in arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = mistake_of_tool(capsys, "weights", *(argument.format(tmp_path) for argument in arguments))
     assert all(word in line for word in words)
     assert [path.name for path in tmp_path.iterdir()] == ["other.npz"]
 

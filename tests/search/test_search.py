@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optuna
 import pytest
-from helpers import SEARCH, assert_user_error, launch, rows, tool
+from helpers import SEARCH, assert_user_error, launch, mistake_of_tool, rows, tool
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
@@ -774,10 +774,6 @@ def test_a_mistake_of_the_report_is_one_line_and_writes_nothing(run, tmp_path, m
     before = sorted(tmp_path.rglob("*"))
     arguments, words = REPORT_MISTAKES[mistake]
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        tool("search", "report", *arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    line = mistake_of_tool(capsys, "search", "report", *arguments)
     assert words in line
     assert sorted(tmp_path.rglob("*")) == before
