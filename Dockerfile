@@ -6,12 +6,13 @@ FROM python:3.12-slim
 
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 WORKDIR /opt/resnet_jax
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt ./
 RUN python -m pip install --no-deps --requirement requirements.txt
-COPY pyproject.toml README.md LICENSE launch.py ./
+COPY pyproject.toml setup.py README.md LICENSE launch.py ./
 COPY configs configs
 COPY resnet_jax resnet_jax
-RUN python -m pip install --no-deps --editable . \
+RUN python -m pip install --no-deps --no-build-isolation --editable . \
     && useradd --create-home trainer
 
 USER trainer

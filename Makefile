@@ -45,15 +45,19 @@ lint: $(VENV)/installed ## ruff, mypy, and which package may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-$(VENV)/installed: requirements.txt pyproject.toml
+# The package itself, again whenever its C++ changes; without a compiler, it is installed without the C++.
+$(VENV)/installed: $(VENV)/dependencies pyproject.toml setup.py $(wildcard resnet_jax/kernels/convolution*)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
+	@touch $@
+
+$(VENV)/dependencies: requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version). This happens once and takes 2 to 10 minutes, more on a slow disk: pip downloads TensorFlow,"
 	@echo "JAX and about 130 smaller packages, naming each, then installs them in silence for some minutes."
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-deps --requirement requirements.txt
-	$(BIN)/python -m pip install --no-deps --editable .
-	$(BIN)/python -m pip check
 	@touch $@
 
 clean: ## remove .venv and the tools' caches; runs/ stays

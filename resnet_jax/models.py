@@ -1,12 +1,12 @@
 """Residual networks for small images (He et al., arXiv:1512.03385), in Flax linen.
 
-`ResNet` describes its stages by two lists, channels and numbers of blocks. The report's model is `final`; a run builds its own by `from_config`. Images are
-`[B, H, W, C]`; batch norm normalises over the global batch when the step is jitted over a sharded batch.
+`ResNet` describes its stages by two lists, channels and numbers of blocks; `final` is the report's. Images are `[B, H, W, C]`.
+Batch norm normalises over the global batch when the step is jitted over a sharded batch.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,23 +18,38 @@ ModuleDef = Callable[..., Any]
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
 
 
+class Layers(NamedTuple):
+    """What a network is built of: Flax's layers, or those of `kernels.layers`, which pass on arrays in a form of their own."""
+
+    conv: ModuleDef  # a module like `nn.Conv`, without bias or padding
+    norm: ModuleDef  # a module like `nn.BatchNorm`, for what `conv` returns
+    relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
+    value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned
+    add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)
+
+
+def flax_layers(dtype: Any, param_dtype: Any) -> Layers:
+    """Return Flax's layers, which compute in `dtype`, with parameters of `param_dtype`."""
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    return Layers(partial(nn.Conv, use_bias=False, padding=0, **dtypes), partial(nn.BatchNorm, **dtypes))
+
+
 class BasicBlock(nn.Module):
     """3x3 conv, BN, ReLU, 3x3 conv, BN, plus the shortcut, ReLU; [B, H, W, C] -> [B, H/stride, W/stride, channels]."""
 
     channels: int
     stride: int
-    conv: ModuleDef
-    norm: ModuleDef
+    layers: Layers
     expansion = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.channels, (3, 3), padding=1, name="conv2")(y)
-        y = self.norm(name="norm2")(y)
-        return nn.relu(y + _shortcut(self, x, y.shape))
+        conv, norm, relu, _, add_relu = self.layers
+        y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = relu(norm(name="norm1")(y))
+        y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+        return add_relu(norm(name="norm2")(y), _shortcut(self, x, y.shape))
 
 
 class BottleneckBlock(nn.Module):
@@ -42,28 +57,27 @@ class BottleneckBlock(nn.Module):
 
     channels: int
     stride: int
-    conv: ModuleDef
-    norm: ModuleDef
+    layers: Layers
     expansion = 4
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        y = self.conv(self.channels, (1, 1), name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
-        y = self.norm(name="norm3")(y)
-        return nn.relu(y + _shortcut(self, x, y.shape))
+        conv, norm, relu, _, add_relu = self.layers
+        y = conv(self.channels, (1, 1), name="conv1")(x)
+        y = relu(norm(name="norm1")(y))
+        y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = relu(norm(name="norm2")(y))
+        y = conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
+        return add_relu(norm(name="norm3")(y), _shortcut(self, x, y.shape))
 
 
-def _shortcut(block: Any, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _shortcut(block: Any, x: jax.Array, shape: tuple[int, ...]) -> Any:
     """Apply the identity, or a 1x1 conv and BN if the block changes the shape (He et al., section 3.3, option B)."""
     if x.shape == shape:
         return x
-    x = block.conv(shape[-1], (1, 1), block.stride, name="shortcut_conv")(x)
-    return block.norm(name="shortcut_norm")(x)
+    x = block.layers.conv(shape[-1], (1, 1), block.stride, name="shortcut_conv")(x)
+    return block.layers.norm(name="shortcut_norm")(x)
 
 
 BLOCKS: dict[str, type[BasicBlock] | type[BottleneckBlock]] = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
@@ -83,7 +97,7 @@ class ResNet(nn.Module):
         batch_norm_epsilon: added to the variance.
         dtype: dtype of the computation up to the last stage; with bfloat16, pooling, classifier and logits are float32.
         param_dtype: dtype of the parameters.
-        conv_general_dilated: computes the convolutions; `jax.lax.conv_general_dilated` or an equivalent function.
+        layers: what the network is built of; None means Flax's layers, with the two dtypes.
     """
 
     num_classes: int
@@ -95,7 +109,7 @@ class ResNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+    layers: Layers | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -109,34 +123,20 @@ class ResNet(nn.Module):
         Returns:
             [B, num_classes] float32 logits.
         """
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: ModuleDef = partial(
-            nn.Conv,
-            use_bias=False,
-            padding=0,
-            kernel_init=conv_init,
-            conv_general_dilated=self.conv_general_dilated,
-            **dtypes,
-        )
-        norm: ModuleDef = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.batch_norm_momentum,
-            epsilon=self.batch_norm_epsilon,
-            **dtypes,
-        )
-        width = self.channel_list[0]
-        if self.stem == "cifar":
-            x = conv(width, (3, 3), padding=1, name="stem_conv")(x)
-            x = nn.relu(norm(name="stem_norm")(x))
-        else:
-            x = conv(width, (7, 7), 2, padding=3, name="stem_conv")(x)
-            x = nn.relu(norm(name="stem_norm")(x))
+        layers = self.layers or flax_layers(self.dtype, self.param_dtype)
+        conv = partial(layers.conv, kernel_init=conv_init)
+        norm = partial(layers.norm, momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon)
+        norm = partial(norm, use_running_average=not train)
+        layers = layers._replace(conv=conv, norm=norm)
+        kernel, stride = ((3, 3), 1) if self.stem == "cifar" else ((7, 7), 2)
+        x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
+        x = layers.value(layers.relu(norm(name="stem_norm")(x)))
+        if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, (channels, blocks) in enumerate(zip(self.channel_list, self.block_list, strict=True)):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                x = self.block(channels, stride, conv, norm, name=f"stage{i + 1}_block{j + 1}")(x)
+                x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)
         at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work, so bfloat16 would only lose digits
         x = jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
         classifier = nn.Dense(self.num_classes, dtype=at_least_float32, param_dtype=self.param_dtype, name="classifier")
@@ -152,8 +152,8 @@ resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6,
 resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
 
 
-def from_config(config: ConfigDict, num_classes: int, convolution: Any = jax.lax.conv_general_dilated) -> ResNet:
-    """Build the network that `config.model` describes, by default with XLA's convolution."""
+def from_config(config: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
+    """Build the network that `config.model` describes, by default of Flax's layers."""
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(config.channel_list),
@@ -164,5 +164,5 @@ def from_config(config: ConfigDict, num_classes: int, convolution: Any = jax.lax
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        conv_general_dilated=convolution,
+        layers=layers,
     )

@@ -83,7 +83,7 @@ def create(
         steps_per_epoch: for the learning-rate schedule.
         mesh: the devices.
     """
-    model = models.from_config(config.model, num_classes, kernels.for_training(mesh))
+    model = models.from_config(config.model, num_classes, kernels.layers_for(mesh, config.model))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = model.lazy_init(jax.random.key(config.seed), image, train=False)
     tx = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))

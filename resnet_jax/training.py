@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from resnet_jax import optim, steps, train_state
+from resnet_jax import kernels, optim, steps, train_state
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
@@ -147,6 +147,8 @@ def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
     run.progress.note(describe_model(state.params, run.config.model.max_params, table=step == 0))
+    if slow := kernels.why_slow(run.start.mesh, run.config.model):
+        run.progress.note(slow)
     if step:
         run.progress.note(f"resuming {run.folder.path} at step {step} of {total}")
     for hook in run.hooks:

@@ -158,7 +158,8 @@ class Model:
 
 def _network(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
     """Return `steps.eval_logits` of the network that a config describes."""
-    network = models.from_config(config.model, num_classes, kernels.for_inference(train_state.make_mesh(1)))
+    layers = kernels.layers_for(train_state.make_mesh(1), config.model)
+    network = models.from_config(config.model, num_classes, layers)
 
     def logits(variables: Any, images: jax.Array, flip: bool = False) -> jax.Array:
         return steps.eval_logits(network.apply, variables, images, config.data, flip)

@@ -1,42 +1,27 @@
-"""Choose the convolution of a network, XLA's or the faster ones of `conv_cpu`, and XLA's compiler options on a CPU."""
-
-from collections.abc import Callable
-from typing import Any
+"""Choose what a network is built of on the devices at hand, and XLA's compiler options on a CPU."""
 
 import jax
-from jax import lax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from resnet_jax.kernels import conv_cpu
-
-Convolution = Callable[..., jax.Array]  # `jax.lax.conv_general_dilated` or an equivalent function
-
-_MANY = 32  # images; from this batch size, `conv_cpu` has the faster forward pass
+from resnet_jax.kernels import layers, native
+from resnet_jax.models import Layers
 
 
-def for_training(mesh: Mesh) -> Convolution:
-    """Return the convolution for training on a mesh: `conv_cpu`'s on a single CPU device, otherwise XLA's.
-
-    On several devices, XLA would gather the images of every chunk from all of them.
-    """
-    return conv_cpu.conv_general_dilated if _is_one_cpu(mesh) else lax.conv_general_dilated
+def layers_for(mesh: Mesh, model: ConfigDict) -> Layers | None:
+    """Return the layers of `kernels.layers` for `config.model` in float32 on CPUs; None, Flax's, for all else."""
+    return layers.for_mesh(mesh) if _could_be_ours(mesh, model) and native.library() else None
 
 
-def for_inference(mesh: Mesh) -> Convolution:
-    """Return the convolution for inference: as in training, but XLA's for small batches, where it is faster."""
-    if not _is_one_cpu(mesh):
-        return lax.conv_general_dilated
-
-    def convolution(x: jax.Array, *arguments: Any, **settings: Any) -> jax.Array:
-        chosen = lax.conv_general_dilated if len(x) < _MANY else conv_cpu.conv_general_dilated
-        return chosen(x, *arguments, **settings)
-
-    return convolution
+def why_slow(mesh: Mesh, model: ConfigDict) -> str:
+    """Return one line about layers that could be faster and why they are not; else an empty string."""
+    reason = native.unavailable() if _could_be_ours(mesh, model) else ""
+    return reason and f"using XLA's convolutions, which take about six times as long as the compiled ones: {reason}"
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Return XLA's options for a mesh of CPUs, where the defaults are slower or need more memory; None elsewhere."""
-    if mesh.devices.flat[0].platform != "cpu":
+    if not _is_cpu(mesh):
         return None
     # One operation at a time, each on all cores. Running them concurrently is not faster and needs 50% more memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -45,5 +30,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return options
 
 
-def _is_one_cpu(mesh: Mesh) -> bool:
-    return mesh.size == 1 and mesh.devices.item().platform == "cpu"
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _could_be_ours(mesh: Mesh, model: ConfigDict) -> bool:
+    return _is_cpu(mesh) and model.dtype == model.param_dtype == "float32"

@@ -1,6 +1,7 @@
 """Compute the cost of a network from shapes, without arrays or compilation."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,9 @@ def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...])
         operations.append(2 * result.size * math.prod(kernel.shape[:-1]))
         return result
 
-    model = models.from_config(config, num_classes, conv)
+    layers = models.flax_layers(jnp.float32, jnp.float32)
+    layers = layers._replace(conv=partial(layers.conv, conv_general_dilated=conv))
+    model = models.from_config(config, num_classes, layers)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)["params"]
     operations.append(2 * params["classifier"]["kernel"].size)

@@ -1,0 +1,183 @@
+"""The functions of `convolution.cc` for JAX, with their gradients.
+
+Images are float32 [B, H, W, C], sharded by their first axis over a mesh of CPU devices; each device computes its share. An
+`affine` [2, C] holds a scale and a shift by channel.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import sysconfig
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+_LIBRARY = Path(__file__).with_name(f"_convolution{sysconfig.get_config_var('EXT_SUFFIX')}")
+_TARGETS = ("convolve", "input_gradient", "kernel_gradient", "add_relu", "add_relu_gradient")
+_SHARDED, _REPLICATED = P("data"), P()
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the compiled functions and register them with XLA; None if `unavailable` says why not."""
+    if unavailable():
+        return None
+    functions = ctypes.CDLL(str(_LIBRARY))
+    for name in _TARGETS:
+        jax.ffi.register_ffi_target(f"resnet_jax_{name}", jax.ffi.pycapsule(getattr(functions, name)), platform="cpu")
+    return functions
+
+
+@cache
+def unavailable() -> str:
+    """Return why the compiled functions cannot be used, or an empty string."""
+    if os.environ.get("RESNET_JAX_NATIVE") == "0":
+        return "RESNET_JAX_NATIVE is 0"
+    if not _LIBRARY.exists():
+        return "they were not compiled: install a C++ compiler, then resnet_jax again"
+    functions = ctypes.CDLL(str(_LIBRARY))
+    functions.sources_digest.restype = ctypes.c_char_p
+    sources = [Path(__file__).with_name(name) for name in ("convolution.cc", "convolution_simd.h")]
+    if sources[0].exists():  # not where a wheel was installed
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+        if functions.sources_digest() != digest.encode():
+            return "they were compiled from other sources: install resnet_jax again"
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    if functions.ffi_api_version() > int(re.findall(r"define XLA_FFI_API_MINOR (\d+)", header)[0]):
+        return "they were compiled for a later version of JAX: install resnet_jax again"
+    return ""
+
+
+def supports(w: jax.Array, padding: int) -> bool:
+    """Whether `convolve` takes a kernel: a square of odd size up to 7, for channels that vectors of 8 floats divide."""
+    height, width, inputs, outputs = w.shape
+    return (
+        height == width <= 7
+        and padding == height // 2
+        and height % 2 == 1
+        and outputs % 8 == 0
+        and (inputs % 8 == 0 or inputs < 8)
+    )
+
+
+def applies_affine(w: jax.Array, stride: int) -> bool:
+    """Whether `convolve` takes an affine for a kernel: only if it is 3x3, of stride 1, which Winograd computes."""
+    return w.shape[0] == 3 and stride == 1 and w.shape[2] % 8 == 0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def convolve(
+    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """Convolve images, or relu(x * scale + shift) where an affine is given, padded by half the size of the kernel.
+
+    Args:
+        x: [B, H, W, C].
+        affine: [2, C] where `applies_affine`, or None.
+        w: [size, size, C, K].
+        stride: of the outputs, along both axes.
+        mesh: the devices that x is sharded over.
+
+    Returns:
+        The outputs y [B, ceil(H / stride), ceil(W / stride), K], and [2, K], the sums of y and of y^2 by channel.
+    """
+    height, width = (-(-size // stride) for size in x.shape[1:3])
+    y, sums = _call(
+        "convolve",
+        mesh,
+        [(x, _SHARDED), (_or_empty(affine), _REPLICATED), (w, _REPLICATED)],
+        [((len(x), height, width, w.shape[3]), _SHARDED), ((2, w.shape[3]), _REPLICATED)],
+        stride=stride,
+    )
+    return y, sums
+
+
+def _convolve_forward(x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh) -> tuple[Any, Any]:
+    y, sums = convolve(x, affine, w, stride, mesh)
+    return (y, sums), (x, affine, w, y)
+
+
+def _convolve_backward(stride: int, mesh: Mesh, residuals: Any, gradients: Any) -> tuple[Any, ...]:
+    x, affine, w, y = residuals
+    dy, dsums = gradients
+    if not applies_affine(w, stride):
+        dsum, dsquares = dsums.reshape(2, 1, 1, 1, -1)
+        dy, dsums = dy + dsum + 2 * y * dsquares, None
+    inputs = [(x, _SHARDED), (_or_empty(affine), _REPLICATED)]
+    outputs = [(y, _SHARDED), (dy, _SHARDED), (_or_empty(dsums), _REPLICATED)]
+    dx, daffine = _call(
+        "input_gradient",
+        mesh,
+        [*inputs, (w, _REPLICATED), *outputs],
+        [(x.shape, _SHARDED), (_or_empty(affine).shape, _REPLICATED)],
+        stride=stride,
+    )
+    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], stride=stride)
+    return dx, None if affine is None else daffine, dw
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def add_relu(y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh) -> jax.Array:
+    """Return relu(y * scale + shift + shortcut), for y and the shortcut [B, H, W, C]."""
+    arguments = [(y, _SHARDED), (affine, _REPLICATED), (shortcut, _SHARDED)]
+    out: jax.Array
+    (out,) = _call("add_relu", mesh, arguments, [(y.shape, _SHARDED)])
+    return out
+
+
+def _add_relu_forward(y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh) -> tuple[jax.Array, Any]:
+    out = add_relu(y, affine, shortcut, mesh)
+    return out, (y, affine, out)
+
+
+def _add_relu_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
+    y, affine, out = residuals
+    arguments = [(y, _SHARDED), (affine, _REPLICATED), (out, _SHARDED), (dout, _SHARDED)]
+    results = [(y.shape, _SHARDED), (y.shape, _SHARDED), (affine.shape, _REPLICATED)]
+    dy, dshortcut, daffine = _call("add_relu_gradient", mesh, arguments, results)
+    return dy, daffine, dshortcut
+
+
+add_relu.defvjp(_add_relu_forward, _add_relu_backward)
+
+
+def _or_empty(array: jax.Array | None) -> jax.Array:
+    return jnp.zeros((0,)) if array is None else array
+
+
+def _call(
+    name: str,
+    mesh: Mesh,
+    arguments: list[tuple[jax.Array, P]],
+    results: list[tuple[tuple[int, ...], P]],
+    **attributes: int,
+) -> Any:
+    """Call a function on each device; results that are not sharded are summed over the devices."""
+    library()
+    shards = [(shape[0] // mesh.size, *shape[1:]) if spec == _SHARDED else shape for shape, spec in results]
+    call = jax.ffi.ffi_call(f"resnet_jax_{name}", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shards])
+
+    def on_one_device(*arrays: jax.Array) -> list[jax.Array]:
+        outputs = call(*arrays, **{key: np.int64(value) for key, value in attributes.items()})
+        if mesh.size == 1:
+            return list(outputs)
+        specs = [spec for _, spec in results]
+        return [
+            out if spec == _SHARDED else jax.lax.psum(out, "data") for out, spec in zip(outputs, specs, strict=True)
+        ]
+
+    arrays = [array for array, _ in arguments]
+    if mesh.size == 1:
+        return on_one_device(*arrays)
+    in_specs, out_specs = tuple(spec for _, spec in arguments), [spec for _, spec in results]
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)

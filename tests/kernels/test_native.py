@@ -1,0 +1,174 @@
+"""The compiled functions: the values and gradients of the definition, whatever the processor, the threads and the devices."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from resnet_jax import train_state
+from resnet_jax.kernels import native
+
+pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"the compiled functions: {native.unavailable()}")
+
+SHAPES = {  # batch, height, width, channels, channels of the output, size of the kernel, stride
+    "stage 1": (6, 32, 32, 64, 64, 3, 1),
+    "stage 2": (3, 16, 16, 128, 128, 3, 1),
+    "stage 3": (10, 8, 8, 256, 256, 3, 1),
+    "one image": (1, 8, 8, 64, 64, 3, 1),
+    "one pixel": (1, 1, 1, 8, 8, 3, 1),
+    "sizes that tiles of 4 do not divide": (5, 7, 9, 24, 88, 3, 1),
+    "more channels than outputs": (3, 6, 5, 48, 16, 3, 1),
+    "the first of stage 2": (6, 32, 32, 64, 128, 3, 2),
+    "strided, odd sizes": (5, 7, 9, 24, 48, 3, 2),
+    "shortcut": (6, 16, 16, 64, 128, 1, 2),
+    "shortcut, odd sizes": (5, 7, 9, 16, 24, 1, 2),
+    "bottleneck": (6, 8, 8, 64, 32, 1, 1),
+    "stem": (4, 32, 32, 3, 64, 3, 1),
+    "stem for large images": (2, 33, 31, 3, 64, 7, 2),
+}
+
+
+@pytest.fixture(params=[4, 8, 16])
+def lanes(request):
+    """Floats of a vector: each instruction set that this processor has."""
+    functions = native.library()
+    most = functions.vector_lanes()
+    if request.param > most:
+        pytest.skip(f"this processor's vectors have {most} floats")
+    functions.set_vector_lanes(ctypes.c_int64(request.param))
+    yield request.param
+    functions.set_vector_lanes(ctypes.c_int64(most))
+
+
+def normalized(x, affine):
+    """x * scale + shift."""
+    scale, shift = affine.reshape(2, 1, 1, 1, -1)
+    return x * scale + shift
+
+
+def definition(x, affine, w, stride):
+    """What `native.convolve` computes, in the words of `lax`."""
+    x = x if affine is None else jnp.maximum(normalized(x, affine), 0)
+    padding = ((w.shape[0] // 2,) * 2,) * 2
+    y = lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))])
+
+
+def random_case(batch, height, width, channels, outputs, size, stride, with_affine):
+    """(x, affine, w), and the gradients of the two results."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, height, width, channels))
+    affine = rng.standard_normal((2, channels)) if with_affine else None
+    w = rng.standard_normal((size, size, channels, outputs)) / (size * np.sqrt(channels))
+    dy = rng.standard_normal((batch, -(-height // stride), -(-width // stride), outputs))
+    dsums = rng.standard_normal((2, outputs)) * np.array([[1.0], [0.1]])
+    return jax.tree.map(lambda a: a.astype(np.float32), ((x, affine, w), (dy, dsums)))
+
+
+def results(function, arguments, gradients):
+    """The values and gradients of a function, as a flat list."""
+    values, vjp = jax.vjp(function, *arguments)
+    return jax.tree.leaves((values, vjp(gradients)))
+
+
+def assert_equal_but_for_rounding(got, want, limit=4e-6):
+    """Compare 2-norms with float64. XLA's own float32 has up to 4e-7 for the output and 2e-6 for the kernel's gradient."""
+    for ours, truth in zip(got, want, strict=True):
+        assert ours.shape == truth.shape
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - np.asarray(truth)) <= limit * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("with_affine", [False, True], ids=["", "relu(x * scale + shift)"])
+def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shape, with_affine):
+    *_, size, stride = shape
+    if with_affine and not native.applies_affine(np.zeros((size, size, *shape[3:5])), stride):
+        pytest.skip("only 3x3 convolutions of stride 1 apply an affine")
+    arguments, gradients = random_case(*shape, with_affine)
+    mesh = train_state.make_mesh(1)
+    got = results(lambda *arrays: native.convolve(*arrays, stride, mesh), arguments, gradients)
+    with jax.enable_x64(True):
+        arguments, gradients = jax.tree.map(lambda a: jnp.array(a, jnp.float64), (arguments, gradients))
+        want = results(lambda *arrays: definition(*arrays, stride), arguments, gradients)
+    assert_equal_but_for_rounding(got, want)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9, 24), (2, 32, 32, 64), (1, 1, 1, 8)])
+def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes, shape):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape, (2, shape[-1]), shape, shape)]
+    mesh = train_state.make_mesh(1)
+    got = results(lambda *a: native.add_relu(*a, mesh), arrays[:3], arrays[3])
+    with jax.enable_x64(True):
+        exact = [jnp.array(a, jnp.float64) for a in arrays]
+        want = results(lambda y, affine, x: jnp.maximum(normalized(y, affine) + x, 0), exact[:3], exact[3])
+    assert_equal_but_for_rounding(got, want, limit=1e-6)
+
+
+def test_an_images_result_does_not_depend_on_the_batch_it_is_in():
+    (x, affine, w), _ = random_case(9, 16, 16, 64, 64, 3, 1, True)
+    mesh = train_state.make_mesh(1)
+    together, _ = native.convolve(x, affine, w, 1, mesh)
+    alone, _ = native.convolve(x[4:5], affine, w, 1, mesh)
+    np.testing.assert_array_equal(together[4:5], alone)
+
+
+def test_what_is_not_a_number_stays_so():
+    (x, affine, w), _ = random_case(1, 8, 8, 16, 16, 3, 1, True)
+    x[0, 3, 3, 5] = np.nan
+    mesh = train_state.make_mesh(1)
+    y, sums = native.convolve(x, affine, w, 1, mesh)
+    assert np.isnan(y[0, 3, 3]).all()
+    assert np.isnan(sums).all()
+    assert np.isnan(native.add_relu(x, affine, x, mesh)[0, 3, 3, 5])
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
+def test_two_devices_compute_the_same_each_on_its_share(shape):
+    *_, stride = shape
+    arguments, gradients = random_case(*shape, with_affine=stride == 1)
+    one, two = (
+        results(jax.jit(lambda *arrays, mesh=mesh: native.convolve(*arrays, stride, mesh)), arguments, gradients)
+        for mesh in (train_state.make_mesh(1), train_state.make_mesh(2))
+    )
+    np.testing.assert_array_equal(one[0], two[0])  # the output
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+_DIGESTS = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+from test_native import SHAPES, native, random_case, results
+from resnet_jax import train_state
+for shape in SHAPES.values():
+    *_, channels, outputs, size, stride = shape
+    affine = size == 3 and stride == 1 and channels >= 8
+    arguments, gradients = random_case(40, *shape[1:], affine)
+    mesh = train_state.make_mesh(1)
+    print(train_state.digest(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients)))
+"""
+
+
+def test_no_result_depends_on_the_number_of_threads(request):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one processor")
+    one, two = (
+        subprocess.run(
+            [sys.executable, "-c", _DIGESTS, threads],
+            cwd=request.path.parent,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        for threads in ("1", "2")
+    )
+    assert len(one.stdout.split()) == len(SHAPES), one.stderr
+    assert one.stdout == two.stdout
