@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-ModuleDef = Callable[..., Any]
-
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
 
 
 class Layers(NamedTuple):
     """What a network is built of: Flax's layers, or those of `kernels.layers`, which pass on arrays in a form of their own."""
 
-    conv: ModuleDef  # a module like `nn.Conv`, without bias or padding
-    norm: ModuleDef  # a module like `nn.BatchNorm`, for what `conv` returns
+    conv: Callable[..., Any]  # a module like `nn.Conv`, without bias or padding
+    norm: Callable[..., Any]  # a module like `nn.BatchNorm`, for what `conv` returns
     relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
     value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned
     add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)

@@ -118,8 +118,7 @@ struct Gathering {
 // A square kernel of odd size, padded by size / 2 on all sides.
 struct Convolution {
   int64_t batch, height, width, inputs, outputs, size, stride;
-
-  bool winograd() const { return size == 3 && stride == 1 && inputs % 8 == 0; }
+  bool winograd;  // only for 3x3 kernels of stride 1
 
   Gathering forward() const {
     int64_t to_height = (height - 1) / stride + 1, to_width = (width - 1) / stride + 1;
@@ -217,7 +216,7 @@ const Kernels& kernels_for(int64_t channels) {
 }
 
 // Gathered convolutions read any number of channels.
-const Kernels& kernels_for(const Convolution& c) { return kernels_for(c.winograd() ? c.inputs | c.outputs : c.outputs); }
+const Kernels& kernels_for(const Convolution& c) { return kernels_for(c.winograd ? c.inputs | c.outputs : c.outputs); }
 
 // ---- The functions that XLA calls. Optional arrays, [2, channels], are empty where they are left out. ----
 
@@ -226,26 +225,26 @@ using Result = ffi::ResultBuffer<ffi::F32>;
 
 const float* optional(Array& a) { return a.element_count() ? a.typed_data() : nullptr; }
 
-Convolution convolution_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> w, int64_t stride) {
-  return {x[0], x[1], x[2], x[3], w[3], w[0], stride};
+Convolution convolution_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> w, int64_t stride, bool winograd) {
+  return {x[0], x[1], x[2], x[3], w[3], w[0], stride, winograd};
 }
 
-ffi::Error Convolve(Threads threads, int64_t stride, Array x, Array affine, Array w, Result y, Result sums) {
-  Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride);
+ffi::Error Convolve(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array w, Result y, Result sums) {
+  Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
   kernels_for(c).convolve(threads, c, x.typed_data(), optional(affine), w.typed_data(), y->typed_data(), sums->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error InputGradient(Threads threads, int64_t stride, Array x, Array affine, Array w, Array y, Array dy, Array dsums, Result dx,
+ffi::Error InputGradient(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array w, Array y, Array dy, Array dsums, Result dx,
                          Result daffine) {
-  Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride);
+  Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
   kernels_for(c).input_gradient(threads, c, x.typed_data(), optional(affine), w.typed_data(), y.typed_data(), dy.typed_data(),
                                 dsums.typed_data(), dx->typed_data(), daffine->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error KernelGradient(Threads threads, int64_t stride, Array x, Array affine, Array y, Array dy, Array dsums, Result dw) {
-  Convolution c = convolution_of(x.dimensions(), dw->dimensions(), stride);
+ffi::Error KernelGradient(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array y, Array dy, Array dsums, Result dw) {
+  Convolution c = convolution_of(x.dimensions(), dw->dimensions(), stride, winograd);
   kernels_for(c).kernel_gradient(threads, c, x.typed_data(), optional(affine), y.typed_data(), dy.typed_data(), dsums.typed_data(),
                                  dw->typed_data());
   return ffi::Error::Success();
@@ -279,15 +278,15 @@ extern "C" int64_t vector_lanes() { return lanes; }
 extern "C" void set_vector_lanes(int64_t n) { lanes = n < most_lanes() ? n : most_lanes(); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
                                          .Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(input_gradient, InputGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kernel_gradient, KernelGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(add_relu, AddRelu,

@@ -386,37 +386,45 @@ inline void gather(const Gathering& g, const float* x, int64_t channels, int64_t
 inline void pack_kernels(Threads& threads, const Gathering& g, const float* w, int64_t inputs, int64_t outputs, bool transposed,
                          float* panels) {
   int64_t depth = g.taps * inputs;
-  parallel_for(threads, depth, [&](int64_t row) {
-    int64_t t = g.kernel[row / inputs], c = row % inputs;
-    for (int64_t k = 0; k < round_up(outputs, kPanel); k++)
-      panels[k / kPanel * depth * kPanel + row * kPanel + k % kPanel] =
-          k >= outputs ? 0 : transposed ? w[(t * outputs + k) * inputs + c] : w[(t * inputs + c) * outputs + k];
+  parallel_for(threads, g.taps * round_up(outputs, kPanel) / kPanel, [&](int64_t task) {
+    int64_t t = task % g.taps, n = task / g.taps * kPanel, count = smaller(kPanel, outputs - n);
+    float* to = panels + n * depth + t * inputs * kPanel;
+    const float* from = w + g.kernel[t] * inputs * outputs;
+    memset(to, 0, count < kPanel ? inputs * kPanel * sizeof(float) : 0);
+    for (int64_t c = 0; c < inputs; c++) {
+      if (!transposed)
+        memcpy(to + c * kPanel, from + c * outputs + n, count * sizeof(float));
+      else
+        for (int64_t k = 0; k < count; k++) to[c * kPanel + k] = from[(n + k) * inputs + c];
+    }
   });
 }
 
 // Convolves with packed kernels. `sums` [2, outputs] receives the sums of the outputs and of their squares, unless null.
 inline void gathered_convolution(Threads& threads, const Gathering& g, const float* x, const float* panels, int64_t inputs,
                                  int64_t outputs, float* y, float* sums) {
-  constexpr int64_t at_once = 48;
   int64_t depth = g.taps * inputs, columns = round_up(outputs, kPanel);
-  int64_t total = g.batch * g.rows * g.columns, blocks = (total + at_once - 1) / at_once;
+  int64_t total = g.batch * g.rows * g.columns, at_once = smaller(48, (total + 1) / 2), blocks = (total + at_once - 1) / at_once;
+  int64_t width = blocks < 8 ? round_up(columns / 4, kPanel) : columns;  // few pixels are divided among the threads by columns, too
+  int64_t parts = (columns + width - 1) / width;
   float* partial = sums ? scratch(kSumsScratch, blocks * 2 * outputs) : nullptr;
-  parallel_for(threads, blocks, [&](int64_t block) {
-    int64_t first = block * at_once, count = smaller(at_once, total - first);
+  parallel_for(threads, blocks * parts, [&](int64_t task) {
+    int64_t block = task / parts, first = block * at_once, count = smaller(at_once, total - first);
+    int64_t n0 = task % parts * width, n1 = smaller(n0 + width, columns), length = smaller(n1, outputs) - n0;
     float* a = scratch(kTilesScratch, at_once * (depth + columns));
     float* products = a + at_once * depth;
     for (int64_t p = 0; p < count; p++) gather(g, x, inputs, first + p, a + p * depth);
-    for (int64_t n = 0; n < columns; n += kPanel)
+    for (int64_t n = n0; n < n1; n += kPanel)
       for (int64_t p = 0; p < count; p += kRows)
         product_of_rows<kRows, false, false>(smaller(kRows, count - p), a + p * depth, depth, panels + n * depth,
                                              products + p * columns + n, columns, depth);
     for (int64_t p = 0; p < count; p++) {
       int64_t index = first + p, image = index / (g.rows * g.columns);
       int64_t i = index / g.columns % g.rows * g.to_stride + g.to_y, j = index % g.columns * g.to_stride + g.to_x;
-      memcpy(y + ((image * g.to_height + i) * g.to_width + j) * outputs, products + p * columns, outputs * sizeof(float));
+      memcpy(y + ((image * g.to_height + i) * g.to_width + j) * outputs + n0, products + p * columns + n0, length * sizeof(float));
     }
     if (sums)
-      for (int64_t c = 0; c < outputs; c += kLanes) {
+      for (int64_t c = n0; c < n0 + length; c += kLanes) {
         Vec sum{}, squares{};
         for (int64_t p = 0; p < count; p++) {
           Vec value = load(products + p * columns + c);
@@ -496,7 +504,7 @@ inline void add_relu_gradient(Threads& threads, const float* y, const float* sca
 // ---- What convolution.cc calls ----
 
 inline void convolve(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, float* y, float* sums) {
-  if (!c.winograd()) {
+  if (!c.winograd) {
     Gathering g = c.forward();
     float* panels = scratch(kKernelScratch, g.taps * c.inputs * round_up(c.outputs, kPanel));
     pack_kernels(threads, g, w, c.inputs, c.outputs, false, panels);
@@ -514,7 +522,7 @@ inline void convolve(Threads& threads, const Convolution& c, const float* x, con
 
 inline void input_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, const float* y,
                            const float* dy, const float* dsums, float* dx, float* daffine) {
-  if (!c.winograd()) {
+  if (!c.winograd) {
     for (int64_t i = 0; i < c.stride * c.stride; i++) {
       Gathering g = c.backward(i / c.stride, i % c.stride);
       float* panels = scratch(kKernelScratch, g.taps * c.outputs * round_up(c.inputs, kPanel));
@@ -535,7 +543,7 @@ inline void input_gradient(Threads& threads, const Convolution& c, const float* 
 
 inline void kernel_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* y,
                             const float* dy, const float* dsums, float* dw) {
-  if (!c.winograd()) return gathered_kernel_gradient(threads, c.forward(), x, dy, c.inputs, c.outputs, dw);
+  if (!c.winograd) return gathered_kernel_gradient(threads, c.forward(), x, dy, c.inputs, c.outputs, dw);
   Tiles tiles(c.batch, c.height, c.width);
   WithMoments gradient{dy, y, dsums, dsums + c.outputs};
   if (affine)

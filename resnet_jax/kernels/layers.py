@@ -81,7 +81,7 @@ class Conv(nn.Module):
                 value(x), w, (self.strides,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
             return Convolved(y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]))
-        if isinstance(x, Normalized) and x.relu and native.applies_affine(w, self.strides):
+        if isinstance(x, Normalized) and x.relu and native.uses_winograd(x.y, w, self.strides, self.mesh):
             return Convolved(*native.convolve(x.y, x.affine, w, self.strides, self.mesh))
         return Convolved(*native.convolve(value(x), None, w, self.strides, self.mesh))
 

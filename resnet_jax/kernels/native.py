@@ -67,9 +67,11 @@ def supports(w: jax.Array, padding: int) -> bool:
     )
 
 
-def applies_affine(w: jax.Array, stride: int) -> bool:
-    """Whether `convolve` takes an affine for a kernel: only if it is 3x3, of stride 1, which Winograd computes."""
-    return w.shape[0] == 3 and stride == 1 and w.shape[2] % 8 == 0
+def uses_winograd(x: jax.Array, w: jax.Array, stride: int, mesh: Mesh) -> bool:
+    """Whether `convolve` uses Winograd: for 3x3 kernels of stride 1 and at least 16 tiles, as fewer cost more than they save."""
+    batch, height, width, channels = x.shape
+    tiles = batch // _shares(x, mesh) * -(-height // 4) * -(-width // 4)
+    return w.shape[0] == 3 and stride == 1 and channels % 8 == 0 and tiles >= 16
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -80,7 +82,7 @@ def convolve(
 
     Args:
         x: [B, H, W, C].
-        affine: [2, C] where `applies_affine`, or None.
+        affine: [2, C] where `uses_winograd`, or None.
         w: [size, size, C, K].
         stride: of the outputs, along both axes.
         mesh: the devices that x is sharded over.
@@ -88,13 +90,17 @@ def convolve(
     Returns:
         The outputs y [B, ceil(H / stride), ceil(W / stride), K], and [2, K], the sums of y and of y^2 by channel.
     """
+    winograd = uses_winograd(x, w, stride, mesh)
+    if affine is not None and not winograd:
+        raise ValueError("only Winograd applies an affine")
     height, width = (-(-size // stride) for size in x.shape[1:3])
     y, sums = _call(
         "convolve",
         mesh,
         [(x, _SHARDED), (_or_empty(affine), _REPLICATED), (w, _REPLICATED)],
         [((len(x), height, width, w.shape[3]), _SHARDED), ((2, w.shape[3]), _REPLICATED)],
-        stride=stride,
+        stride=np.int64(stride),
+        winograd=winograd,
     )
     return y, sums
 
@@ -107,9 +113,11 @@ def _convolve_forward(x: jax.Array, affine: jax.Array | None, w: jax.Array, stri
 def _convolve_backward(stride: int, mesh: Mesh, residuals: Any, gradients: Any) -> tuple[Any, ...]:
     x, affine, w, y = residuals
     dy, dsums = gradients
-    if not applies_affine(w, stride):
+    winograd = uses_winograd(x, w, stride, mesh)
+    if not winograd:
         dsum, dsquares = dsums.reshape(2, 1, 1, 1, -1)
         dy, dsums = dy + dsum + 2 * y * dsquares, None
+    attributes = {"stride": np.int64(stride), "winograd": winograd}
     inputs = [(x, _SHARDED), (_or_empty(affine), _REPLICATED)]
     outputs = [(y, _SHARDED), (dy, _SHARDED), (_or_empty(dsums), _REPLICATED)]
     dx, daffine = _call(
@@ -117,9 +125,9 @@ def _convolve_backward(stride: int, mesh: Mesh, residuals: Any, gradients: Any) 
         mesh,
         [*inputs, (w, _REPLICATED), *outputs],
         [(x.shape, _SHARDED), (_or_empty(affine).shape, _REPLICATED)],
-        stride=stride,
+        **attributes,
     )
-    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], stride=stride)
+    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], **attributes)
     return dx, None if affine is None else daffine, dw
 
 
@@ -155,29 +163,30 @@ def _or_empty(array: jax.Array | None) -> jax.Array:
     return jnp.zeros((0,)) if array is None else array
 
 
+def _shares(x: jax.Array, mesh: Mesh) -> int:
+    """How many devices share a batch: all that it can be divided among, or none."""
+    return mesh.size if len(x) % mesh.size == 0 else 1
+
+
 def _call(
     name: str,
     mesh: Mesh,
     arguments: list[tuple[jax.Array, P]],
     results: list[tuple[tuple[int, ...], P]],
-    **attributes: int,
+    **attributes: Any,
 ) -> Any:
-    """Call a function on each device; results that are not sharded are summed over the devices."""
+    """Call a function on each device for its share of the batch; results that are not sharded are summed over the devices."""
     library()
-    shards = [(shape[0] // mesh.size, *shape[1:]) if spec == _SHARDED else shape for shape, spec in results]
-    call = jax.ffi.ffi_call(f"resnet_jax_{name}", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shards])
+    in_specs, out_specs = tuple(spec for _, spec in arguments), [spec for _, spec in results]
+    shares = _shares(arguments[0][0], mesh)
+    shapes = [(shape[0] // shares, *shape[1:]) if spec == _SHARDED else shape for shape, spec in results]
+    call = jax.ffi.ffi_call(f"resnet_jax_{name}", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+    arrays = [array for array, _ in arguments]
+    if shares == 1:
+        return call(*arrays, **attributes)
 
     def on_one_device(*arrays: jax.Array) -> list[jax.Array]:
-        outputs = call(*arrays, **{key: np.int64(value) for key, value in attributes.items()})
-        if mesh.size == 1:
-            return list(outputs)
-        specs = [spec for _, spec in results]
-        return [
-            out if spec == _SHARDED else jax.lax.psum(out, "data") for out, spec in zip(outputs, specs, strict=True)
-        ]
+        outputs = zip(call(*arrays, **attributes), out_specs, strict=True)
+        return [output if spec == _SHARDED else jax.lax.psum(output, "data") for output, spec in outputs]
 
-    arrays = [array for array, _ in arguments]
-    if mesh.size == 1:
-        return on_one_device(*arrays)
-    in_specs, out_specs = tuple(spec for _, spec in arguments), [spec for _, spec in results]
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)

@@ -20,7 +20,8 @@ SHAPES = {  # batch, height, width, channels, channels of the output, size of th
     "stage 1": (6, 32, 32, 64, 64, 3, 1),
     "stage 2": (3, 16, 16, 128, 128, 3, 1),
     "stage 3": (10, 8, 8, 256, 256, 3, 1),
-    "one image": (1, 8, 8, 64, 64, 3, 1),
+    "one image": (1, 8, 8, 256, 256, 3, 1),
+    "one large image": (1, 16, 16, 64, 64, 3, 1),
     "one pixel": (1, 1, 1, 8, 8, 3, 1),
     "sizes that tiles of 4 do not divide": (5, 7, 9, 24, 88, 3, 1),
     "more channels than outputs": (3, 6, 5, 48, 16, 3, 1),
@@ -88,11 +89,10 @@ def assert_equal_but_for_rounding(got, want, limit=4e-6):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("with_affine", [False, True], ids=["", "relu(x * scale + shift)"])
 def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shape, with_affine):
-    *_, size, stride = shape
-    if with_affine and not native.applies_affine(np.zeros((size, size, *shape[3:5])), stride):
-        pytest.skip("only 3x3 convolutions of stride 1 apply an affine")
+    stride, mesh = shape[-1], train_state.make_mesh(1)
     arguments, gradients = random_case(*shape, with_affine)
-    mesh = train_state.make_mesh(1)
+    if with_affine and not native.uses_winograd(arguments[0], arguments[2], stride, mesh):
+        pytest.skip("only Winograd applies an affine")
     got = results(lambda *arrays: native.convolve(*arrays, stride, mesh), arguments, gradients)
     with jax.enable_x64(True):
         arguments, gradients = jax.tree.map(lambda a: jnp.array(a, jnp.float64), (arguments, gradients))
@@ -130,7 +130,7 @@ def test_what_is_not_a_number_stays_so():
     assert np.isnan(native.add_relu(x, affine, x, mesh)[0, 3, 3, 5])
 
 
-@pytest.mark.parametrize("shape", [(6, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
+@pytest.mark.parametrize("shape", [(16, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
 def test_two_devices_compute_the_same_each_on_its_share(shape):
     *_, stride = shape
     arguments, gradients = random_case(*shape, with_affine=stride == 1)
@@ -149,10 +149,9 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 from test_native import SHAPES, native, random_case, results
 from resnet_jax import train_state
 for shape in SHAPES.values():
-    *_, channels, outputs, size, stride = shape
-    affine = size == 3 and stride == 1 and channels >= 8
-    arguments, gradients = random_case(40, *shape[1:], affine)
-    mesh = train_state.make_mesh(1)
+    stride, mesh = shape[-1], train_state.make_mesh(1)
+    (x, affine, w), gradients = random_case(40, *shape[1:], True)
+    arguments = x, affine if native.uses_winograd(x, w, stride, mesh) else None, w
     print(train_state.digest(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients)))
 """
 
