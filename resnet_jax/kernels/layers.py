@@ -7,6 +7,7 @@ statistics have the names, shapes and initial values of Flax's layers.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,7 @@ class Conv(nn.Module):
     kernel_size: tuple[int, int]
     strides: int = 1
     padding: int = 0
-    mesh: Mesh | None = None
+    mesh: Any = None  # of CPU devices
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact

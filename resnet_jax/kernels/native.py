@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 _LIBRARY = Path(__file__).with_name(f"_convolution{sysconfig.get_config_var('EXT_SUFFIX')}")
+SOURCES = ("convolution.cc", "convolution_simd.h")
 _TARGETS = ("convolve", "input_gradient", "kernel_gradient", "add_relu", "add_relu_gradient")
 _SHARDED, _REPLICATED = P("data"), P()
 
@@ -44,7 +45,7 @@ def unavailable() -> str:
         return "they were not compiled: install a C++ compiler, then resnet_jax again"
     functions = ctypes.CDLL(str(_LIBRARY))
     functions.sources_digest.restype = ctypes.c_char_p
-    sources = [Path(__file__).with_name(name) for name in ("convolution.cc", "convolution_simd.h")]
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
     if sources[0].exists():  # not where a wheel was installed
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         if functions.sources_digest() != digest.encode():

@@ -1,9 +1,12 @@
 """The compiled functions: the values and gradients of the definition, whatever the processor, the threads and the devices."""
 
 import ctypes
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +174,47 @@ def test_no_result_depends_on_the_number_of_threads(request):
     )
     assert len(one.stdout.split()) == len(SHAPES), one.stderr
     assert one.stdout == two.stdout
+
+
+_SANITIZED = """
+import ctypes, pathlib, sys
+import jax
+from resnet_jax.kernels import native
+native._LIBRARY = pathlib.Path(sys.argv[1])
+from test_native import SHAPES, random_case, results, train_state
+for lanes in 4, 8, 16:
+    native.library().set_vector_lanes(ctypes.c_int64(lanes))
+    for shape in SHAPES.values():
+        stride, mesh = shape[-1], train_state.make_mesh(1)
+        (x, affine, w), gradients = random_case(*shape, True)
+        arguments = x, affine if native.uses_winograd(x, w, stride, mesh) else None, w
+        y, _ = native.convolve(*arguments, stride, mesh)
+        jax.block_until_ready(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients))
+        if shape[4] % 8 == 0:
+            arguments = y, jax.numpy.ones((2, shape[4])), y
+            jax.block_until_ready(results(lambda *a: native.add_relu(*a, mesh), arguments, y))
+print("no error")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed here")
+def test_the_sanitizers_find_no_error_in_memory_or_arithmetic(request, tmp_path):
+    kernels = Path(native.__file__).parent
+    library = tmp_path / "sanitized.so"
+    digest = hashlib.sha256(b"".join((kernels / name).read_bytes() for name in native.SOURCES)).hexdigest()
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
+         f'-DSOURCES_DIGEST="{digest}"', "-isystem", jax.ffi.include_dir(), "-fPIC", "-shared",
+         kernels / "convolution.cc", "-o", library],
+        check=True, timeout=1800,
+    )  # fmt: skip
+    preload = (
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _SANITIZED, library], cwd=request.path.parent, capture_output=True, text=True, timeout=1800,
+        env={**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+    assert done.stdout == "no error\n", done.stderr
