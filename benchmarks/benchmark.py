@@ -5,7 +5,7 @@
 For each batch size, dtype and number of devices it measures these, or those of `--only`:
 
     train_step, eval_step   the step alone, on one batch in the devices' memory; GFLOP per image as XLA counts them
-    pipeline                the training stream alone
+    pipeline                the training stream alone, beside naive_pipeline: the same augmentation in tf.data, image by image
     end_to_end              the training loop, from the end of its first step to the end of its last; and its ratio to
                             train_step
     startup                 until launch.py dispatches its first step, with a cold and a warm compilation cache
@@ -37,9 +37,13 @@ from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 
-THROUGHPUTS = ("train_step", "eval_step", "pipeline", "end_to_end")
+THROUGHPUTS = ("train_step", "eval_step", "pipeline", "naive_pipeline", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
-RATIOS = (("end_to_end", "train_step"), ("train_step", "torch_train_step"))
+RATIOS = (
+    ("end_to_end", "train_step"),
+    ("train_step", "torch_train_step"),
+    ("pipeline", "naive_pipeline"),
+)
 
 
 def _names(text: str) -> list[str]:

@@ -91,8 +91,10 @@ def test_all_is_measured(tmp_path):
         "train_step_flops": "GFLOP/s",
         "eval_step": "images/s",
         "pipeline": "images/s",
+        "naive_pipeline": "images/s",
         "end_to_end": "images/s",
         "end_to_end / train_step": "ratio",
+        "pipeline / naive_pipeline": "ratio",
     }
     (end_to_end,), (step,) = (case["figures"][name]["repeats"] for name in ("end_to_end", "train_step"))
     assert case["figures"]["end_to_end / train_step"]["repeats"] == [end_to_end / step]

@@ -124,7 +124,7 @@ def test_an_images_result_does_not_depend_on_the_batch_it_is_in():
 
 
 def test_what_is_not_a_number_stays_so():
-    (x, affine, w), _ = random_case(1, 8, 8, 16, 16, 3, 1, True)
+    (x, affine, w), _ = random_case(1, 16, 16, 16, 16, 3, 1, True)
     x[0, 3, 3, 5] = np.nan
     mesh = train_state.make_mesh(1)
     y, sums = native.convolve(x, affine, w, 1, mesh)
