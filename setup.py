@@ -17,7 +17,7 @@ setup(
             depends=SOURCES[1:],
             define_macros=[("SOURCES_DIGEST", f'"{digest}"')],  # so that `native.py` knows those that are out of date
             include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
-            extra_compile_args=["-std=c++17", "-O2", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-Wno-psabi"],
             language="c++",
             optional=True,
         )

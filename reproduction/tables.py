@@ -23,12 +23,13 @@ RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in
 
 
 def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """One row for each figure that `benchmarks.benchmark` measured."""
+    """One row for each figure that `benchmarks.benchmark` measured, ratios first; without FLOP/s, which follow from images/s."""
     yield ["batch", "dtype", "devices", "figure", "median", "min", "max", "repeats"]
     for case in result["cases"]:
-        for name, figure in case["figures"].items():
+        figures = {name: figure for name, figure in case["figures"].items() if figure["unit"] != "GFLOP/s"}
+        for name, figure in sorted(figures.items(), key=lambda item: item[1]["unit"] != "ratio"):
             what = [str(case["batch_size"]), case["dtype"], str(case["devices"]), name.replace("_", " ")]
-            decimals = 0 if figure["median"] >= 1000 else 3
+            decimals = 0 if figure["median"] >= 1000 else 1 if figure["median"] >= 10 else 2
             spread = [f"{figure[which]:,.{decimals}f}" for which in ("median", "min", "max")]
             spread[0] += "" if figure["unit"] == "ratio" else f" {figure['unit']}"
             yield [*what, *spread, str(len(figure["repeats"]))]
@@ -123,6 +124,7 @@ def measured_on(environment: dict[str, Any]) -> str:
     """The machine and the versions of a result, in one line."""
     cores = f"{environment['cpu_count']} CPU core{'s' * (environment['cpu_count'] > 1)}"
     machine = cores if environment["backend"] == "cpu" else f"{environment['devices'][0]}, {cores}"
+    machine += f" of {environment['cpu']}" if "cpu" in environment else ""
     commit = (environment["git"] or {"commit": "unknown"})["commit"][:9]
     return f"{machine}, jax {environment['versions']['jax']}, commit {commit}."
 

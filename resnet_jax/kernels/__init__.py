@@ -16,7 +16,7 @@ def layers_for(mesh: Mesh, model: ConfigDict) -> Layers | None:
 def why_slow(mesh: Mesh, model: ConfigDict) -> str:
     """Return one line about layers that could be faster and why they are not; else an empty string."""
     reason = native.unavailable() if _could_be_ours(mesh, model) else ""
-    return reason and f"using XLA's convolutions, which take about six times as long as the compiled ones: {reason}"
+    return reason and f"using XLA's convolutions, which take about three times as long as the compiled ones: {reason}"
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

@@ -46,7 +46,7 @@ def unavailable() -> str:
     functions = ctypes.CDLL(str(_LIBRARY))
     functions.sources_digest.restype = ctypes.c_char_p
     sources = [Path(__file__).with_name(name) for name in SOURCES]
-    if sources[0].exists():  # not where a wheel was installed
+    if all(source.exists() for source in sources):
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         if functions.sources_digest() != digest.encode():
             return "they were compiled from other sources: install resnet_jax again"

@@ -43,6 +43,7 @@ def collect() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "host": platform.node(),
+        "cpu": _cpu(),
         "cpu_count": host.usable_cores(),
         "backend": devices[0].platform,
         "devices": [device.device_kind for device in devices],
@@ -57,6 +58,17 @@ def peak_memory_bytes() -> dict[str, int | None]:
     status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return {"host": int(peak[1]) * 1024 if peak else None, "device": device.get("peak_bytes_in_use")}
+
+
+def _cpu() -> str:
+    """The processor's name, its family and model, which tell what a cloud's name hides, and the vectors that it has."""
+    path = Path("/proc/cpuinfo")
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", path.read_text(), re.MULTILINE)) if path.exists() else {}
+    if "cpu family" not in fields:
+        return platform.processor() or platform.machine()
+    flags = fields["flags"].split()
+    vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']}, {vectors})"
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -99,6 +99,18 @@ def test_why_the_compiled_functions_are_not_used_is_told(monkeypatch, tmp_path):
 
 
 @needs_native
+def test_functions_compiled_from_other_sources_are_not_used(monkeypatch, tmp_path):
+    for name in native.SOURCES:
+        (tmp_path / name).write_text("changed")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.unavailable.cache_clear()
+    try:
+        assert native.unavailable() == "they were compiled from other sources: install resnet_jax again"
+    finally:
+        native.unavailable.cache_clear()
+
+
+@needs_native
 def test_functions_compiled_for_a_later_jax_are_not_used(monkeypatch, tmp_path):
     header = tmp_path / "xla/ffi/api/c_api.h"
     header.parent.mkdir(parents=True)

@@ -1,0 +1,20 @@
+"""What `environment.json` says of the machine."""
+
+from pathlib import Path
+
+from resnet_jax.runs import environment
+
+
+def test_the_processor_is_named_with_what_a_clouds_name_hides(monkeypatch):
+    text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx avx2\n\nprocessor\t: 1\n"
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    assert environment._cpu() == "AMD EPYC (family 25, model 1, AVX2)"
+    monkeypatch.setattr(Path, "read_text", lambda path: text.replace("avx2", "avx2 avx512f"))
+    assert environment._cpu() == "AMD EPYC (family 25, model 1, AVX-512)"
+
+
+def test_without_proc_the_system_says_which_processor(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(environment.platform, "processor", lambda: "arm")
+    assert environment._cpu() == "arm"
