@@ -39,6 +39,9 @@ class Dataset(NamedTuple):
     fingerprint: str
 
 
+_DECODER = 2  # counts the versions of `images`: what an earlier one decoded is decoded again
+
+
 def load(config: ConfigDict) -> Dataset:
     """Load the data set that `config.data` names.
 
@@ -70,8 +73,8 @@ def _read(config: ConfigDict) -> Arrays:
         return {key: arrays[key] for key in KEYS}
     if source == "folder":
         folder = Path(os.path.realpath(os.path.expanduser(path)))
-        images = sources.list_folder(folder)
-        return _cached(config, folder, [i.path for i in images], lambda: sources.read_folder(images, config.image_size))
+        files = sources.list_folder(folder)
+        return _cached(config, folder, [f.path for f in files], lambda: sources.read_folder(files, config.image_size))
     builder = sources.prepared_tfds_builder(config.name, config.data_dir)
     folder = Path(builder.data_path)
     read = partial(sources.read_tfds, builder, config.image_size, config.num_threads)
@@ -176,7 +179,7 @@ def _check_own(dataset: Dataset) -> None:
 def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
     """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    key = hashlib.sha256(repr((state, config.image_size)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_DECODER, state, config.image_size)).encode()).hexdigest()[:16]
     directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else host.cache_dir()
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
     if path.exists():

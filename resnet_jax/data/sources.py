@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data import sampling
+from resnet_jax.data import images, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow
 from resnet_jax.errors import UserError
 
@@ -26,12 +26,12 @@ def read_digits() -> Arrays:
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
+    pixels, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
     train, test = sampling.stratified_split(labels, 0.2, seed=0)
     return {
-        "train_images": images[train],
+        "train_images": pixels[train],
         "train_labels": labels[train],
-        "test_images": images[test],
+        "test_images": pixels[test],
         "test_labels": labels[test],
         "class_names": np.array([str(name) for name in digits.target_names]),
     }
@@ -71,28 +71,30 @@ class LabelledFile(NamedTuple):
 
 
 def list_folder(folder: Path) -> list[LabelledFile]:
-    """List the images of a folder with train/<class>/* and test/<class>/*, sorted.
+    """List the images of a folder with train/<class>/* and test/<class>/*, sorted, also those in folders within a class.
 
     Raises:
         UserError: if a part is missing, a part or a class is empty, or test has a class that train does not have.
     """
     files = []
+    others = 0
     for part in ("train", "test"):
         classes = sorted((folder / part).glob("[!.]*/"))
         if not classes:
             raise UserError(f"{folder / part} holds no images: put them in {folder / part}/<class>/")
         for directory in classes:
-            images = [
-                path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")
-            ]
-            if not images:
-                raise UserError(f"{directory} holds no images: add some, or remove the folder")
-            files += [LabelledFile(path, part, directory.name) for path in images]
+            found, others_here = images.find(directory)
+            others += others_here
+            if not found:
+                raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
+            files += [LabelledFile(path, part, directory.name) for path in found]
     unseen = sorted({f.label for f in files if f.part == "test"} - {f.label for f in files if f.part == "train"})
     if unseen:
         raise UserError(
             f"{folder / 'test'} has classes that {folder / 'train'} does not have: {', '.join(unseen)}: add them to train, or remove them"
         )
+    if others:
+        print(f"{folder}: left out {others} file{'s' * (others > 1)} that are no images ({images.NAMES})")
     return files
 
 
@@ -100,55 +102,45 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
     """Decode the images of a folder; the classes are the names of train's folders, sorted.
 
     Raises:
-        UserError: if a file is not an image, or the images' sizes differ and `image_size` is 0.
+        UserError: if files are not images, all of which it names, or the images' sizes differ and `image_size` is 0.
     """
     class_names = sorted({file.label for file in files if file.part == "train"})
     arrays: Arrays = {"class_names": np.array(class_names)}
+    unreadable = []
     for part in ("train", "test"):
-        images = []
         members = [file for file in files if file.part == part]
+        decoded = []
         for file in members:
             try:
-                with Image.open(file.path) as image:
-                    images.append(_to_uint8(image, image_size))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"{file.path} cannot be read as an image ({error}): fix or remove it") from error
-        arrays[f"{part}_images"] = _stack(images)
+                decoded.append(_as_array(images.read(file.path), image_size))
+            except Exception as error:  # a decoder can raise anything on hostile bytes
+                unreadable.append(f"{file.path} ({error or type(error).__name__})")
+        arrays[f"{part}_images"] = np.zeros((0, 0, 0, 3), np.uint8) if unreadable else _stack(decoded)
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
+    if unreadable:
+        count = f"{len(unreadable)} files cannot" if len(unreadable) > 1 else "one file cannot"
+        raise UserError(f"{count} be read as images: {', '.join(unreadable)}: fix or remove them")
     return arrays
 
 
-def _to_uint8(image: Image.Image, image_size: int) -> np.ndarray:
-    """Convert an image to uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and crops the centre."""
-    if image.mode[0] in "IF":
-        raise ValueError(f"its pixels are not of 8 bits (mode {image.mode})")
-    image = image.convert("RGB")
-    return np.asarray(fit(image, (image_size, image_size)) if image_size else image)
+def _as_array(image: Image.Image, image_size: int) -> np.ndarray:
+    """Convert an RGB image to uint8 [H, W, 3]; `image_size` > 0 scales the shorter side to it and crops the centre."""
+    return np.asarray(images.fit(image, (image_size, image_size)) if image_size else image)
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale an image, bilinearly, until it just covers (height, width), and crop the centre."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    new_height, new_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    x, y = (new_width - width) // 2, (new_height - height) // 2
-    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    return image.crop((x, y, x + width, y + height))
-
-
-def _stack(images: list[np.ndarray]) -> np.ndarray:
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     """Stack images of one size into one array.
 
     Raises:
         UserError: if their sizes differ.
     """
-    sizes = sorted({image.shape[:2] for image in images})
+    sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1:
         raise UserError(
             f"the images have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]}: set config.data.image_size to resize "
             "them"
         )
-    return np.stack(images)
+    return np.stack(arrays)
 
 
 def prepared_tfds_builder(name: str, data_dir: str) -> Any:
@@ -198,18 +190,18 @@ def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
             f"decoding {builder.info.splits[split].num_examples} images of {builder.name}'s {split} split", flush=True
         )
         examples = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
-        images, labels = [], []
+        decoded, labels = [], []
         try:
             for example in tfds.as_numpy(examples):
                 pixels = example["image"]
                 image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-                images.append(_to_uint8(image, image_size))
+                decoded.append(_as_array(images.to_rgb(image), image_size))
                 labels.append(example["label"])
         except tf.errors.OpError as error:
             raise UserError(
                 f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"
             ) from error
-        arrays[f"{part}_images"] = _stack(images)
+        arrays[f"{part}_images"] = _stack(decoded)
         arrays[f"{part}_labels"] = np.array(labels, np.int32)
     return arrays
 

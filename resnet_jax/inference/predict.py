@@ -2,9 +2,9 @@
 
     python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
-A FILE is a PNG, JPEG or WebP image, a folder of images (searched recursively), a pattern, or an .npz with an array
-`images` or a single array. Grey, palette and 16-bit images become RGB, transparent images get a white background, and
-the camera's rotation is applied.
+A FILE is a PNG, JPEG, WebP, BMP, GIF or TIFF image, a folder of images (searched recursively), a pattern, or an .npz with an
+array `images` or a single array. Training reads the images of a folder in the same way: grey, palette and 16-bit images become RGB,
+transparent images get a white background, and the camera's rotation is applied.
 """
 
 import argparse
@@ -12,47 +12,21 @@ import csv
 import glob
 import io
 import json
-import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.data import images
 from resnet_jax.errors import UserError
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files
 from resnet_jax.runs.exits import report
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-_FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other readers start programs or are rarely fuzzed
-
-
-def read_image(source: Path | IO[bytes], max_pixels: float = math.inf) -> np.ndarray:
-    """Read an image file in its displayed orientation: uint8 [H, W, 3].
-
-    Raises:
-        OSError, ValueError: if it cannot be read, or has more than `max_pixels` pixels.
-    """
-    with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_FORMATS) as opened:
-        if opened.width * opened.height > max_pixels:
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than the limit of {max_pixels:,}")
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):  # 16 bits of grey
-            grey = np.asarray(image)
-            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"its pixels do not have 8 or 16 bits (mode {image.mode})")
-            image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
 
 
 def read_npz(path: Path) -> np.ndarray:
@@ -85,13 +59,14 @@ def listed(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(os.path.expanduser(argument))
         if path.is_dir():
-            inside = [Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names]
-            matches = sorted(p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file())
+            matches, others = images.find(path, _refuse)
+            if others:
+                print(f"{path}: left out {others} file{'s' * (others > 1)} that are no images", file=sys.stderr)
         else:
             matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             raise UserError(
-                f"{argument} names no image: give PNG, JPEG or WebP files, a folder of them, a pattern, or an .npz"
+                f"{argument} names no image: give files ({images.NAMES}), a folder of them, a pattern, or an .npz"
             )
         files += matches
     return files
@@ -113,7 +88,7 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
                 batch = as_batch(read_npz(path))
                 names += [f"{path}[{i}]" for i in range(len(batch))]
             else:
-                batch = as_batch(read_image(path))
+                batch = as_batch(np.asarray(images.read(path)))
                 names.append(str(path))
             batches.append(batch)
         except Exception as error:  # a decoder can raise anything on hostile bytes
@@ -207,9 +182,9 @@ def show(arguments: argparse.Namespace) -> None:
 
     files = listed(arguments.files)
     model = trained_model.load(arguments.run, arguments.checkpoint)
-    names, images, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
+    names, batches, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
     rows = []
-    for name, row in zip(names, model.predict(images, arguments.flip).probabilities, strict=True):
+    for name, row in zip(names, model.predict(batches, arguments.flip).probabilities, strict=True):
         most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
         rows.append((name, [(model.class_names[i], float(row[i])) for i in most_likely]))
     arguments.write(sys.stdout, rows)

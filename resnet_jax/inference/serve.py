@@ -22,6 +22,7 @@ from PIL import Image
 
 from resnet_jax import host
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.data import images
 from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
 
 MAX_BYTES = 10_000_000  # of an upload
-_MAX_PIXELS = 50_000_000  # of an image: a small file can decode to billions
 _TOP = 5
 _SAMPLES = 12  # fill 2, 3, 4 or 6 columns evenly
 
@@ -82,16 +82,16 @@ def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     Raises:
         ValueError: if it is not an image that can be read; the message is for the user of the page.
     """
-    from resnet_jax.inference import predict, trained_model
+    from resnet_jax.inference import trained_model
 
     try:
-        return trained_model.as_batch(predict.read_image(io.BytesIO(upload), _MAX_PIXELS), image_shape)
+        return trained_model.as_batch(np.asarray(images.read(io.BytesIO(upload))), image_shape)
     except Exception as error:  # a decoder can raise anything on hostile bytes
         if isinstance(error, Image.DecompressionBombError):
-            raise ValueError(f"This image cannot be used: it has more than {_MAX_PIXELS:,} pixels.") from error
+            raise ValueError(f"This image cannot be used: it has more than {images.MAX_PIXELS:,} pixels.") from error
         if isinstance(error, ValueError):
             raise ValueError(f"This image cannot be used: {error}.") from error
-        raise ValueError("This file cannot be read. Use a PNG, JPEG or WebP image.") from error
+        raise ValueError(f"This file cannot be read. Use an image: {images.NAMES}.") from error
 
 
 def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:

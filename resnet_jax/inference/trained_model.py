@@ -27,14 +27,13 @@ from safetensors import safe_open
 
 from resnet_jax import config as config_lib
 from resnet_jax import kernels, models, steps, train_state
-from resnet_jax.data import sources
+from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration
 from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 
 _LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
-_LONGEST = 1000  # the largest ratio of an image's sides, for images that are scaled
 
 
 class Predictions(NamedTuple):
@@ -210,14 +209,14 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale and crop an image [H, W, 3] of uint8 or float32 to another size."""
-    if max(image.shape[:2]) > _LONGEST * min(image.shape[:2]):  # the scaled image would fill the memory
+    if max(image.shape[:2]) > images_lib.MAX_RATIO * min(image.shape[:2]):  # the scaled image would fill the memory
         raise ValueError(
-            f"an image has shape {image.shape}: one side may be at most {_LONGEST} times as long as the other"
+            f"an image has shape {image.shape}: one side may be at most {images_lib.MAX_RATIO} times as long as the other"
         )
     if image.dtype == np.uint8:
-        return np.asarray(sources.fit(Image.fromarray(image), size))
+        return np.asarray(images_lib.fit(Image.fromarray(image), size))
     return np.stack(
-        [np.asarray(sources.fit(Image.fromarray(channel), size)) for channel in np.moveaxis(image, 2, 0)], 2
+        [np.asarray(images_lib.fit(Image.fromarray(channel), size)) for channel in np.moveaxis(image, 2, 0)], 2
     )
 
 

@@ -99,48 +99,6 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_shown(run, folde
     assert [row["file"][-5:] for row in json.loads(out)] == ["a.png", "b.JPG", "c.png"]
 
 
-RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def test_images_are_read_as_people_see_them(tmp_path):
-    path = tmp_path / "image.png"
-
-    def read(image, **more):
-        image.save(path, "PNG", **more)
-        return predict.read_image(path)
-
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert (read(Image.fromarray(grey)) == grey[..., None]).all()
-    assert (read(Image.fromarray(grey.astype(np.uint16) * 257)) == grey[..., None]).all()
-    assert (read(Image.fromarray(grey > 99)) == 255 * (grey > 99)[..., None]).all()
-    half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    half.putpixel((1, 0), (0, 0, 0, 0))
-    assert read(half).tolist() == [[[*RED], [*WHITE]]]
-    assert read(half.convert("P")).tolist()[0][0] == [*RED]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([*RED, 0, 0, 255])
-    palette.putpixel((1, 0), 1)
-    assert read(palette).tolist() == [[[*RED], [0, 0, 255]]]
-    assert read(palette, transparency=1).tolist() == [[[*RED], [*WHITE]]]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_cameras_rotation_is_undone(tmp_path, orientation):
-    upright = np.zeros((8, 16, 3), np.uint8)
-    upright[:4, :8] = 255  # the upper left is white
-    undo = [None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_90,
-            Image.TRANSVERSE, Image.ROTATE_270]  # fmt: skip
-    stored = Image.fromarray(upright)
-    if (way := undo[orientation - 1]) is not None:
-        stored = stored.transpose(way)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
-    found = predict.read_image(tmp_path / "photo.jpg")
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).mean() < 5
-
-
 # Unlabelled images
 
 

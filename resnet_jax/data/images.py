@@ -1,0 +1,94 @@
+"""The one reader of image files, for training, evaluation, prediction and the page: all see the same pixels."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's other readers start programs or are rarely fuzzed
+NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+MAX_PIXELS = 100_000_000  # of an image: a small file can decode to billions
+MAX_RATIO = 1000  # of an image's sides: scaled to cover a square, a narrower one would fill the memory
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def read(source: Path | IO[bytes]) -> Image.Image:
+    """Read an image file as people see it, in RGB: turned as its camera says, on white where it is transparent.
+
+    Of several frames it reads the first. 16 bits are rounded to 8.
+
+    Raises:
+        OSError, ValueError, SyntaxError: if it cannot be read, is of another format, or has too many pixels or too narrow a shape.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"it has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise ValueError(
+                f"it has {width} x {height} pixels: one side may be at most {MAX_RATIO} times as long as the other"
+            )
+        return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, on white where it is transparent; 16 bits of grey are rounded to 8.
+
+    Raises:
+        ValueError: if its pixels have neither 8 nor 16 bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its pixels do not have 8 or 16 bits (mode {image.mode})")
+        image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale an image, bilinearly, until it just covers (height, width), and crop the centre."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    new_height, new_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    x, y = (new_width - width) // 2, (new_height - height) // 2
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    return image.crop((x, y, x + width, y + height))
+
+
+def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tuple[list[Path], int]:
+    """Find the images in a folder and the folders within it: their paths, sorted, and the number of other files.
+
+    Hidden files and folders, and what macOS and Windows leave behind, are passed over and not counted.
+    """
+    found, others = [], 0
+    for directory, folders, names in os.walk(folder, onerror=onerror):
+        folders[:] = [name for name in folders if not _is_left_behind(name)]
+        for name in names:
+            path = Path(directory, name)
+            if _is_left_behind(name):
+                continue
+            if path.is_file() and (path.suffix.lower() in _SUFFIXES or _has_image_header(path)):
+                found.append(path)
+            else:
+                others += 1
+    return sorted(found), others
+
+
+def _is_left_behind(name: str) -> bool:
+    return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
+
+
+def _has_image_header(path: Path) -> bool:
+    """Whether a file without an image's suffix starts like an image."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # a reader can raise anything for other files
+        return False
