@@ -21,8 +21,9 @@ import scipy.special
 from absl import logging
 from flax import traverse_util
 from jax import export
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from resnet_jax import config as config_lib
@@ -34,6 +35,7 @@ from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 
 _LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
+_ROUNDING = 1e-5  # by which floats may leave 0..1
 
 
 class Predictions(NamedTuple):
@@ -104,8 +106,9 @@ class Model:
         """Predict the class probabilities of images.
 
         Args:
-            images: an array [H, W, C] or [N, H, W, C], or a list of arrays of any sizes; C is 3, or 1 for grey. uint8
-                in 0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
+            images: an image of Pillow, an array [H, W], [H, W, C] or [N, H, W, C], or a list of these of any sizes; an empty list
+                has no predictions. C is 3, 1 for grey, or 4 with transparency, which becomes white. uint8 in 0..255, or floats in
+                0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
                 cover it, and the centre is cropped.
             flip: average the logits of each image and its mirror.
 
@@ -187,20 +190,31 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
         if len({part.dtype for part in parts}) > 1:
             parts = [part / np.float32(255) if part.dtype == np.uint8 else part for part in parts]
         return np.concatenate(parts) if parts else np.zeros((0, *image_shape), np.uint8)
+    if isinstance(images, Image.Image):
+        images = images_lib.to_rgb(ImageOps.exif_transpose(images))
     array = np.asarray(images)
+    array = array[..., None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
-    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
-        raise ValueError(f"images have shape {np.shape(images)}: they must be [N, H, W, C] or [H, W, C] with C 3 or 1")
+    if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or 0 in array.shape[1:]:
+        raise ValueError(
+            f"images have shape {np.shape(images)}: they must be [N, H, W, C], [H, W, C] or [H, W], with C 3, 4 or 1"
+        )
     if np.issubdtype(array.dtype, np.floating):
-        if array.size and not (array.min() >= 0 and array.max() <= 1):  # true for nan too
+        if array.size and not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):  # true for nan too
             raise ValueError(
                 f"float images have values from {array.min():g} to {array.max():g}: they must be in 0..1, or uint8"
             )
-        array = array.astype(np.float32)
+        array = array.clip(0, 1).astype(np.float32)
     elif array.dtype != np.uint8:
         raise ValueError(f"images are {array.dtype}: they must be uint8 in 0..255 or floats in 0..1")
     if array.shape[3] == 1:
         array = np.repeat(array, 3, axis=3)
+    if array.shape[3] == 4 and array.dtype == np.uint8:
+        opaque = [np.asarray(images_lib.to_rgb(Image.fromarray(image))) for image in array]
+        array = np.stack(opaque) if opaque else array[..., :3]
+    elif array.shape[3] == 4:
+        alpha = array[..., 3:]
+        array = array[..., :3] * alpha + (1 - alpha)
     if array.shape[1:] != image_shape:
         fitted = [_fit(image, image_shape[:2]) for image in array]
         array = np.stack(fitted) if fitted else np.zeros((0, *image_shape), array.dtype)
@@ -252,8 +266,11 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
         if "class_names" not in meta:
             raise UserError(f"{directory} is from an old version whose checkpoints have no class names: train it again")
         config, image_shape = stored_config.from_json(meta["config"]), tuple(meta["image_shape"])
-        # The state needs a schedule, which is not used here: any number of steps per epoch works.
-        like = train_state.create(config, len(meta["class_names"]), image_shape, 1.0, train_state.make_mesh(1))
+        mesh = train_state.make_mesh(1)
+        # Shapes suffice. The state needs a schedule, which is not used here: any number of steps per epoch works.
+        shapes = jax.eval_shape(partial(train_state.create, config, len(meta["class_names"]), image_shape, 1.0, mesh))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
         state, _ = checkpoints.restore(step, like)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     temperatures = calibration.temperatures(directory, step)

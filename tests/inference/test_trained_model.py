@@ -78,8 +78,24 @@ def test_floats_and_grey_and_lists_say_the_same(model, images):
         [few[0], few[1:] / 255],
         few[..., :1],
         [few[:2], few[2:]],
+        [image[..., 0] for image in few],
+        [Image.fromarray(image) for image in few],
+        np.concatenate([few, np.full_like(few[..., :1], 255)], axis=3),
+        np.concatenate([few / 255, np.ones_like(few[..., :1])], axis=3),
+        few / 255 * np.float32(1 + 1e-6),
     ):
         np.testing.assert_allclose(model.predict(same).probabilities, expected, atol=1e-5)
+
+
+def test_what_is_transparent_is_white(model, images):
+    white, hidden = images[:1].copy(), np.concatenate([images[:1], np.full_like(images[:1, ..., :1], 255)], axis=3)
+    white[:, :4], hidden[:, :4, :, 3] = 255, 0
+    for same in (hidden, hidden / 255, Image.fromarray(hidden[0])):
+        np.testing.assert_allclose(model.logits(same), model.logits(white), atol=1e-4)
+
+
+def test_an_empty_list_has_no_predictions(model):
+    assert model.predict([]).probabilities.shape == (0, 10)
 
 
 def test_flip_averages_the_logits_of_an_image_and_its_mirror(model, images):
@@ -150,14 +166,15 @@ def test_saliency_takes_what_predict_takes(model, images):
     ("images", "words"),
     [
         (np.zeros((8, 8), np.uint8), "must be"),
-        (np.zeros((2, 8, 8, 4), np.uint8), "with C 3 or 1"),
+        (np.zeros((2, 8, 8, 2), np.uint8), "with C 3, 4 or 1"),
         (np.zeros((0, 0, 3), np.uint8), "must be"),
         (np.full((8, 8, 3), 255.0), "have values from 255 to 255: they must be in 0..1, or uint8"),
         (np.full((8, 8, 3), np.nan), "must be in 0..1"),
         (np.full((8, 8, 3), 1e300), "have values from 1e\\+300 to 1e\\+300"),
         (np.zeros((8, 8, 3), np.int64), "images are int64: they must be uint8 in 0..255 or floats in 0..1"),
         ("cat.png", "must be"),
-        ([np.zeros((8, 8))], "must be"),
+        ([np.zeros(8)], "must be"),
+        (np.full((8, 8, 3), 1.0001), "must be in 0..1"),
         (np.zeros((1, 1001, 3), np.uint8), "one side may be at most 1000 times as long as the other"),
         (None, "must be"),
     ],
