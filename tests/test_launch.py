@@ -1,13 +1,16 @@
 import atexit
 import functools
+import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_user_error, launch
+from helpers import ROOT, assert_user_error, launch, launch_here, mistake_of_tool
 from PIL import Image
 
 FINAL = f"--config={ROOT}/configs/final.py"
@@ -15,7 +18,7 @@ QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
 
 SMOKE = [f"--config={ROOT}/configs/final.py:smoke"]
 
-# What is typed -> words of the one line that answers. All of it is found before JAX is imported.
+# What is typed -> words of the one line that answers.
 MISTAKES = {
     "no config": ([], ["--config is missing", "--config configs/final.py"]),
     "two configs": ([FINAL, QUICKSTART], ["--config is given 2 times", "once"]),
@@ -91,10 +94,24 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_file(here, mistake):
+def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_file(here, capfd, mistake):
     arguments, words = MISTAKES[mistake]
-    assert_user_error(launch(*arguments), *words)
+    line = mistake_of_tool(capfd, *arguments, program=launch_here)
+    assert all(word in line for word in words), line
     assert list(here.iterdir()) == []
+
+
+def test_mistakes_on_the_command_line_are_found_before_jax_is_imported():
+    program = (
+        "import json, sys; import launch; from resnet_jax.errors import UserError\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: launch.main(arguments)\n"
+        "    except UserError: print('jax' in sys.modules)"
+    )
+    mistakes = json.dumps([arguments for arguments, _ in MISTAKES.values()])
+    done = subprocess.run([sys.executable, "-c", program, mistakes], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["False"] * len(MISTAKES)
 
 
 @pytest.mark.parametrize("mistake", CONFIG_FILES)
@@ -110,8 +127,7 @@ def trained_once():
     """A finished run, for every test of this session."""
     directory = Path(tempfile.mkdtemp()) / "run"
     atexit.register(shutil.rmtree, directory.parent)
-    done = launch(*SMOKE, "--workdir", directory)
-    assert done.returncode == 0, done.stderr
+    launch_here(*SMOKE, "--workdir", directory)
     return directory
 
 
@@ -366,13 +382,19 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("mistake", DEEPER_MISTAKES)
-def test_a_mistake_that_only_data_machine_or_run_show_is_one_line_and_leaves_no_file(here, mistake):
+def test_a_mistake_that_only_data_machine_or_run_show_is_one_line_and_leaves_no_file(here, capfd, monkeypatch, mistake):
     prepare, arguments, environment, words = DEEPER_MISTAKES[mistake]
     if prepare:
         prepare(here)
     before = contents(here)
-    config = [] if SMOKE[0] in arguments else [QUICKSTART]
-    assert_user_error(launch(*config, "--workdir=run", *arguments, **environment), *words)
+    arguments = [*([] if SMOKE[0] in arguments else [QUICKSTART]), "--workdir=run", *arguments]
+    if "--distributed" in arguments or any(name.startswith("JAX") for name in environment):  # JAX starts once a process
+        assert_user_error(launch(*arguments, **environment), *words)
+    else:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        line = mistake_of_tool(capfd, *arguments, program=launch_here)
+        assert all(word in line for word in words), line
     assert contents(here) == before
 
 

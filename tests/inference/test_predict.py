@@ -344,4 +344,5 @@ def test_what_cannot_be_printed_ends_the_tool(run, tmp_path, target, code, words
         )  # fmt: skip
     os.close(writer)
     assert done.returncode == code
-    assert done.stderr.startswith(words) and len(done.stderr.splitlines()) == bool(words)
+    assert done.stderr.startswith(words)
+    assert len(done.stderr.splitlines()) == bool(words)
