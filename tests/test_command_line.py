@@ -99,6 +99,9 @@ def test_a_mistake_in_the_flags_of_a_tool_is_one_line(name, arguments, capsys):
         (["weights"], "there is no tool 'weights': did you mean weights load or weights save?"),
         (["weights", "swap"], "there is no tool 'weights swap': did you mean weights load or weights save?"),
         (["x"], "there is no tool 'x': give one of train, eval"),
+        (["search", "reprot", "--study=a"], "there is no tool 'search reprot': did you mean search report?"),
+        (["train", "final"], "unrecognized arguments: final: did you mean --config final? See"),
+        (["train", "--config", "finl"], "--config finl is not a file: did you mean final? Give a config file"),
     ],
 )
 def test_an_unknown_tool_is_one_line(arguments, words, capsys):

@@ -107,7 +107,7 @@ class Model:
         Args:
             images: an array [H, W, C] or [N, H, W, C], or a list of arrays of any sizes; C is 3, or 1 for grey. uint8
                 in 0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
-                cover it, and the centre is cropped.
+                cover it, and the centre is cropped. An empty list, or N = 0, gives empty predictions: [0, num_classes].
             flip: average the logits of each image and its mirror.
 
         Raises:

@@ -143,6 +143,13 @@ def test_saliency_takes_what_predict_takes(model, images):
         model.saliency(np.zeros((8, 8), np.uint8))
 
 
+def test_no_images_give_no_predictions(model, images):
+    for none in ([], images[:0]):
+        predictions = model.predict(none)
+        assert predictions.probabilities.shape == (0, 10)
+        assert (predictions.labels.shape, predictions.names) == ((0,), [])
+
+
 # Mistakes
 
 
