@@ -4,20 +4,34 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # tiny programs too
 
 from pathlib import Path
 
 import jax
 import pytest
-from helpers import make_tiny_config
+from helpers import made_once, make_tiny_config
 from ml_collections import ConfigDict
 
 from configs import final
-from resnet_jax import host, training
+from resnet_jax import host, models, optim, steps, training
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(host.cache_dir() / "xla-tests"))
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+# Tracing and compiling the step is most of a tiny run. Runs of equal configs share their programs, in all tests of a process;
+# those in which a process ends and another one resumes are in test_end_to_end.py and fault_injection/.
+for module, name in (
+    (models, "from_config"),
+    (optim, "make_schedule"),
+    (optim, "make_optimizer"),
+    (steps, "jit_train_step"),
+    (steps, "jit_train_steps"),
+    (steps, "jit_eval_step"),
+):
+    setattr(module, name, made_once(getattr(module, name)))
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+import launch as launch_py
 from configs import quickstart
+from resnet_jax import train_state
 from resnet_jax.cli.tools import main as resnet_jax
 from resnet_jax.runs.exits import exit_on_user_error
 
@@ -34,6 +38,45 @@ def make_tiny_config(cache_dir: str) -> ConfigDict:
     config.model.block_list = (1, 1)
     config.data.cache_dir = cache_dir
     return config
+
+
+def key_of(value: Any) -> Any:
+    """Something that is equal for equal configs, and for the same functions of equal configs."""
+    if isinstance(value, ConfigDict):
+        return value.to_json_best_effort(sort_keys=True)
+    if isinstance(value, partial):
+        return (
+            value.func,
+            tuple(map(key_of, value.args)),
+            tuple((k, key_of(v)) for k, v in sorted(value.keywords.items())),
+        )
+    return value
+
+
+def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, except that equal arguments give the very object that they gave before.
+
+    It is made from a copy of the config, which a test may go on to change.
+    """
+    made: dict[Any, Any] = {}
+
+    @wraps(function)
+    def make(*arguments: Any, **named: Any) -> Any:
+        key = tuple(map(key_of, arguments)), tuple((k, key_of(v)) for k, v in sorted(named.items()))
+        if key not in made:
+            copies = [
+                value.copy_and_resolve_references() if isinstance(value, ConfigDict) else value for value in arguments
+            ]
+            made[key] = function(*copies, **named)
+        return made[key]
+
+    return make
+
+
+def make_state(config: ConfigDict, *arguments: Any) -> train_state.TrainState:
+    """What `train_state.create` returns, by one program, as in `setup`, in place of one for each array."""
+    state: train_state.TrainState = jax.jit(partial(train_state.create, config, *arguments))()
+    return state
 
 
 def launch(
@@ -59,12 +102,21 @@ def tool(*arguments: object) -> None:
         resnet_jax(list(map(str, arguments)))
 
 
-def mistake_of_tool(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def launch_here(*arguments: object) -> None:
+    """Run `launch.py` in this process; as for a user, a mistake is one line on stderr and exit code 2."""
+    with exit_on_user_error():
+        launch_py.main(list(map(str, arguments)))
+
+
+def mistake_of_tool(
+    capture: pytest.CaptureFixture[str], *arguments: object, program: Callable[..., None] = tool
+) -> str:
     """Run a tool in this process with a mistake: exit code 2, and one line on stderr, which is returned."""
+    capture.readouterr()
     with pytest.raises(SystemExit) as stop:
-        tool(*arguments)
+        program(*arguments)
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capture.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
 

@@ -1,13 +1,16 @@
 import atexit
 import functools
+import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_user_error, launch
+from helpers import ROOT, assert_user_error, launch, launch_here, mistake_of_tool
 from PIL import Image
 
 FINAL = f"--config={ROOT}/configs/final.py"
@@ -15,7 +18,7 @@ QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
 
 SMOKE = [f"--config={ROOT}/configs/final.py:smoke"]
 
-# What is typed -> words of the one line that answers. All of it is found before JAX is imported.
+# What is typed -> words of the one line that answers.
 MISTAKES = {
     "no config": ([], ["--config is missing", "--config configs/final.py"]),
     "two configs": ([FINAL, QUICKSTART], ["--config is given 2 times", "once"]),
@@ -24,21 +27,39 @@ MISTAKES = {
     "override without a config": (["--config.seed=1"], ["--config is missing"]),
     "override without a value": ([FINAL, "--config.seed"], ["--config.seed has no value", "--config.seed=VALUE"]),
     "a config that is not there": (["--config=configs/none.py"], ["configs/none.py is not a file", "final, found_cpu"]),
-    "a config of no name": (["--config=finale"], ["--config finale is not a file", "one of final, found_cpu"]),
+    "a config of no name": (
+        ["--config=finale"],
+        ["--config finale is not a file: did you mean final?", "or one of final"],
+    ),
     "a shipped config's unknown variant": (["--config=final:fast"], ["final.py takes :full or :smoke, not :fast"]),
     "unknown field": ([FINAL, "--config.batchsize=3"], ["batchsize", "did you mean", "batch_size"]),
     "unknown field of a section": ([FINAL, "--config.optim.learningrate=3"], ["learningrate", "learning_rate"]),
     "a number for a section": ([FINAL, "--config.data=3"], ["config.data is not a field"]),
-    "text for a whole number": ([FINAL, "--config.batch_size=many"], ["--config.batch_size=many", "int"]),
-    "a fraction for a whole number": ([FINAL, "--config.batch_size=1.5"], ["--config.batch_size=1.5", "int"]),
-    "true for a whole number": ([FINAL, "--config.batch_size=True"], ["--config.batch_size=True", "int"]),
-    "text for a number": ([FINAL, "--config.num_epochs=long"], ["--config.num_epochs=long", "float"]),
+    "text for a whole number": (
+        [FINAL, "--config.batch_size=many"],
+        ["config.batch_size is 'many': it must be a whole number"],
+    ),
+    "a fraction for a whole number": (
+        [FINAL, "--config.batch_size=1.5"],
+        ["config.batch_size is '1.5': it must be a whole number"],
+    ),
+    "true for a whole number": (
+        [FINAL, "--config.batch_size=True"],
+        ["config.batch_size is 'True': it must be a whole number"],
+    ),
+    "text for a number": (
+        [FINAL, "--config.num_epochs=long"],
+        ["config.num_epochs is 'long': it must be a number > 0"],
+    ),
     "text in a tuple": (
         [FINAL, "--config.model.block_list=(3,'five',3,0)"],
         ["config.model.block_list is (3, 'five', 3, 0)", "a tuple of one or more whole numbers from 0 to 65536"],
     ),
     "a fraction in a tuple": ([FINAL, "--config.model.block_list=(3,5.5,3,0)"], ["config.model.block_list is (3, 5.5"]),
-    "an open tuple": ([FINAL, "--config.model.block_list=(3,5"], ["--config.model.block_list=(3,5", "tuple"]),
+    "an open tuple": (
+        [FINAL, "--config.model.block_list=(3,5"],
+        ["config.model.block_list is '(3,5': it must be a tuple of"],
+    ),
     "two of three channels": ([FINAL, "--config.data.mean=(0.5,0.5)"], ["config.data.mean is (0.5, 0.5)", "three"]),
     "no number": ([FINAL, "--config.num_epochs=nan"], ["config.num_epochs is nan", "a number > 0"]),
     "no end": ([FINAL, "--config.optim.learning_rate=inf"], ["config.optim.learning_rate is inf", "a number > 0"]),
@@ -51,6 +72,7 @@ MISTAKES = {
         ["config.optim.momentum is missing", "config.optim.name 'sgd' needs"],
     ),
     "stray argument": ([FINAL, "train"], ["unrecognized arguments: train", "see python launch.py --help"]),
+    "a config without its flag": ([QUICKSTART, "final:smoke"], ["did you mean --config final:smoke?", "--help"]),
     "unknown flag": ([FINAL, "--epochs=3"], ["unrecognized arguments: --epochs=3", "see python launch.py --help"]),
     "unknown mode": ([FINAL, "--mode=test"], ["--mode", "invalid choice: 'test'", "train"]),
     "a profile of no steps": ([FINAL, "--profile=3:0"], ["--profile '3:0' must be START:COUNT"]),
@@ -91,10 +113,24 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_file(here, mistake):
+def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_file(here, capfd, mistake):
     arguments, words = MISTAKES[mistake]
-    assert_user_error(launch(*arguments), *words)
+    line = mistake_of_tool(capfd, *arguments, program=launch_here)
+    assert all(word in line for word in words), line
     assert list(here.iterdir()) == []
+
+
+def test_mistakes_on_the_command_line_are_found_before_jax_is_imported():
+    program = (
+        "import json, sys; import launch; from resnet_jax.errors import UserError\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: launch.main(arguments)\n"
+        "    except UserError: print('jax' in sys.modules)"
+    )
+    mistakes = json.dumps([arguments for arguments, _ in MISTAKES.values()])
+    done = subprocess.run([sys.executable, "-c", program, mistakes], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["False"] * len(MISTAKES)
 
 
 @pytest.mark.parametrize("mistake", CONFIG_FILES)
@@ -110,8 +146,7 @@ def trained_once():
     """A finished run, for every test of this session."""
     directory = Path(tempfile.mkdtemp()) / "run"
     atexit.register(shutil.rmtree, directory.parent)
-    done = launch(*SMOKE, "--workdir", directory)
-    assert done.returncode == 0, done.stderr
+    launch_here(*SMOKE, "--workdir", directory)
     return directory
 
 
@@ -248,7 +283,7 @@ DEEPER_MISTAKES = {
         lambda here: (here / "run").write_text("mine"),
         [],
         {},
-        ["--workdir", "run", "choose another"],
+        ["/run is not a writable folder: choose another"],
     ),
     "a workdir in a file": (
         lambda here: (here / "file").write_text("mine"),
@@ -366,13 +401,19 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("mistake", DEEPER_MISTAKES)
-def test_a_mistake_that_only_data_machine_or_run_show_is_one_line_and_leaves_no_file(here, mistake):
+def test_a_mistake_that_only_data_machine_or_run_show_is_one_line_and_leaves_no_file(here, capfd, monkeypatch, mistake):
     prepare, arguments, environment, words = DEEPER_MISTAKES[mistake]
     if prepare:
         prepare(here)
     before = contents(here)
-    config = [] if SMOKE[0] in arguments else [QUICKSTART]
-    assert_user_error(launch(*config, "--workdir=run", *arguments, **environment), *words)
+    arguments = [*([] if SMOKE[0] in arguments else [QUICKSTART]), "--workdir=run", *arguments]
+    if "--distributed" in arguments or any(name.startswith("JAX") for name in environment):  # JAX starts once a process
+        assert_user_error(launch(*arguments, **environment), *words)
+    else:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        line = mistake_of_tool(capfd, *arguments, program=launch_here)
+        assert all(word in line for word in words), line
     assert contents(here) == before
 
 

@@ -1,12 +1,13 @@
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from resnet_jax import steps, train_state
+from resnet_jax import steps
 
 SHAPE = (8, 8, 3)
 GOLDEN_LOSS = [2.5638033, 2.5034647, 2.4408014]  # means since step 1; jax 0.10.2 and 0.12.0.1 agree to 1e-7
@@ -25,7 +26,7 @@ def mesh_of(devices):
 
 
 def make_state(config, mesh):
-    return train_state.create(config, 10, SHAPE, 20.0, mesh)
+    return helpers.make_state(config, 10, SHAPE, 20.0, mesh)
 
 
 def train(config, mesh, num_steps, batch_size=16):

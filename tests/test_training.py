@@ -77,6 +77,21 @@ def config(request, tiny_config):
     return tiny_config
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Train a config in one go, each config once: its result and its rows."""
+    trained = {}
+
+    def run(config):
+        key = config.to_json_best_effort(sort_keys=True)
+        if key not in trained:
+            directory = tmp_path_factory.mktemp("whole")
+            trained[key] = training.train(config, directory), rows(directory)
+        return trained[key]
+
+    return run
+
+
 def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     result = training.train(tiny_config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == dataclasses.asdict(result)
@@ -124,8 +139,8 @@ def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypa
     assert "is complete: test accuracy" in capsys.readouterr().out
 
 
-def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, config, monkeypatch):
-    whole = training.train(config, tmp_path / "whole")
+def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path, whole, config, monkeypatch):
+    expected, expected_rows = whole(config)
     of_call = {13: 15, 22: 26, 30: 31} if config.pipeline == "device" else {}  # the step at which the call ends
     for step, signum in ((13, signal.SIGTERM), (22, signal.SIGUSR1), (30, signal.SIGINT)):
         with monkeypatch.context() as patch:
@@ -137,28 +152,30 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
         assert stop.value.exit_code == 128 + signum
         assert not (tmp_path / "parts" / "result.json").exists()
     parts = training.train(config, tmp_path / "parts")
-    assert parts.state_digest == whole.state_digest
-    assert parts.test_loss == whole.test_loss
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert parts.state_digest == expected.state_digest
+    assert parts.test_loss == expected.test_loss
+    assert rows(tmp_path / "parts") == expected_rows
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_path, config, monkeypatch):
+def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_path, whole, config, monkeypatch):
     config.checkpoint_every_steps = 7
-    whole = training.train(config, tmp_path / "whole")
+    expected, expected_rows = whole(config)
     with monkeypatch.context() as patch:
         at_step(patch, 35, die)
         with pytest.raises(Died):
             training.train(config, tmp_path / "parts")
     assert max(row["step"] for row in rows(tmp_path / "parts")) == 30  # later than the checkpoint of step 28
     parts = training.train(config, tmp_path / "parts")
-    assert parts.state_digest == whole.state_digest
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert parts.state_digest == expected.state_digest
+    assert rows(tmp_path / "parts") == expected_rows
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, None], ids=["SIGTERM", "kill -9"])
-def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_path, tiny_config, monkeypatch, signum):
+def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(
+    tmp_path, whole, tiny_config, monkeypatch, signum
+):
     tiny_config.eval_batch_size = 16
-    whole = training.train(tiny_config, tmp_path / "whole")
+    expected, expected_rows = whole(tiny_config)
     for step, evaluated in ((21, []), (41, [21])):
         end = die if signum is None else lambda: os.kill(os.getpid(), signum)
         with monkeypatch.context() as patch:
@@ -168,36 +185,36 @@ def test_a_run_that_ends_in_an_evaluation_validates_first_when_it_goes_on(tmp_pa
         assert [row["step"] for row in rows(tmp_path / "parts", "validation")] == evaluated
         assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
     parts = training.train(tiny_config, tmp_path / "parts")
-    assert parts.state_digest == whole.state_digest
-    assert parts.checkpoint_step == whole.checkpoint_step
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert parts.state_digest == expected.state_digest
+    assert parts.checkpoint_step == expected.checkpoint_step
+    assert rows(tmp_path / "parts") == expected_rows
 
 
 def test_a_signal_in_the_final_evaluation_stops_the_run_and_the_next_session_ends_it(
-    tmp_path, tiny_config, monkeypatch
+    tmp_path, whole, tiny_config, monkeypatch
 ):
     tiny_config.eval_batch_size = 16
-    whole = training.train(tiny_config, tmp_path / "whole")
+    expected, _ = whole(tiny_config)
     with monkeypatch.context() as patch:
         patch.setattr(training, "_validate", lambda *_: None)
         at_evaluation_after(patch, 41, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted, match="at step 41 of 41"):
             training.train(tiny_config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert training.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
+    assert training.train(tiny_config, tmp_path / "parts").state_digest == expected.state_digest
 
 
-def test_training_works_outside_the_main_thread(tmp_path, tiny_config):
+def test_training_works_outside_the_main_thread(tmp_path, whole, tiny_config):
     with ThreadPoolExecutor(1) as executor:
         result = executor.submit(training.train, tiny_config, tmp_path / "thread").result()
-    assert result.state_digest == training.train(tiny_config, tmp_path / "main").state_digest
+    assert result.state_digest == whole(tiny_config)[0].state_digest
 
 
-def test_logging_more_or_less_often_leaves_the_result(tmp_path, tiny_config):
+def test_logging_more_or_less_often_leaves_the_result(whole, tiny_config):
     digests = set()
     for every in (3, 10):
         tiny_config.log_every_steps = every
-        digests.add(training.train(tiny_config, tmp_path / str(every)).state_digest)
+        digests.add(whole(tiny_config)[0].state_digest)
     assert len(digests) == 1
 
 
@@ -468,22 +485,22 @@ def test_bfloat16_follows_float32_and_keeps_every_array_of_the_state_as_it_is(tm
     assert jax.tree.leaves(dtypes["bfloat16"]) == jax.tree.leaves(dtypes["float32"])
 
 
-def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, tiny_config):
-    whole = training.train(tiny_config, tmp_path / "whole")
+def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path, whole, tiny_config):
+    expected, _ = whole(tiny_config)
     for step in (1, 2, 3):
         with pytest.raises(
             preemption.TrainingInterrupted, match=f"stopped by its time limit at step {step} of 41"
         ) as stop:
             training.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
         assert stop.value.exit_code == 124
-    assert training.train(tiny_config, tmp_path / "parts").state_digest == whole.state_digest
+    assert training.train(tiny_config, tmp_path / "parts").state_digest == expected.state_digest
 
 
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(
-    tmp_path, tiny_config, monkeypatch, capsys
+    tmp_path, whole, tiny_config, monkeypatch, capsys
 ):
-    tiny_config.checkpoint_every_steps = 7
-    whole = training.train(tiny_config, tmp_path / "whole")
+    expected, expected_rows = whole(tiny_config)
+    tiny_config.checkpoint_every_steps = 7  # how often it saves changes no row
     with monkeypatch.context() as patch:
         at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted):
@@ -492,21 +509,21 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     parts = training.train(tiny_config, tmp_path / "parts")
     assert "resuming" in capsys.readouterr().out
     assert len(list((tmp_path / "parts" / "damaged").iterdir())) == 1
-    assert parts.state_digest == whole.state_digest
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert parts.state_digest == expected.state_digest
+    assert rows(tmp_path / "parts") == expected_rows
 
 
-def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, tiny_config, monkeypatch):
+def test_a_run_older_than_a_field_goes_on_and_is_evaluated(tmp_path, whole, tiny_config, monkeypatch):
     directory = tmp_path / "run"
-    whole = training.train(tiny_config, tmp_path / "whole")
+    expected, _ = whole(tiny_config)
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.TrainingInterrupted):
             training.train(tiny_config, directory)
     forget_later_fields(directory)
-    assert training.train(tiny_config, directory).state_digest == whole.state_digest
+    assert training.train(tiny_config, directory).state_digest == expected.state_digest
     forget_later_fields(directory)
-    assert evaluation.run(tiny_config, directory, "best")["test"]["accuracy"] == whole.test_accuracy
+    assert evaluation.run(tiny_config, directory, "best")["test"]["accuracy"] == expected.test_accuracy
 
 
 def forget_later_fields(directory):

@@ -1,6 +1,7 @@
 """The command line that all tools share: whole flags, `--config` with its overrides, and one line for a mistake."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -42,6 +43,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a mistake."""
+        stray = message.removeprefix("unrecognized arguments: ")
+        if stray.partition(":")[0] in _shipped_names() and "--config CONFIG" in self.format_usage():
+            raise UserError(f"{message}: did you mean --config {stray}? See {self.prog} --help")
         raise UserError(f"{message}: see {self.prog} --help")
 
 
@@ -65,6 +69,12 @@ def whole_number(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def say_loading(run: object) -> None:
+    """Say on a terminal that a network is being loaded, which takes seconds; elsewhere stderr holds only what is wrong."""
+    if sys.stderr.isatty():
+        print(f"loading {run} ...", file=sys.stderr, flush=True)
 
 
 def folder(path: str | os.PathLike[str], flag: str = "--workdir") -> Path:
@@ -157,10 +167,9 @@ def load_config(
         UserError: if there is no such config, it fails, or a field is unknown or out of its range.
     """
     file, variant = config_file(source)
+    fields = config_lib.ALL_FIELDS | dict(extra_fields)
     for override in overrides:
-        config_lib.check_name(
-            override.partition("=")[0].removeprefix("--config."), config_lib.ALL_FIELDS | dict(extra_fields)
-        )
+        config_lib.check_name(override.partition("=")[0].removeprefix("--config."), fields)
     values, argv = flags.FlagValues(), ["", *overrides]
     try:
         if file.suffix == ".json":
@@ -174,6 +183,12 @@ def load_config(
         config = values["config"].value
     except UserError:
         raise
+    except flags.IllegalFlagValueError as error:
+        for override in overrides:
+            if str(error).startswith(f"flag {override}: "):
+                name, _, value = override.removeprefix("--config.").partition("=")
+                raise UserError(f"config.{name} is {value!r}: it must be {fields[name].words}") from error
+        raise UserError(_reason(error)) from error
     except SystemExit as error:
         raise UserError(f"{file} exits with {error.code!r}: get_config() must return a ConfigDict") from error
     except Exception as error:
@@ -201,7 +216,9 @@ def config_file(source: str | os.PathLike[str]) -> tuple[Path, str]:
     if not file.is_file() and name in _shipped_names():
         file = host.CONFIGS / f"{name}.py"
     if not file.is_file():
-        raise UserError(f"--config {name} is not a file: give a config file, or one of {', '.join(_shipped_names())}")
+        near = difflib.get_close_matches(name, _shipped_names(), 1)
+        hint = f"did you mean {near[0]}? Give" if near else "give"
+        raise UserError(f"--config {name} is not a file: {hint} a config file, or one of {', '.join(_shipped_names())}")
     return file, (colon + variant) * bool(variant)
 
 

@@ -43,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
     names = (" ".join(argv[:count]) for count in (2, 1))
     name = next((name for name in names if name in TOOLS), None)
     if name:
+        longer = [other for other in TOOLS if other.startswith(f"{name} ")]
+        if near := difflib.get_close_matches(" ".join(argv[:2]), longer, 1, cutoff=0.8):
+            raise UserError(f"there is no tool {' '.join(argv[:2])!r}: did you mean {near[0]}?")
         tool = _function(name)
         tool(argv[len(name.split()) :])
     elif not argv or "--help" in argv or "-h" in argv:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 
@@ -182,6 +182,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output {path}: the file name must end in .{arguments.format}")
     if arguments.fold_batch_norm and arguments.format != "onnx":
         raise UserError("--fold-batch-norm needs --format onnx")
+    say_loading(arguments.run)
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     model = trained_model.load(arguments.run, arguments.checkpoint)

@@ -21,12 +21,11 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.data import images
 from resnet_jax.errors import UserError
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files
-from resnet_jax.runs.exits import report
 
 
 def read_npz(path: Path) -> np.ndarray:
@@ -93,7 +92,8 @@ def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[
             batches.append(batch)
         except Exception as error:  # a decoder can raise anything on hostile bytes
             unreadable += 1
-            report(f"{path} cannot be read ({error or type(error).__name__}): skipped")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"warning: {path} cannot be read ({reason}): skipped", file=sys.stderr)
     return names, batches, unreadable
 
 
@@ -155,11 +155,12 @@ def main(argv: Sequence[str]) -> None:
 
 def submit(arguments: argparse.Namespace) -> None:
     """Predict the labels of unlabelled images and write them as CSV."""
-    from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
-
     if arguments.output.exists() and arguments.output.samefile(arguments.unlabelled):
         raise UserError(f"--output {arguments.output} would overwrite the file of --unlabelled: give another file")
     data, ids = unlabelled.read(arguments.unlabelled)
+    say_loading(arguments.run)
+    from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
+
     model = trained_model.load(arguments.run, arguments.checkpoint)
     try:
         labels = model.predict(data, arguments.flip).labels
@@ -178,9 +179,10 @@ def show(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: after printing, if some files could not be read.
     """
+    files = listed(arguments.files)
+    say_loading(arguments.run)
     from resnet_jax.inference import trained_model
 
-    files = listed(arguments.files)
     model = trained_model.load(arguments.run, arguments.checkpoint)
     names, batches, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
     rows = []

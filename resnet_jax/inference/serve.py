@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax import host
-from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.data import images
 from resnet_jax.errors import UserError
 
@@ -192,6 +192,7 @@ def main(argv: Sequence[str]) -> None:
     except ImportError as error:
         raise UserError("the page needs flask and waitress: pip install -e '.[demo]'") from error
     with _listening(arguments.host, arguments.port) as listening:  # first, because loading takes seconds
+        say_loading(arguments.run)
         from resnet_jax.inference import trained_model
 
         model = trained_model.load(arguments.run, arguments.checkpoint)

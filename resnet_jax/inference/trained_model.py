@@ -106,8 +106,8 @@ class Model:
         """Predict the class probabilities of images.
 
         Args:
-            images: an image of Pillow, an array [H, W], [H, W, C] or [N, H, W, C], or a list of these of any sizes; an empty list
-                has no predictions. C is 3, 1 for grey, or 4 with transparency, which becomes white. uint8 in 0..255, or floats in
+            images: an image of Pillow, an array [H, W], [H, W, C] or [N, H, W, C], or a list of these of any sizes; an empty list,
+                or N = 0, gives empty predictions, [0, num_classes]. C is 3, 1 for grey, or 4 with transparency, which becomes white. uint8 in 0..255, or floats in
                 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
                 cover it, and the centre is cropped.
             flip: average the logits of each image and its mirror.

@@ -6,7 +6,7 @@ statistics have the names, shapes and initial values of Flax's layers.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -121,6 +121,7 @@ def add_relu(mesh: Mesh, x: Normalized, shortcut: jax.Array | Normalized) -> jax
     return native.add_relu(x.y, x.affine, value(shortcut), mesh)
 
 
+@cache
 def for_mesh(mesh: Mesh) -> Layers:
     """Return the layers for float32 on a mesh of CPU devices."""
     return Layers(partial(Conv, mesh=mesh), BatchNorm, relu, value, partial(add_relu, mesh))

@@ -36,7 +36,8 @@ def check(directory: Path, config: ConfigDict) -> None:
     except OSError as error:
         raise UserError(f"--workdir {directory}: {error.strerror}: choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--workdir {directory}: {existing} is not a writable folder: choose another")
+        what = f"{directory}" if existing == directory else f"{directory}: {existing}"
+        raise UserError(f"--workdir {what} is not a writable folder: choose another")
     if not (directory / "config.json").exists():
         if remains := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
             raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")

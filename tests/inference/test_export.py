@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import make_tiny_config, mistake_of_tool, start, tool
+from helpers import make_state, make_tiny_config, mistake_of_tool, start, tool
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -38,7 +38,7 @@ def random_model(cache_dir, **of_model):
     for name, value in of_model.items():
         config.model[name] = value
     shape = (16, 12, 3)
-    state = train_state.create(config, 5, shape, 1.0, train_state.make_mesh(1))
+    state = make_state(config, 5, shape, 1.0, train_state.make_mesh(1))
     rng = np.random.default_rng(0)
     leaves, structure = jax.tree.flatten({"params": state.params, "batch_stats": state.batch_stats})
     noise = [np.asarray(leaf) + rng.uniform(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
@@ -53,11 +53,15 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.fixture(scope="module", params=STRUCTURES)
+def model_of_structure(request, cache_dir):
+    return random_model(cache_dir, **STRUCTURES[request.param])
+
+
 @pytest.mark.parametrize("kind", [*FORMATS, "folded"])
-def test_every_structure_is_exported_and_computes_the_same(cache_dir, tmp_path, kind, structure):
+def test_every_structure_is_exported_and_computes_the_same(model_of_structure, tmp_path, kind):
     pytest.importorskip("onnxruntime")
-    model = random_model(cache_dir, **STRUCTURES[structure])
+    model = model_of_structure
     settings = {"fold": True} if kind == "folded" else {}
     kind = "onnx" if kind == "folded" else kind
     difference = export.write(model, kind, tmp_path / f"model.{kind}", **settings)

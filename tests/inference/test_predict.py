@@ -92,9 +92,10 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_shown(run, folde
     np.savez(folder / "floats.npz", images=np.full((1, 8, 8, 3), 7.0))
     lines, out = refused(capsys, run, folder / "photos", folder / "many.npz", folder / "floats.npz", "--json")
     assert len(lines) == 4
-    assert lines[0].startswith(f"error: {folder}/photos/bad.png cannot be read (")
+    assert lines[0].startswith(f"warning: {folder}/photos/bad.png cannot be read (")
     assert "many.npz cannot be read (it holds a, b: name the array of images 'images')" in lines[1]
     assert "floats.npz cannot be read (float images have values from 7 to 7" in lines[2]
+    assert all(line.startswith("warning: ") for line in lines[:3])
     assert lines[3] == "error: 3 of 6 files could not be read: fix them, or leave them out"
     assert [row["file"][-5:] for row in json.loads(out)] == ["a.png", "b.JPG", "c.png"]
 
@@ -268,6 +269,16 @@ def test_a_mistake_is_one_line(run, tmp_path, monkeypatch, capsys, mistake):
     assert line.startswith("error: ")
     assert words in line
     assert out == ""
+
+
+def test_it_says_on_a_terminal_that_it_is_loading(run, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tool("predict", run, folder / "photos" / "a.png")
+    tool("export", run, "--format=safetensors", f"--output={folder}/x.safetensors")
+    assert capsys.readouterr().err == f"loading {run} ...\n" * 2
+    with pytest.raises(SystemExit):
+        tool("serve", folder / "nowhere", "--port=0")
+    assert capsys.readouterr().err.startswith(f"loading {folder}/nowhere ...\nerror: ")
 
 
 def test_it_runs_as_a_program(run, folder, tmp_path):

@@ -5,18 +5,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import ROOT, assert_user_error, launch, mistake_of_tool
+from helpers import ROOT, launch_here, mistake_of_tool, tool
 
 from resnet_jax import models
 from resnet_jax.errors import UserError
 from resnet_jax.inference import torch_weights
 
 SMOKE = f"--config={ROOT}/configs/final.py:smoke"
-
-
-def weights_tool(*arguments):
-    """Run the tool as a user does."""
-    return launch(*arguments, program=("-m", "resnet_jax", "weights"))
 
 
 def random_variables(model, seed=0):
@@ -120,32 +115,29 @@ def test_a_file_that_is_none_is_one_line(tmp_path, weights, suffix, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_path):
+def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_path, capfd):
     """Train, save, load into a new folder, evaluate both, train on from the loaded weights."""
     first, second, weights = tmp_path / "first", tmp_path / "second", tmp_path / "weights.safetensors"
-    assert launch(SMOKE, f"--workdir={first}").returncode == 0
-    done = weights_tool("save", first, weights, "--checkpoint=latest")
-    assert done.returncode == 0, done.stderr
+    launch_here(SMOKE, f"--workdir={first}")
+    tool("weights", "save", first, weights, "--checkpoint=latest")
     assert safetensors.numpy.load_file(weights)["bn1.num_batches_tracked"] == 11
-    done = weights_tool("load", weights, SMOKE, f"--workdir={second}")
-    assert done.returncode == 0, done.stderr
+    tool("weights", "load", weights, SMOKE, f"--workdir={second}")
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "weights.safetensors"}
     reports = []
     for directory in (first, second):
-        assert launch(SMOKE, f"--workdir={directory}", "--mode=eval", "--checkpoint=latest").returncode == 0
+        launch_here(SMOKE, f"--workdir={directory}", "--mode=eval", "--checkpoint=latest")
         reports.append(json.loads((directory / "eval.json").read_text()))
     assert [report["checkpoint_step"] for report in reports] == [11, 0]
     assert reports[0]["test"] == reports[1]["test"]
     again = tmp_path / "again.safetensors"
-    assert weights_tool("save", second, again).returncode == 0
+    tool("weights", "save", second, again)
     before, after = safetensors.numpy.load_file(weights), safetensors.numpy.load_file(again)
     assert before.keys() == after.keys()
     for name in before:
         if "tracked" not in name:
             assert before[name].tobytes() == after[name].tobytes()
-    assert_user_error(weights_tool("load", weights, SMOKE, f"--workdir={second}"), "already exists")
-    done = launch(SMOKE, f"--workdir={second}")
-    assert done.returncode == 0, done.stderr
+    assert "already exists" in mistake_of_tool(capfd, "weights", "load", weights, SMOKE, f"--workdir={second}")
+    launch_here(SMOKE, f"--workdir={second}")
     results = [json.loads((directory / "result.json").read_text()) for directory in (first, second)]
     assert results[0]["initial_weights"] is None
     assert results[1]["initial_weights"]["file"] == weights.name

@@ -94,10 +94,6 @@ def test_what_is_transparent_is_white(model, images):
         np.testing.assert_allclose(model.logits(same), model.logits(white), atol=1e-4)
 
 
-def test_an_empty_list_has_no_predictions(model):
-    assert model.predict([]).probabilities.shape == (0, 10)
-
-
 def test_flip_averages_the_logits_of_an_image_and_its_mirror(model, images):
     few = images[:6]
     expected = (model.logits(few) + model.logits(few[:, :, ::-1])) / 2
@@ -157,6 +153,13 @@ def test_saliency_takes_what_predict_takes(model, images):
     assert model.saliency(np.zeros((20, 30, 3), np.uint8)).shape == (1, 8, 8)
     with pytest.raises(ValueError, match="must be"):
         model.saliency(np.zeros((8, 8), np.uint8))
+
+
+def test_no_images_give_no_predictions(model, images):
+    for none in ([], images[:0]):
+        predictions = model.predict(none)
+        assert predictions.probabilities.shape == (0, 10)
+        assert (predictions.labels.shape, predictions.names) == ((0,), [])
 
 
 # Mistakes

@@ -5,35 +5,56 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_user_error
+from helpers import ROOT, assert_user_error, tool
 
 from reproduction import claims, reproduce
 from resnet_jax.cli import command_line
 from resnet_jax.reporting import report
 
 
+def flags_of(folder, epochs=1):
+    """The flags of a tiny config, whose runs and results are in a folder."""
+    (folder / "results").mkdir(exist_ok=True)
+    flags = ["--config=configs/final.py:smoke", "--data=digits", f"--epochs={epochs}", "--seconds=0.05", "--no-torch"]
+    return [*flags, f"--runs={folder / 'runs'}", f"--results={folder / 'results'}"]
+
+
+def read_results(folder):
+    return {path.name: json.loads(path.read_text()) for path in (folder / "results").iterdir()}
+
+
 def results_of(folder, *arguments, epochs=1):
     """Run `reproduction.reproduce` on a tiny config, and return the results that it wrote."""
-    results = folder / "results"
-    results.mkdir(exist_ok=True)
-    flags = ["--config=configs/final.py:smoke", "--data=digits", f"--epochs={epochs}", "--seconds=0.05", "--no-torch"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "reproduction.reproduce",
-            *arguments,
-            *flags,
-            f"--runs={folder / 'runs'}",
-            f"--results={results}",
-        ],
+        [sys.executable, "-m", "reproduction.reproduce", *arguments, *flags_of(folder, epochs)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return {path.name: json.loads(path.read_text()) for path in results.iterdir()}
+    return read_results(folder)
+
+
+@pytest.fixture
+def results_here(tmp_path, monkeypatch):
+    """Run it, and the benchmarks that it runs, in this process."""
+
+    def run(*command):
+        assert command[:3] == ("-m", "resnet_jax", "benchmark")
+        tool(*command[2:])
+
+    def results(*arguments):
+        reproduce.main([*arguments, *flags_of(tmp_path)])
+        return read_results(tmp_path)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "check_machine", lambda _: "cpu")
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE"):  # the benchmark changes them
+        monkeypatch.setenv(name, os.environ.get(name, "false"))
+    return results
 
 
 def test_each_seed_is_a_run_with_its_speed_and_its_share_of_the_peak(tmp_path):
@@ -47,15 +68,16 @@ def test_each_seed_is_a_run_with_its_speed_and_its_share_of_the_peak(tmp_path):
     assert result["share_of_peak"] == pytest.approx(flops / 2e12)
 
 
-def test_batch_sizes_join_those_that_were_measured_before(tmp_path):
-    first = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+def test_batch_sizes_join_those_that_were_measured_before(tmp_path, results_here):
+    path = tmp_path / "results" / "step-cpu.json"
+    first = results_here("step", "--batch-sizes", "32")[path.name]
     before = first | {"cases": [{"batch_size": 64, "old": 1}, {"batch_size": 32, "old": 1}]}
-    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before))
-    joined = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    path.write_text(json.dumps(before))
+    joined = results_here("step", "--batch-sizes", "32")[path.name]
     assert [case["batch_size"] for case in joined["cases"]] == [32, 64]
     assert ["old" in case for case in joined["cases"]] == [False, True]
-    (tmp_path / "results" / "step-cpu.json").write_text(json.dumps(before | {"config": {}}))
-    anew = results_of(tmp_path, "step", "--batch-sizes", "32")["step-cpu.json"]
+    path.write_text(json.dumps(before | {"config": {}}))
+    anew = results_here("step", "--batch-sizes", "32")[path.name]
     assert [case["batch_size"] for case in anew["cases"]] == [32]
 
 

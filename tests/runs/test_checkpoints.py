@@ -5,6 +5,7 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
+from helpers import make_state, make_tiny_config
 from jax.sharding import Mesh
 
 from resnet_jax import train_state
@@ -12,9 +13,9 @@ from resnet_jax.errors import UserError
 from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
 
 
-@pytest.fixture
-def state(tiny_config):
-    return train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+@pytest.fixture(scope="module")
+def state(cache_dir):
+    return make_state(make_tiny_config(cache_dir), 10, (8, 8, 3), 20.0, train_state.make_mesh())
 
 
 def save_all(directory, state, results):
@@ -170,7 +171,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, state, damage)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, state, tiny_config):
     save_all(tmp_path, state, [0.5]).close()
     tiny_config.model.channel_list = (8, 24)
-    other = train_state.create(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+    other = make_state(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
     with (
         closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints,
         pytest.raises(UserError, match="is damaged"),

@@ -1,9 +1,11 @@
+import contextlib
 import gzip
+import io
 import json
 import re
 
 import pytest
-from helpers import ROOT, launch
+from helpers import ROOT, launch_here
 
 from resnet_jax.runs.profiling import Cost, costs, table
 
@@ -74,9 +76,9 @@ def test_the_table_has_a_line_an_operation():
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("profiled") / "run"
-    done = launch(f"--config={ROOT}/configs/final.py:smoke", "--workdir", directory, "--profile=3:4")
-    assert done.returncode == 0, done.stderr
-    return directory, done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        launch_here(f"--config={ROOT}/configs/final.py:smoke", "--workdir", directory, "--profile=3:4")
+    return directory, stdout.getvalue()
 
 
 def test_a_run_leaves_a_trace_of_the_steps_that_were_asked_for(profiled):
@@ -105,9 +107,10 @@ def test_a_run_prints_the_ten_costliest_operations_of_its_trace(profiled):
     assert lines[heading + 11].startswith(f"steps 3 to 6 are traced in {directory}/profile/")
 
 
-def test_a_run_that_stops_amid_its_trace_leaves_what_there_is_of_it(tmp_path):
+def test_a_run_that_stops_amid_its_trace_leaves_what_there_is_of_it(tmp_path, capsys):
     flags = ["--profile=1:8", "--max-seconds=0"]
-    done = launch(f"--config={ROOT}/configs/final.py:smoke", "--workdir", tmp_path / "run", *flags)
-    assert done.returncode == 124, done.stderr
+    with pytest.raises(SystemExit) as stop:
+        launch_here(f"--config={ROOT}/configs/final.py:smoke", "--workdir", tmp_path / "run", *flags)
+    assert stop.value.code == 124
     (path,) = tmp_path.glob("run/profile/plugins/profile/*/*.trace.json.gz")
-    assert f"steps 1 to 1 are traced in {path}" in done.stdout
+    assert f"steps 1 to 1 are traced in {path}" in capsys.readouterr().out
