@@ -6,6 +6,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # tiny programs too
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -46,12 +47,18 @@ def tiny_config(cache_dir: str) -> ConfigDict:
     return make_tiny_config(cache_dir)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
-    """The workdir of a complete run of `tiny_config`, for a file of tests; some have a `run` of their own."""
-    directory = tmp_path_factory.mktemp("run")
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    """The workdir of a complete run of `tiny_config`, to be copied."""
+    directory = tmp_path_factory.mktemp("trained")
     training.train(make_tiny_config(cache_dir), directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, trained_once: Path) -> Path:
+    """A copy of it for a file of tests, which may write into it; some have a `run` of their own."""
+    return shutil.copytree(trained_once, tmp_path_factory.mktemp("run"), dirs_exist_ok=True)
 
 
 @pytest.fixture

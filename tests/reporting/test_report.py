@@ -68,6 +68,14 @@ def page(summaries, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def own_page(summaries, tmp_path_factory):
+    """The folder of the report's own page about them."""
+    directory = tmp_path_factory.mktemp("own_page") / "report"
+    reproduction_report.main([*map(str, summaries), "--output", str(directory)])
+    return directory
+
+
 # What a summary holds
 
 
@@ -159,10 +167,11 @@ def test_a_report_is_made_of_workdirs_too_and_over_an_earlier_one(runs, page, tm
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
-def test_the_same_summaries_give_the_same_figures(page, summaries, tmp_path):
-    tool("report", *summaries, "--output", tmp_path / "again")
-    for path in (page / "figures").glob("*.svg"):
-        assert path.read_bytes() == (tmp_path / "again" / "figures" / path.name).read_bytes()
+def test_the_same_summaries_give_the_same_figures(page, own_page):
+    paths = list((page / "figures").glob("*.svg"))
+    assert paths
+    for path in paths:
+        assert path.read_bytes() == (own_page / "figures" / path.name).read_bytes()
 
 
 def test_names_from_the_data_are_text(summaries, tmp_path):
@@ -186,10 +195,8 @@ def test_a_run_without_validation_or_mistakes_is_drawn(summaries, tmp_path):
 
 
 @browser.needed
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_chromium_shows_the_page(page, scheme, width):
-    assert browser.images_shown(page / "index.html", scheme, width) >= 11
+def test_chromium_shows_the_page(page):
+    assert browser.images_shown(page / "index.html") >= 11
 
 
 @browser.needed
@@ -210,9 +217,8 @@ def captions(page):
     return {name: html.unescape(caption) for name, caption in found}
 
 
-def test_only_the_reports_own_page_names_the_reports_figures(page, summaries, tmp_path):
-    reproduction_report.main([*map(str, summaries), "--output", str(tmp_path / "page")])
-    ours, of_anybody = captions(tmp_path / "page" / "index.html"), captions(page / "index.html")
+def test_only_the_reports_own_page_names_the_reports_figures(page, own_page):
+    ours, of_anybody = captions(own_page / "index.html"), captions(page / "index.html")
     for name, numbers in (("optimizers", "figures 1 and 2"), ("accuracy", "figure 5"), ("architecture1", "figure 6")):
         assert ours[name] == f"{of_anybody[name]} The report's {numbers}."
     assert not re.search(r"the report|figures? \d", (page / "index.html").read_text().partition("</style>")[2], re.I)
