@@ -74,11 +74,17 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
             path = Path(directory, name)
             if _is_left_behind(name):
                 continue
-            if path.is_file() and (path.suffix.lower() in _SUFFIXES or _has_image_header(path)):
+            regular = path.is_file() or path.is_symlink()  # a link to nowhere is named when it is read
+            if regular and (path.suffix.lower() in _SUFFIXES or _has_image_header(path)):
                 found.append(path)
             else:
                 others += 1
     return sorted(found), others
+
+
+def left_out(count: int) -> str:
+    """Say how many files were left out because they are no images."""
+    return f"left out {count} files that are no images" if count > 1 else "left out a file that is no image"
 
 
 def _is_left_behind(name: str) -> bool:

@@ -94,7 +94,7 @@ def list_folder(folder: Path) -> list[LabelledFile]:
             f"{folder / 'test'} has classes that {folder / 'train'} does not have: {', '.join(unseen)}: add them to train, or remove them"
         )
     if others:
-        print(f"{folder}: left out {others} file{'s' * (others > 1)} that are no images ({images.NAMES})")
+        print(f"{folder}: {images.left_out(others)}")
     return files
 
 
@@ -114,12 +114,14 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
             try:
                 decoded.append(_as_array(images.read(file.path), image_size))
             except Exception as error:  # a decoder can raise anything on hostile bytes
-                unreadable.append(f"{file.path} ({error or type(error).__name__})")
+                unreadable.append((file.path, str(error) or type(error).__name__))
         arrays[f"{part}_images"] = np.zeros((0, 0, 0, 3), np.uint8) if unreadable else _stack(decoded)
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
+    if len(unreadable) == 1:
+        raise UserError("{} cannot be read as an image ({}): fix or remove it".format(*unreadable[0]))
     if unreadable:
-        count = f"{len(unreadable)} files cannot" if len(unreadable) > 1 else "one file cannot"
-        raise UserError(f"{count} be read as images: {', '.join(unreadable)}: fix or remove them")
+        named = ", ".join(f"{path} ({reason})" for path, reason in unreadable)
+        raise UserError(f"{len(unreadable)} files cannot be read as images: {named}: fix or remove them")
     return arrays
 
 

@@ -60,7 +60,7 @@ def listed(arguments: Sequence[str]) -> list[Path]:
         if path.is_dir():
             matches, others = images.find(path, _refuse)
             if others:
-                print(f"{path}: left out {others} file{'s' * (others > 1)} that are no images", file=sys.stderr)
+                print(f"{path}: {images.left_out(others)}", file=sys.stderr)
         else:
             matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         if not matches:

@@ -24,6 +24,7 @@ from PIL import Image
 from resnet_jax import models, steps
 from resnet_jax.data import datasets, pipelines
 from resnet_jax.inference.restore import restore_run
+from resnet_jax.kernels import layers
 from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
@@ -96,7 +97,7 @@ def _relus(network: Any, variables: Mapping[str, Any], images: jax.Array) -> tup
         variables, images, train=False, capture_intermediates=_ends_in_relu, mutable=["intermediates"]
     )
     flat = traverse_util.flatten_dict(captured["intermediates"])
-    return logits, {"/".join(path[:-1]): jax.nn.relu(value[0]) for path, value in flat.items()}
+    return logits, {"/".join(path[:-1]): jax.nn.relu(layers.value(value[0])) for path, value in flat.items()}
 
 
 def _activation_sums(

@@ -315,7 +315,7 @@ def test_hidden_and_loose_files_are_passed_over(data, tmp_path):
 def test_a_file_that_is_no_image_is_named(data, tmp_path, content):
     root = folder(tmp_path)
     (root / "train/ant/notes.png").write_bytes(content)
-    refusal(data, f"folder:{root}", root / "train/ant/notes.png", "one file cannot be read as images")
+    refusal(data, f"folder:{root}", root / "train/ant/notes.png", "cannot be read as an image")
     assert not Path(data.cache_dir).exists()
 
 
@@ -339,7 +339,7 @@ def test_a_cut_off_image_is_named(data, tmp_path):
     noise.save(root / "test/ant/cut.png")
     whole = (root / "test/ant/cut.png").read_bytes()
     (root / "test/ant/cut.png").write_bytes(whole[: len(whole) // 2])
-    refusal(data, f"folder:{root}", root / "test/ant/cut.png", "one file cannot be read as images")
+    refusal(data, f"folder:{root}", root / "test/ant/cut.png", "cannot be read as an image")
 
 
 def test_a_second_load_comes_from_the_cache(data, tmp_path, monkeypatch):

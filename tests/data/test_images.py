@@ -116,6 +116,7 @@ def test_prediction_sees_the_pixels_of_evaluation(odd_folder, tmp_path, cache_di
     np.testing.assert_array_equal(batch, test.images)
     np.testing.assert_array_equal(model.logits(batch), model.logits(test.images))
 
+    capsys.readouterr()
     tool("predict", tmp_path / "run", odd_folder / "test", "--checkpoint=latest", "--json", "--top=1")
     printed = capsys.readouterr()
     assert f"{odd_folder}/test: left out 2 files that are no images" in printed.err

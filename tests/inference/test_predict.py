@@ -90,7 +90,8 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_shown(run, folde
     (folder / "photos" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no image")
     np.savez(folder / "many.npz", a=np.zeros(3), b=np.zeros(3))
     np.savez(folder / "floats.npz", images=np.full((1, 8, 8, 3), 7.0))
-    lines, out = refused(capsys, run, folder / "photos", folder / "many.npz", folder / "floats.npz", "--json")
+    (note, *lines), out = refused(capsys, run, folder / "photos", folder / "many.npz", folder / "floats.npz", "--json")
+    assert note == f"{folder}/photos: left out a file that is no image"
     assert len(lines) == 4
     assert lines[0].startswith(f"warning: {folder}/photos/bad.png cannot be read (")
     assert "many.npz cannot be read (it holds a, b: name the array of images 'images')" in lines[1]

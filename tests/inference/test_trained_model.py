@@ -152,7 +152,7 @@ def test_saliency_takes_what_predict_takes(model, images):
     assert model.saliency(few[:0]).shape == (0, 8, 8)
     assert model.saliency(np.zeros((20, 30, 3), np.uint8)).shape == (1, 8, 8)
     with pytest.raises(ValueError, match="must be"):
-        model.saliency(np.zeros((8, 8), np.uint8))
+        model.saliency(np.zeros(8, np.uint8))
 
 
 def test_no_images_give_no_predictions(model, images):
@@ -168,7 +168,7 @@ def test_no_images_give_no_predictions(model, images):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (np.zeros((8, 8), np.uint8), "must be"),
+        (np.zeros(8, np.uint8), "must be"),
         (np.zeros((2, 8, 8, 2), np.uint8), "with C 3, 4 or 1"),
         (np.zeros((0, 0, 3), np.uint8), "must be"),
         (np.full((8, 8, 3), 255.0), "have values from 255 to 255: they must be in 0..1, or uint8"),
