@@ -88,6 +88,7 @@ def test_why_the_compiled_functions_are_not_used_is_told(monkeypatch, tmp_path):
         native.unavailable.cache_clear()
         return native.unavailable()
 
+    monkeypatch.delenv("RESNET_JAX_NATIVE", raising=False)
     try:
         monkeypatch.setattr(native, "_LIBRARY", tmp_path / "missing.so")
         assert told() == "they were not compiled: install a C++ compiler, then resnet_jax again"
