@@ -32,15 +32,18 @@ def read(source: Path | IO[bytes]) -> Image.Image:
             raise ValueError(
                 f"it has {width} x {height} pixels: one side may be at most {MAX_RATIO} times as long as the other"
             )
-        return to_rgb(ImageOps.exif_transpose(opened))
+        return to_rgb(opened)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, on white where it is transparent; 16 bits of grey are rounded to 8.
+    """Convert an image of any mode to RGB, as people see it: turned as its camera says, and on white where it is transparent.
+
+    16 bits of grey are rounded to 8.
 
     Raises:
         ValueError: if its pixels have neither 8 nor 16 bits.
     """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:

@@ -23,7 +23,7 @@ from flax import traverse_util
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 
 from resnet_jax import config as config_lib
@@ -191,7 +191,7 @@ def as_batch(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
             parts = [part / np.float32(255) if part.dtype == np.uint8 else part for part in parts]
         return np.concatenate(parts) if parts else np.zeros((0, *image_shape), np.uint8)
     if isinstance(images, Image.Image):
-        images = images_lib.to_rgb(ImageOps.exif_transpose(images))
+        images = images_lib.to_rgb(images)
     array = np.asarray(images)
     array = array[..., None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
