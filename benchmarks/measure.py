@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from benchmarks import naive_pipeline as naive_pipeline_lib
 from benchmarks import timing
 from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train_state, training
@@ -95,7 +94,9 @@ def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
 
 def naive_pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the same augmentation as a tutorial writes it, on the host."""
-    stream = naive_pipeline_lib.batches(start.train, config.batch_size, config.augment)
+    from benchmarks import naive_pipeline  # it needs TensorFlow
+
+    stream = naive_pipeline.batches(start.train, config.batch_size, config.augment)
     return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
 
 

@@ -335,6 +335,7 @@ def test_data_that_do_not_fit_on_the_device_are_refused_with_the_figures(tmp_pat
 def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
     script = (
         "import sys, pathlib; from configs import final; from resnet_jax import training; from resnet_jax.reporting import evaluation\n"
+        "import benchmarks.measure, reproduction.reproduce\n"
         "config, directory = final.get_config('smoke'), pathlib.Path(sys.argv[1])\n"
         "config.pipeline = 'device'\n"
         "training.train(config, directory); evaluation.run(config, directory, 'best')\n"
