@@ -1,13 +1,18 @@
 """Learning-rate schedules and optimizers, as optax chains that equal the report's formulas and PyTorch's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     """Return the learning rate as a function of the number of steps done; it changes at every step.
+
+    Of a Python integer it is computed on the host, so that logging it never waits for a device.
 
     With t = step / steps_per_epoch, in epochs:
 
@@ -22,19 +27,25 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     eta, schedule = config.optim.learning_rate, config.schedule
     if schedule.name == "step":
         period = schedule.decay_every_epochs * steps_per_epoch
-        return lambda step: eta * schedule.decay_factor ** jnp.floor(step / period)
+        return lambda step: eta * schedule.decay_factor ** _numpy_of(step).floor(step / period)
 
     warmup_steps = schedule.warmup_epochs * steps_per_epoch
     decay_steps = config.num_epochs * steps_per_epoch - warmup_steps
     eta_min = schedule.min_ratio * eta
 
-    def warmup_cosine(step: jax.typing.ArrayLike) -> jax.Array:
+    def warmup_cosine(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        xp = _numpy_of(step)
         warmup = eta * step / max(warmup_steps, 1e-9)
-        done = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + jnp.cos(jnp.pi * done))
-        return jnp.where(step < warmup_steps, warmup, cosine)
+        done = xp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + xp.cos(xp.pi * done))
+        return xp.where(step < warmup_steps, warmup, cosine)
 
     return warmup_cosine
+
+
+def _numpy_of(step: jax.typing.ArrayLike) -> Any:
+    """The module that computes with a step: NumPy with an integer, JAX with an array."""
+    return np if isinstance(step, int) else jnp
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -130,10 +130,7 @@ class Run:
         """Build what follows from the config."""
         config, start = self.config, self.start
         self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
-        every_step = jnp.arange(
-            start.total_steps
-        )  # all at once, now: asking in the loop would wait for the steps under way
-        self.rates = np.asarray(optim.make_schedule(config, start.steps_per_epoch)(every_step))
+        self.schedule = optim.make_schedule(config, start.steps_per_epoch)
         self.eval_step = steps.jit_eval_step(config, start.mesh)
 
     def seconds(self) -> float:
@@ -226,7 +223,7 @@ def _log(run: Run, state: TrainState, call: Call, metrics: StepMetrics) -> None:
             "train",
             loss=means["loss"],
             accuracy=means["accuracy"],
-            learning_rate=float(run.rates[step - 1]),
+            learning_rate=float(np.float32(run.schedule(step - 1))),
             grad_norm=means["grad_norm"],
             # None at the end of a run that log_every_steps does not divide: too few steps to measure.
             images_per_second=None if step % run.config.log_every_steps else speed,

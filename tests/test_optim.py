@@ -43,6 +43,17 @@ def test_ten_steps_equal_pytorch(config, dtype, tolerance):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=f"{step + 1} {name}")
 
 
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["warmup_cosine", "step"])
+def test_the_rate_of_a_row_is_computed_on_the_host_and_is_that_of_the_step(config):
+    schedule = optim.make_schedule(config, 45_000 / 128)
+    some = np.unique(np.linspace(0, 17_578, 500).astype(int))
+    on_the_device = np.asarray(jax.jit(schedule)(jnp.asarray(some)))
+    with jax.transfer_guard("disallow"):
+        on_the_host = [schedule(int(step)) for step in some]
+    assert not any(isinstance(rate, jax.Array) for rate in on_the_host)
+    np.testing.assert_allclose(on_the_host, on_the_device, rtol=1e-6, atol=1e-9)  # float64 and float32
+
+
 def test_warmup_and_cosine_are_the_reports_formulas(final_config):
     steps_per_epoch = 45_000 / 128
     schedule = optim.make_schedule(final_config, steps_per_epoch)
