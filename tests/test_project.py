@@ -13,8 +13,10 @@ import pytest
 import yaml
 from helpers import ROOT
 
+import resnet_jax
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-VERSION = PROJECT["project"]["version"]
+VERSION = resnet_jax.__version__
 REQUIREMENTS = (ROOT / "requirements.txt").read_text().splitlines()
 PYTHONS = {"3.11", "3.12", "3.13"}
 

@@ -12,7 +12,6 @@ with the network on random images; the file gets its final name only if they agr
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnet_jax import __version__
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
@@ -48,7 +48,7 @@ def metadata(model: "Model") -> dict[str, Any]:
         "checkpoint_step": model.step,
         "temperature": calibration.to_names(model.temperatures),
         "weights": train_state.digest(model.variables),
-        "resnet_jax": importlib.metadata.version("resnet_jax"),
+        "resnet_jax": __version__,
     }
 
 
