@@ -1,13 +1,13 @@
 """Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
 
 A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of
-`claims` and `evaluations`, which read several files. Tests check that every table and the figure are up to date.
+`claims`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from resnet_jax.search import space
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md"]
 FIGURE = ROOT / "results" / "accuracy.png"
+DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the figure
 RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
 
 
@@ -95,6 +96,23 @@ def search_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         ]
 
 
+def weights_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """Shipped weights: test accuracy before and after their kernels were rounded to float16."""
+    yield ["weights", "MB", "kernels in", "test accuracy", "with `flip`"]
+    for kernels in ("float32", "float16"):
+        size = f"{result['bytes_of_file'] / 1e6:.2f}" if kernels == "float16" else ""
+        of = result[kernels]
+        yield [f"`{result['weights']}`", size, kernels, f"{of['accuracy']:.2%}", f"{of['accuracy_flip']:.2%}"]
+
+
+def repeat_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """Whether the same run gave the same bits again, compiled anew and resumed."""
+    yield ["the same run", "SHA-256 of its state", "equal to the first"]
+    for which, words in (("a", "first"), ("b", "compiled anew"), ("c", "stopped after its first step and resumed")):
+        equal = result[which]["state_digest"] == result["a"]["state_digest"]
+        yield [words, f"{result[which]['state_digest'][:12]}...", "" if which == "a" else "yes" if equal else "no"]
+
+
 def table(result: dict[str, Any]) -> str:
     """The table of a result, with the machine and the commit that it was measured on."""
     if "confirmed" in result:
@@ -103,6 +121,10 @@ def table(result: dict[str, Any]) -> str:
         rows, environment = export_rows(result), result["environment"]
     elif "cases" in result:
         rows, environment = benchmark_rows(result), result["environment"]
+    elif "weights" in result:
+        rows, environment = weights_rows(result), result["environment"]
+    elif "bitwise" in result:
+        rows, environment = repeat_rows(result), result["a"]["environment"]
     elif "resnet18" in result:
         rows, environment = resnet18_rows(result), result["benchmarks"]["final"]["environment"]
     else:
@@ -129,18 +151,23 @@ def measured_on(environment: dict[str, Any]) -> str:
     return f"{machine}, jax {environment['versions']['jax']}, commit {commit}."
 
 
-def evaluations_table() -> str:
-    """Test accuracy and calibration of the search's three confirming runs, with and without `--flip`; means."""
+def evaluations_table(runs: Sequence[str]) -> str:
+    """Test accuracy and calibration of runs, with and without `--flip`; means.
+
+    Args:
+        runs: NAME of each results/eval-NAME.json and results/eval-NAME-flip.json.
+    """
     rows = [["evaluated", "test accuracy", "calibration error", "calibration error at the fitted temperature"]]
     for label, suffix in (("as it is", ""), ("with `--flip`", "-flip")):
-        tests = [read_result(f"eval-found-{seed}{suffix}.json")["test"] for seed in (1, 2, 3)]
+        tests = [read_result(f"eval-{run}{suffix}.json")["test"] for run in runs]
         errors = [
             [(test if fitted is None else test[fitted])["calibration"]["expected_calibration_error"] for test in tests]
             for fitted in (None, "calibrated")
+            if fitted is None or all(fitted in test for test in tests)
         ]
-        means = (sum(values) / len(values) for values in ([test["accuracy"] for test in tests], *errors))
-        rows.append([label, *(f"{mean:.2%}" for mean in means)])
-    return f"{as_markdown(rows)}\n\n{measured_on(read_result('eval-found-1.json')['environment'])}"
+        means = [f"{sum(values) / len(values):.2%}" for values in ([test["accuracy"] for test in tests], *errors)]
+        rows.append([label, *means, *[""] * (3 - len(means))])
+    return f"{as_markdown(rows)}\n\n{measured_on(read_result(f'eval-{runs[0]}.json')['environment'])}"
 
 
 def run_files() -> list[Path]:
@@ -173,11 +200,24 @@ def refreshed(document: str) -> str:
     """The document with each table rewritten from results/."""
 
     def block(match: re.Match[str]) -> str:
-        named = {"claims": claims_table, "evaluations": evaluations_table}
+        named: dict[str, Callable[[], str]] = {
+            "claims": claims_table,
+            "evaluations-final": partial(evaluations_table, ["final-h200"]),
+            "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
+        }
         text = named[match[2]]() if match[2] in named else table(read_result(Path(match[2]).name))
         return f"{match[1]}\n{text}\n<!-- end -->\n"
 
-    return re.sub(r"(<!-- (claims|evaluations|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
+    return re.sub(
+        r"(<!-- (claims|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
+        block,
+        document,
+    )
+
+
+def drawn_groups() -> list[figures.Group]:
+    """The groups of runs in the README's figure: the report's network at its full size."""
+    return [group for group in groups() if group.name in DRAWN]
 
 
 def figure_digest() -> str:
@@ -188,7 +228,7 @@ def figure_digest() -> str:
             split,
             [[column.tolist() for column in figures.rows(run, split, "accuracy")] for run in group.runs],
         ]
-        for group in groups()
+        for group in drawn_groups()
         for split in ("train", "validation", "test")
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
@@ -196,7 +236,7 @@ def figure_digest() -> str:
 
 def draw(path: Path) -> None:
     """Draw the README's figure as a PNG whose text "Source" is `figure_digest`."""
-    figures.save(partial(figures.draw_accuracy, groups()), path, "light", "white", {"Source": figure_digest()})
+    figures.save(partial(figures.draw_accuracy, drawn_groups()), path, "light", "white", {"Source": figure_digest()})
 
 
 if __name__ == "__main__":

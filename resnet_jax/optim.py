@@ -12,8 +12,6 @@ from ml_collections import ConfigDict
 def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     """Return the learning rate as a function of the number of steps done; it changes at every step.
 
-    Of a Python integer it is computed on the host, so that logging it never waits for a device.
-
     With t = step / steps_per_epoch, in epochs:
 
     - "warmup_cosine" (report, section 2d): eta * t / T_warmup while t < T_warmup, then
@@ -25,27 +23,19 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
         steps_per_epoch: examples / batch size, not rounded.
     """
     eta, schedule = config.optim.learning_rate, config.schedule
-    if schedule.name == "step":
-        period = schedule.decay_every_epochs * steps_per_epoch
-        return lambda step: eta * schedule.decay_factor ** _numpy_of(step).floor(step / period)
 
-    warmup_steps = schedule.warmup_epochs * steps_per_epoch
-    decay_steps = config.num_epochs * steps_per_epoch - warmup_steps
-    eta_min = schedule.min_ratio * eta
-
-    def warmup_cosine(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        xp = _numpy_of(step)
-        warmup = eta * step / max(warmup_steps, 1e-9)
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        xp: Any = np if isinstance(step, int) else jnp  # on the host for the log, which must not wait for a device
+        if schedule.name == "step":
+            return eta * schedule.decay_factor ** xp.floor(step / (schedule.decay_every_epochs * steps_per_epoch))
+        warmup_steps = schedule.warmup_epochs * steps_per_epoch
+        decay_steps = config.num_epochs * steps_per_epoch - warmup_steps
+        eta_min = schedule.min_ratio * eta
         done = xp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
         cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + xp.cos(xp.pi * done))
-        return xp.where(step < warmup_steps, warmup, cosine)
+        return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), cosine)
 
-    return warmup_cosine
-
-
-def _numpy_of(step: jax.typing.ArrayLike) -> Any:
-    """The module that computes with a step: NumPy with an integer, JAX with an array."""
-    return np if isinstance(step, int) else jnp
+    return learning_rate
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

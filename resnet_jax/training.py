@@ -25,6 +25,7 @@ from resnet_jax.runs import environment, processes, stored_config, workdir
 from resnet_jax.runs.diagnose import diagnose_step
 from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
+from resnet_jax.runs.metrics_log import best_step
 from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
 from resnet_jax.runs.progress import Progress
@@ -153,9 +154,9 @@ def _begin(run: Run, state: TrainState) -> None:
     for hook in run.hooks:
         hook.check(step, total)
         hook.begin(run.folder.path)
-        for validated, accuracy in sorted(run.folder.accuracies.items()):
-            hook.on_validation(validated, accuracy)
-    if step and run.plan.evaluates_after(step) and step not in run.folder.accuracies:
+        for validated, validation in sorted(run.folder.validations.items()):
+            hook.on_validation(validated, validation.accuracy)
+    if step and run.plan.evaluates_after(step) and step not in run.folder.validations:
         _validate(run, state, step)
 
 
@@ -267,10 +268,9 @@ def _validate(run: Run, state: TrainState, step: int) -> None:
         return
     run.progress.waiting("evaluating the validation split")
     result = _evaluate(run, state, run.start.validation, step)
-    is_best = result.accuracy >= max(run.folder.accuracies.values(), default=0.0)
-    row = run.row(step, "validation", loss=result.loss, accuracy=result.accuracy)
+    row = run.row(step, "validation", loss=result.loss, accuracy=result.accuracy, standard_error=result.standard_error)
     run.folder.log(row)
-    run.progress.validated(row, is_best)
+    run.progress.validated(row, is_best=best_step(run.folder.validations) == step)
     for hook in run.hooks:
         hook.on_validation(step, result.accuracy)
 
@@ -313,18 +313,18 @@ def _stop(run: Run, exit_code: int, step: int) -> NoReturn:
 def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
     """Evaluate the best checkpoint on the test split, if asked to, and write `result.json`."""
     run.folder.wait()
-    best_state, best_step = run.folder.restore_best(state)
+    best_state, chosen = run.folder.restore_best(state)
     tested = None
     if test:
         run.progress.waiting("evaluating the test split")
         tested = _evaluate(run, best_state, run.start.dataset.test, run.plan.total_steps)
-        run.folder.log(run.row(best_step, "test", loss=tested.loss, accuracy=tested.accuracy))
+        run.folder.log(run.row(chosen, "test", loss=tested.loss, accuracy=tested.accuracy))
     result = RunResult(
         test_accuracy=tested and tested.accuracy,
         test_loss=tested and tested.loss,
-        validation_accuracy=run.folder.accuracies.get(best_step),
+        validation_accuracy=run.folder.validations[chosen].accuracy if chosen in run.folder.validations else None,
         num_params=train_state.num_params(state.params),
-        checkpoint_step=best_step,
+        checkpoint_step=chosen,
         steps=run.plan.total_steps,
         state_digest=train_state.digest(train_state.trained(state)),
         seconds=run.seconds(),

@@ -272,7 +272,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("resnet_jax", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("resnet_jax", "configs", "weights", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     done = run_in(folder, "-m", "pip", "wheel", source, *flags, "--wheel-dir", folder, CFLAGS="-O0")  # soon compiled
@@ -282,9 +282,10 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_the_configs(installed):
+def test_the_wheel_holds_every_file_of_the_package_the_configs_and_the_weights(installed):
     expected = {path.relative_to(ROOT) for path in (ROOT / "resnet_jax").rglob("*") if path.is_file()}
     expected |= {Path("resnet_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.py")}
+    expected |= {Path("resnet_jax") / path.relative_to(ROOT) for path in (ROOT / "weights").iterdir()}
     expected = {path for path in expected if "__pycache__" not in path.parts}
     found = {path.relative_to(installed) for path in (installed / "resnet_jax").rglob("*") if path.is_file()}
     assert found == expected

@@ -4,7 +4,7 @@
 
 stablehlo     a program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
 onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
-safetensors   the weights, named by their paths
+safetensors   the weights, named by their paths; with --float16 the kernels take half the bytes
 
 The programs take images uint8 [N, H, W, 3] in 0..255 and return logits float32 [N, classes]. Each file also holds the
 config and the class names. `resnet_jax.load` reads .stablehlo and .safetensors. An export is read back and compared
@@ -25,6 +25,7 @@ import numpy as np
 from resnet_jax import __version__
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
+from resnet_jax.inference import shipped
 from resnet_jax.runs import stored_config
 
 if TYPE_CHECKING:
@@ -59,15 +60,41 @@ def sealed(meta: dict[str, Any], payload: str) -> str:
     return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
 
 
-def write_safetensors(model: "Model", path: Path) -> Run:
-    """Write the variables, named by their paths ("params/stem_conv/kernel"), and read them back."""
+def rounded(model: "Model") -> "Model":
+    """Return the same network with its kernels rounded to float16; biases and batch norm's statistics stay as they are.
+
+    Raises:
+        UserError: if a weight is too large for float16.
+    """
+    import jax
+
+    from resnet_jax.inference.trained_model import Model
+
+    def of_leaf(leaf: Any) -> Any:
+        return leaf.astype(np.float16).astype(leaf.dtype) if leaf.ndim > 1 else leaf
+
+    variables = jax.tree.map(of_leaf, model.variables)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+        raise UserError("--float16: a weight is above 65,504, the largest of float16: leave the flag out")
+    return Model(model.config, model.class_names, model.image_shape, variables, model.step, model.temperatures)
+
+
+def write_safetensors(model: "Model", path: Path, float16: bool = False) -> Run:
+    """Write the variables, named by their paths ("params/stem_conv/kernel"), and read them back.
+
+    Args:
+        model: the network; with `float16` it is `rounded`.
+        path: the file.
+        float16: store the kernels in float16; a reader makes them float32 again.
+    """
     from flax import traverse_util
     from safetensors.numpy import save
 
     from resnet_jax.inference import trained_model
 
     flat = traverse_util.flatten_dict(model.variables, sep="/")
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    half = {name for name, leaf in flat.items() if float16 and leaf.ndim > 1}
+    arrays = {name: np.array(leaf, np.float16 if name in half else None, order="C") for name, leaf in flat.items()}
     meta = metadata(model)
     path.write_bytes(
         save(arrays, {"resnet_jax": sealed(meta, meta["weights"])})
@@ -141,7 +168,8 @@ def largest_difference(model: "Model", run: Run) -> float:
 def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """Write an export atomically, and return its `largest_difference` from the network.
 
-    An ONNX export always computes in float32, and is compared with the network in float32.
+    An ONNX export always computes in float32, and is compared with the network in float32. One with `float16` is compared
+    with the `rounded` network.
 
     Raises:
         UserError: if the file cannot be written.
@@ -149,6 +177,8 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """
     if kind == "onnx":
         model = model.in_float32()
+    if settings.get("float16"):
+        model = rounded(model)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
             new = Path(scratch) / path.name
@@ -173,21 +203,26 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
     parser.add_argument(
-        "--fold-batch-norm", action="store_true", help="fold batch norm into the convolutions (onnx only)"
+        "--fold-batch-norm", dest="fold", action="store_true", help="fold batch norm into the convolutions (onnx only)"
     )
+    parser.add_argument("--float16", action="store_true", help="store the kernels in float16 (safetensors only)")
     arguments = parser.parse_args(argv)
-    beside = arguments.run.with_suffix("") if arguments.run.is_file() else arguments.run / "model"
+    beside = arguments.run.with_suffix("") if shipped.find(arguments.run).is_file() else arguments.run / "model"
     path = arguments.output or Path(f"{beside}.{arguments.format}")
     if path.suffix != f".{arguments.format}":
         raise UserError(f"--output {path}: the file name must end in .{arguments.format}")
-    if arguments.fold_batch_norm and arguments.format != "onnx":
+    if arguments.fold and arguments.format != "onnx":
         raise UserError("--fold-batch-norm needs --format onnx")
+    if arguments.float16 and arguments.format != "safetensors":
+        raise UserError("--float16 needs --format safetensors")
     say_loading(arguments.run)
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
-    settings = {"fold": True} if arguments.fold_batch_norm else {}
+    settings = {name: True for name in ("fold", "float16") if getattr(arguments, name)}
     difference = write(model, arguments.format, path, **settings)
+    if arguments.float16:
+        difference = largest_difference(model, trained_model.load(path).logits)  # rounding included
     print(
         f"{path}: {path.stat().st_size / 1e6:.2f} MB, differs from the network by at most {difference:.1e} of the largest logit"
     )

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from resnet_jax.errors import UserError
 from resnet_jax.runs import workdir
 from resnet_jax.runs.checkpoints import Checkpoints
-from resnet_jax.runs.metrics_log import validation_accuracies
+from resnet_jax.runs.metrics_log import validations
 from resnet_jax.setup import Setup, setup
 from resnet_jax.train_state import TrainState
 
@@ -39,5 +39,4 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
 
 
 def _checkpoints(directory: Path) -> "closing[Checkpoints]":
-    accuracies = validation_accuracies(directory)
-    return closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True))
+    return closing(Checkpoints(directory / "checkpoints", validations(directory), read_only=True))

@@ -30,7 +30,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import kernels, models, steps, train_state
 from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError
-from resnet_jax.inference import calibration
+from resnet_jax.inference import calibration, shipped
 from resnet_jax.runs import metrics_log, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 
@@ -235,17 +235,18 @@ def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Model:
-    """Load the network of a run.
+    """Load a trained network.
 
     Args:
-        source: the run's workdir, or a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`. A `.stablehlo`
-            is a program: load only files that you trust. It has no `variables` and rounds floats to uint8.
+        source: a run's workdir, a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`, or the name of weights
+            that ship with the package, "final-cifar10". A `.stablehlo` is a program: load only files that you trust. It
+            has no `variables` and rounds floats to uint8.
         checkpoint: "best" by validation accuracy, "latest", or a step; an export holds only one.
 
     Raises:
         UserError: if the run, checkpoint or file does not exist or cannot be read.
     """
-    path = Path(os.path.expanduser(source))
+    path = shipped.find(source)
     if path.suffix not in _FILES:
         return _load_run(path, checkpoint)
     if checkpoint != "best":
@@ -256,11 +257,12 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
 def _load_run(directory: Path, checkpoint: str | int) -> Model:
     if not (directory / "checkpoints").is_dir():
         raise UserError(
-            f"{directory} holds no run with checkpoints: give the workdir of a run, or its .safetensors or .stablehlo export"
+            f"{directory} holds no run with checkpoints: give the workdir of a run, its .safetensors or .stablehlo export, or "
+            + " or ".join(shipped.names())
         )
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
-    accuracies = metrics_log.validation_accuracies(directory)
-    with closing(Checkpoints(directory / "checkpoints", accuracies, read_only=True)) as checkpoints:
+    validations = metrics_log.validations(directory)
+    with closing(Checkpoints(directory / "checkpoints", validations, read_only=True)) as checkpoints:
         step = checkpoints.choose(str(checkpoint))
         meta = checkpoints.meta(step)
         if "class_names" not in meta:
@@ -310,6 +312,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
     with safe_open(path, "numpy") as file:
         meta = json.loads((file.metadata() or {})["resnet_jax"])
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a dict
+    flat = {name: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for name, leaf in flat.items()}
     variables = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
     return meta, variables, None, train_state.digest(variables)
 

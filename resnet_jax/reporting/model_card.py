@@ -75,8 +75,12 @@ def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(classes, key=lambda entry: -entry["accuracy"])
 
 
-def card(directory: Path) -> str:
+def card(directory: Path, shipped_as: str | None = None) -> str:
     """The card of a complete run that has been evaluated, in Markdown.
+
+    Args:
+        directory: the run's workdir.
+        shipped_as: the name of its weights, if they ship with the package.
 
     Raises:
         UserError: if the run is not complete or not evaluated, its files do not match, or its checkpoint is corrupt.
@@ -116,7 +120,8 @@ def card(directory: Path) -> str:
         if count != result.dataset["splits"]["test"] or correct / count != test["accuracy"]:
             raise ValueError("the confusion matrix does not match the accuracy or the size of the test split")
         return templates.get_template("model_card.md").render(
-            name=directory.resolve().name,
+            name=shipped_as or directory.resolve().name,
+            shipped=shipped_as is not None,
             data=config["data.name"],
             model=model,
             digest=train_state.digest(model.variables),

@@ -6,7 +6,7 @@ Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of i
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
 from resnet_jax.runs import processes
+from resnet_jax.runs.metrics_log import Validation, best_step
 from resnet_jax.train_state import TrainState
 
 
@@ -41,41 +42,42 @@ def _reason(error: Exception) -> str:
 
 
 class _Best(policy.PreservationPolicy):
-    """Keep the checkpoint with the highest validation accuracy."""
+    """Keep the checkpoint with the best validation."""
 
-    def __init__(self, accuracies: Mapping[int, float]) -> None:
-        self._accuracies = accuracies
+    def __init__(self, validations: Mapping[int, Validation]) -> None:
+        self._validations = validations
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: policy.PreservationContext) -> Sequence[bool]:
-        best = _best((checkpoint.step for checkpoint in checkpoints), self._accuracies)
+        best = _best([checkpoint.step for checkpoint in checkpoints], self._validations)
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _best(steps: Iterable[int], accuracies: Mapping[int, float]) -> int | None:
-    """The step with the highest accuracy, the latest among equals; None if no step has an accuracy."""
-    return max((s for s in steps if s in accuracies), key=lambda s: (accuracies[s], s), default=None)
+def _best(steps: Sequence[int], validations: Mapping[int, Validation]) -> int | None:
+    """The step with the best validation; if its checkpoint is not one of `steps`, perhaps damaged, the best of those."""
+    best = best_step(validations)
+    return best if best in steps else best_step({step: validations[step] for step in steps if step in validations})
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    The best is the one with the highest validation accuracy; if none was validated, it is the latest. A checkpoint is saved
-    before it is validated, so the accuracies are kept outside Orbax.
+    The best is that of `metrics_log.best_step`; if none was validated, it is the latest. A checkpoint is saved before it is
+    validated, so the validations are kept outside Orbax.
 
     Args:
         directory: of the checkpoints; made if it does not exist.
-        accuracies: step -> validation accuracy, of the run so far; it grows after the checkpoints are saved.
+        validations: by step, of the run so far; it grows after the checkpoints are saved.
         read_only: change nothing.
     """
 
-    def __init__(self, directory: Path, accuracies: Mapping[int, float], read_only: bool = False) -> None:
+    def __init__(self, directory: Path, validations: Mapping[int, Validation], read_only: bool = False) -> None:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(accuracies)]),
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(validations)]),
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._directory, self._accuracies = directory.absolute(), accuracies
+        self._directory, self._validations = directory.absolute(), validations
         with self._readable():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -144,7 +146,7 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            best = _best(steps, self._accuracies)
+            best = _best(steps, self._validations)
             return steps[-1] if best is None else best
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which!r} must be best, latest or a step")

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from resnet_jax import host
+from resnet_jax import __version__, host
 
 _PACKAGES = [
-    "resnet_jax",
     "jax",
     "jaxlib",
     "flax",
@@ -30,7 +29,7 @@ _PACKAGES = [
 
 def collect() -> dict[str, Any]:
     """The environment of this process, as `environment.json` holds it."""
-    versions = {}
+    versions = {"resnet_jax": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -4,8 +4,9 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -57,13 +58,52 @@ def metrics_rows(directory: Path) -> list[dict[str, Any]]:
     return [row for _, row in _lines(directory) if row]
 
 
-def validation_accuracies(directory: Path) -> dict[int, float]:
-    """Step -> accuracy, from the validation rows of `metrics.jsonl`."""
+class Validation(NamedTuple):
+    """An evaluation on the validation split, as its row says.
+
+    Attributes:
+        accuracy: 0..1.
+        loss: the mean cross-entropy.
+        standard_error: of the accuracy; 0 in a row of an earlier version, which did not log it.
+    """
+
+    accuracy: float
+    loss: float
+    standard_error: float = 0.0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Validation":
+        """Read a row."""
+        return cls(row["accuracy"], row["loss"], row.get("standard_error", 0.0))
+
+
+def validations(directory: Path) -> dict[int, Validation]:
+    """Step -> validation, from the rows of `metrics.jsonl`."""
     return {
-        row["step"]: row["accuracy"]
+        row["step"]: Validation.of(row)
         for row in metrics_rows(directory)
-        if row["split"] == "validation" and isinstance(row.get("accuracy"), float)
+        if row["split"] == "validation"
+        and isinstance(row.get("accuracy"), float)
+        and isinstance(row.get("loss"), float)
     }
+
+
+def best_step(validated: Mapping[int, Validation]) -> int | None:
+    """The step with the best validation, or None if there is none.
+
+    Its accuracy is within one standard error of the highest: such a difference is no better than luck, so the lower loss
+    decides, and then the later step. Steps count in their order, and the best of some steps takes part with those that
+    follow. So the choice is the same whether or not a run was stopped in between, though it keeps only its best checkpoint.
+    """
+    best: int | None = None
+    highest = Validation(0.0, 0.0)
+    for step, new in sorted(validated.items()):
+        highest = max(highest, new, key=lambda validation: validation.accuracy)
+        lowest = highest.accuracy - highest.standard_error
+        before = None if best is None else validated[best]
+        if before is None or before.accuracy < lowest or (new.accuracy >= lowest and new.loss <= before.loss):
+            best = step
+    return best
 
 
 def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:

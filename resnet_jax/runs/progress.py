@@ -66,7 +66,7 @@ class Progress:
         self._print(self._fit(fields), live=True)
 
     def validated(self, row: dict[str, Any], is_best: bool) -> None:
-        """Print the line of an epoch, from a validation row of `metrics.jsonl`; `is_best`: the best accuracy so far."""
+        """Print the line of an epoch, from a validation row of `metrics.jsonl`; `is_best`: the best so far."""
         self._end_epoch(row["step"], row["epoch"], f"val {_metrics(row)} {'best' if is_best else '':4}")
 
     def epoch_ended(self, step: int, epoch: float) -> None:

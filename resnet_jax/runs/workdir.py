@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
-from resnet_jax.runs.metrics_log import MetricsLog, validation_accuracies
+from resnet_jax.runs.metrics_log import MetricsLog, Validation, validations
 from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
@@ -90,14 +90,14 @@ class Workdir:
 
     Attributes:
         path: of the folder.
-        accuracies: step -> validation accuracy, of the run so far.
+        validations: by step, of the run so far.
     """
 
     def __init__(self, path: Path, config: ConfigDict, meta: Mapping[str, Any], lock: IO[str] | None) -> None:
         self.path, self._meta, self._lock = path, meta, lock
         self._check_meta = partial(check_meta, path, config, meta["fingerprint"])
-        self.accuracies = validation_accuracies(path)
-        self._checkpoints = Checkpoints(path / "checkpoints", self.accuracies)
+        self.validations = validations(path)
+        self._checkpoints = Checkpoints(path / "checkpoints", self.validations)
         self._log: MetricsLog | None = None
 
     @property
@@ -125,8 +125,8 @@ class Workdir:
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)
         step = int(state.step)
-        for later in [s for s in self.accuracies if s > step]:
-            del self.accuracies[later]
+        for later in [s for s in self.validations if s > step]:
+            del self.validations[later]
         if self._lock:
             self.check_lock()
             self._log = MetricsLog(self.path, step)
@@ -138,7 +138,7 @@ class Workdir:
             self.check_lock()
             self._log.write(row)
         if row["split"] == "validation":
-            self.accuracies[row["step"]] = row["accuracy"]
+            self.validations[row["step"]] = Validation.of(row)
 
     def save(self, state: TrainState, seconds: float) -> None:
         """Start writing a checkpoint; `seconds` were spent on the run until now."""

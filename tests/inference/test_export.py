@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -111,6 +113,30 @@ def test_safetensors_are_loaded_as_the_run_is(run, files):
     for name in ("class_names", "image_shape", "step"):
         assert getattr(one, name) == getattr(other, name)
     assert one.config == other.config
+
+
+def test_float16_takes_half_the_bytes_and_is_read_as_float32(run, tmp_path, capsys):
+    path = tmp_path / "half.safetensors"
+    tool("export", run, "--format", "safetensors", "--float16", "--output", path)
+    said = float(re.search(r"at most (\S+) of the largest logit", capsys.readouterr().out)[1])
+    whole, half = trained_model.load(run), trained_model.load(path)
+    assert 0 < said < 0.01  # the rounding is in the figure
+    weights = [jax.tree.leaves(model.variables) for model in (whole, half)]
+    for one, other in zip(*weights, strict=True):
+        assert other.dtype == np.float32
+        np.testing.assert_array_equal(other, one.astype(np.float16).astype(np.float32) if one.ndim > 1 else one)
+    kernels = sum(leaf.size for leaf in weights[0] if leaf.ndim > 1)
+    with safe_open(path, "numpy") as file:
+        stored = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118  it is not a dict
+    assert sum(array.nbytes for array in stored) == sum(leaf.nbytes for leaf in weights[0]) - 2 * kernels
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(run, tmp_path):
+    model = trained_model.load(run)
+    model.variables["params"]["classifier"]["kernel"] = 7e4 * jnp.ones((16, 10))
+    with pytest.raises(UserError, match="--float16: a weight is above 65,504"):
+        export.write(model, "safetensors", tmp_path / "m.safetensors", float16=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_metadata_is_in_the_onnx_file_too(run, files):
@@ -276,6 +302,7 @@ MISTAKES = {
         ["{run}", "--format=stablehlo", "--fold-batch-norm"],
         "--fold-batch-norm needs --format onnx",
     ),
+    "half of a program": (["{run}", "--format=stablehlo", "--float16"], "--float16 needs --format safetensors"),
     "no such folder": (["{run}", "--format=safetensors", "--output=no/m.safetensors"], "cannot be written"),
     "no such checkpoint": (["{run}", "--format=onnx", "--checkpoint=7"], "no checkpoint of step 7"),
 }

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
 from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
+from resnet_jax.runs.metrics_log import Validation
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +21,12 @@ def state(cache_dir):
 
 def save_all(directory, state, results):
     """Save a checkpoint per validation result, at steps 1, 2, ...; the step is also added to every parameter."""
-    accuracies = {}
-    checkpoints = Checkpoints(directory, accuracies)
+    validations = {}
+    checkpoints = Checkpoints(directory, validations)
     for step, accuracy in enumerate(results, start=1):
         checkpoints.save(plus(state, step), {"seconds": step})
         if accuracy is not None:
-            accuracies[step] = accuracy
+            validations[step] = Validation(accuracy, 1 - accuracy)
     checkpoints.wait()
     return checkpoints
 
@@ -81,7 +82,9 @@ def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state
 
 def test_another_process_finds_the_same_checkpoints(tmp_path, state):
     save_all(tmp_path, state, [0.5, 0.9, 0.8]).close()
-    reader = Checkpoints(tmp_path, {1: 0.5, 2: 0.9, 3: 0.8}, read_only=True)
+    reader = Checkpoints(
+        tmp_path, {step: Validation(accuracy, 1.0) for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.8))}, read_only=True
+    )
     assert reader.choose("best") == 2
     assert reader.latest == 3
     reader.close()
@@ -223,7 +226,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_moved_aside(tm
     save_all(directory, state, [0.9, 0.5, 0.6]).close()
     damage(directory / "3")
     (directory / "4.orbax-checkpoint-tmp").mkdir()
-    with closing(Checkpoints(directory, {1: 0.9, 2: 0.5})) as checkpoints:
+    with closing(Checkpoints(directory, {1: Validation(0.9, 1.0), 2: Validation(0.5, 1.0)})) as checkpoints:
         restored, meta = checkpoints.restore_newest(state, accept)
         assert int(restored.step) == meta["seconds"] == 2
         assert kept(checkpoints) == [1, 2]

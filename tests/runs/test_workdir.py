@@ -77,7 +77,7 @@ def test_only_the_first_process_writes_metrics_and_json(tmp_path, tiny_config):
     folder.write_json("failed_step.json", {})
     folder.close()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]  # which all processes write
-    assert folder.accuracies == {20: 0.5}
+    assert {step: validation.accuracy for step, validation in folder.validations.items()} == {20: 0.5}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
