@@ -1,5 +1,6 @@
 """Evaluate a checkpoint of a run and report on it: `--mode eval`."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ def run(
 ) -> dict[str, Any]:
     """Restore a checkpoint, evaluate it on validation and test, print the report, write `eval.json` and `reliability.png`.
 
+    With `flip` these are `eval-flip.json` and `reliability-flip.png`.
+
     Args and errors are those of `restore_run`, and:
         flip: average the logits of each image and its mirror.
-        fit_temperature: on the validation split, and keep it in `temperature.json` for `inference.load`.
+        fit_temperature: on the validation split; keep it in `temperature.json` for `load` if it helps on held-out images.
 
     Returns:
         What `eval.json` holds.
@@ -35,6 +38,8 @@ def run(
         raise UserError(
             "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
         )
+    if flip and not config.augment.flip_probability and jax.process_index() == 0:
+        print("warning: --flip mirrors images, but the run was trained without mirrored ones", file=sys.stderr)
     run_setup, state, step = restore_run(config, directory, which)
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report: dict[str, Any] = {
@@ -51,19 +56,30 @@ def run(
             waiting(f"evaluating the {name} split", quiet=jax.process_index() > 0)
             result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
             if name == "validation" and fit_temperature:
-                temperature = calibration.fit_temperature(result.logits, split.labels)
+                temperature = _fitted_temperature(result.logits, split.labels)
             report[name] = _describe(result, split.labels, names, temperature)
     if jax.process_index() == 0:
         print(_as_text(report, names))
-        files.write_json(directory / "eval.json", report)
+        kind = "-flip" if flip else ""
+        files.write_json(directory / f"eval{kind}.json", report)
         test = report["test"]
         curves = {"uncalibrated": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
             calibration.keep_temperature(directory, step, flip, temperature)
-        figures.save(partial(figures.draw_reliability, curves), directory / "reliability.png", "light", "white")
-        print(f"written to {directory / 'eval.json'}")
+        figures.save(partial(figures.draw_reliability, curves), directory / f"reliability{kind}.png", "light", "white")
+        print(f"written to {directory / f'eval{kind}.json'}")
     return report
+
+
+def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the temperature of a validation split; None, and say so, if it would not help on other images."""
+    temperature = calibration.fit_temperature(logits, labels)
+    if calibration.temperature_helps(logits, labels):
+        return temperature
+    if jax.process_index() == 0:
+        print(f"the temperature {temperature:.3g} does not lower the loss of held-out images: it is not kept")
+    return None
 
 
 def _describe(
