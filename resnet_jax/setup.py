@@ -16,7 +16,7 @@ from resnet_jax import host, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.runs import processes, stored_config
-from resnet_jax.runs.progress import waiting
+from resnet_jax.runs.progress import say, waiting
 
 
 class Setup(NamedTuple):
@@ -66,6 +66,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     dataset = datasets.load(config.data)
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
+    say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:

@@ -85,6 +85,11 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
     return sorted(found), others
 
 
+def folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without those that `find` passes over."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_left_behind(path.name))
+
+
 def left_out(count: int) -> str:
     """Say how many files were left out because they are no images."""
     return f"left out {count} files that are no images" if count > 1 else "left out a file that is no image"

@@ -31,11 +31,9 @@ def run(
     Returns:
         What `eval.json` holds.
     """
-    if fit_temperature and not config.data.validation_ratio:
-        raise UserError(
-            "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
-        )
     run_setup, state, step = restore_run(config, directory, which)
+    if fit_temperature and not len(run_setup.validation.labels):
+        raise UserError("--fit-temperature needs a validation split, and the run has none: leave it out")
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report: dict[str, Any] = {
         "checkpoint": which,

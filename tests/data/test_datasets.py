@@ -278,7 +278,117 @@ def test_a_folder_without_images_in_a_part_is_refused(data, tmp_path):
     for file in (root / "test").glob("*/*"):
         file.unlink()
     refusal(data, f"folder:{root}", root / "test", "holds no images")  # empty classes alone
-    refusal(data, f"folder:{tmp_path}/nowhere", tmp_path / "nowhere/train", "holds no images")
+    refusal(
+        data, f"folder:{tmp_path}/nowhere", tmp_path / "nowhere", "is not a folder: give config.data.name as folder:DIR"
+    )
+
+
+def tree(root, *files):
+    """Images of different colours at these paths."""
+    for i, file in enumerate(files):
+        save_image(root / file, (i, i // 200, 0))
+    return root
+
+
+def sizes(dataset, data):
+    train, validation = datasets.validation_split(dataset, data)
+    return [len(split.labels) for split in (train, validation, dataset.test)]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_a_folders_val_is_the_validation_set_and_no_share_of_train_is_taken(data, tmp_path, name):
+    files = [f"{part}/{label}/{i}.png" for part in ("train", name, "test") for label in "ab" for i in range(3)]
+    files.remove(f"{name}/b/2.png")
+    root = tree(tmp_path / "birds", *files)
+    assert data.validation_ratio > 0
+    for _ in range(2):  # the second from the cache
+        dataset = load(data, f"folder:{root}")
+        train, validation = datasets.validation_split(dataset, data)
+        assert validation.labels.tolist() == [0, 0, 0, 1, 1]
+        assert validation.images[:, 0, 0, 0].tolist() == [6, 7, 8, 9, 10]
+        assert sizes(dataset, data) == [6, 5, 6]
+    assert datasets.summary(dataset, train, validation, data) == (
+        f"folder:{root}: 6 training, 5 validation and 6 test images of 2 classes (train/, {name}/, test/; "
+        "config.data.validation_ratio is not used)"
+    )
+    assert datasets.source_positions(dataset, data, np.array([5, 2])).tolist() == [5, 2]
+
+
+def test_images_of_a_folder_without_a_test_set_become_one_by_class_always_the_same(data, tmp_path):
+    files = [f"{label}/{i}.png" for label, count in (("a", 30), ("b", 10)) for i in range(count)]
+    data.validation_ratio = 0.25
+    flat = load(data, f"folder:{tree(tmp_path / 'flat', *files)}")
+    assert flat.class_names == ("a", "b")
+    assert sizes(flat, data) == [24, 8, 8]
+    assert np.bincount(flat.test.labels).tolist() == [6, 2]
+    shown = {image.tobytes() for split in (flat.train, flat.test) for image in split.images}
+    assert len(shown) == 40
+    assert flat.layout == "<class>/; the test images are a fifth of each class"
+    only_train = load(data, f"folder:{tree(tmp_path / 'only', *(f'train/{file}' for file in files))}")
+    assert same(flat, only_train)
+    assert only_train.layout.startswith("train/; ")
+    assert same(flat, load(data, f"folder:{tmp_path}/flat"))  # from the cache
+    val = [f"val/{label}/x.png" for label in "ab"]
+    with_val = load(data, f"folder:{tree(tmp_path / 'val', *(f'train/{file}' for file in files), *val)}")
+    assert sizes(with_val, data) == [32, 2, 8]
+
+
+def test_a_folder_with_too_few_images_to_take_a_test_set_from_is_refused(data, tmp_path):
+    root = tree(tmp_path / "few", "a/0.png", "b/0.png")
+    refusal(data, f"folder:{root}", root, "has no test set, and its 2 images are too few to take a fifth of each class")
+    refusal(data, f"folder:{tree(tmp_path / 'singles', *(f'{c}/0.png' for c in 'abcde'))}", "5 images are too few")
+
+
+def test_a_class_can_be_called_train(data, tmp_path):
+    root = tree(tmp_path / "vehicles", *(f"{label}/{i}.png" for label in ("car", "train") for i in range(10)))
+    assert load(data, f"folder:{root}").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["test/a/0.png", "val/a/0.png"], ["holds val/, test/ but not train/", "train/<class>/"]),
+        (["train/a/0.png", "Training/a/0.png"], ["are both for train: keep one of them"]),
+        (["train/a/0.png", "val/a/0.png", "val/c/0.png"], ["val has classes that", "train does not have: c"]),
+        (["train/a/0.png", "test/0.png"], ["test holds no images: put them in"]),
+        (["train/0.png", "test/0.png"], ["train holds no images: put them in"]),
+        (["0.png"], ["holds no images: put them in"]),
+    ],
+)
+def test_a_folder_of_an_unclear_layout_is_refused_saying_what_to_do(data, tmp_path, files, words):
+    refusal(data, f"folder:{tree(tmp_path / 'birds', *files)}", tmp_path / "birds", *words)
+
+
+def test_folders_beside_the_parts_are_named(data, tmp_path):
+    root = folder(tmp_path)
+    tree(root, "raw/ant/0.png")
+    assert load(data, f"folder:{root}").layout == "train/, test/; left out: raw/"
+
+
+def test_validation_images_that_are_training_images_too_are_counted_in_a_warning(data, tmp_path, capsys):
+    root = folder(tmp_path)
+    save_image(root / "val/ant/0.png", COLOURS["ant"])
+    load(data, f"folder:{root}")
+    assert (
+        "1 of 1 validation images are training images too, so the validation accuracy is too high"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_npz_can_have_validation_images_and_no_test_images(data, tmp_path):
+    rng = np.random.default_rng(1)
+    train = {"train_images": rng.integers(0, 256, (30, 5, 7, 3), np.uint8), "train_labels": np.arange(30) % 3}
+    name = npz(tmp_path, **train, test_images=None, test_labels=None)
+    dataset = load(data, name)
+    assert (len(dataset.train.labels), np.bincount(dataset.test.labels).tolist()) == (24, [2, 2, 2])
+    assert dataset.layout == "train_images; the test images are a fifth of each class"
+    with_validation = load(
+        data,
+        npz(tmp_path, **train, validation_images=train["train_images"][:4] // 2, validation_labels=np.arange(4) % 3),
+    )
+    assert sizes(with_validation, data) == [30, 4, 4]
+    assert len({dataset.fingerprint, with_validation.fingerprint, load(data, npz(tmp_path, **train)).fingerprint}) == 3
+    refusal(data, npz(tmp_path, validation_images=train["train_images"]), "lacks validation_labels")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -569,6 +679,16 @@ def test_any_tfds_classification_set_loads_as_rgb_in_its_own_order(data, monkeyp
     assert load(data, "toy_grey", image_size=4).train.images.shape == (6, 4, 4, 3)
     monkeypatch.setattr(sources, "read_tfds", forbid)
     assert same(toy, load(data, "toy_grey", image_size=0))
+
+
+def test_a_tfds_set_with_one_split_gives_a_fifth_of_each_class_to_the_test_set(data):
+    import toy_tfds
+
+    toy_tfds.ToyOneSplit(data_dir=data.data_dir).download_and_prepare()
+    for _ in range(2):
+        toy = load(data, "toy_one_split")
+        assert (np.bincount(toy.train.labels).tolist(), np.bincount(toy.test.labels).tolist()) == ([4, 4], [1, 1])
+        assert toy.layout == "splits full; the test images are a fifth of each class"
 
 
 @contextmanager
