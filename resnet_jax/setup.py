@@ -23,6 +23,7 @@ class Setup(NamedTuple):
     """A run's data, devices and initial state.
 
     Attributes:
+        config: the run's config, with the numbers that it leaves to be computed.
         dataset: the whole data set.
         train: the part of `dataset.train` for training.
         validation: the rest of `dataset.train`, possibly empty.
@@ -33,6 +34,7 @@ class Setup(NamedTuple):
         meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 
+    config: ConfigDict
     dataset: datasets.Dataset
     train: datasets.Split
     validation: datasets.Split
@@ -67,6 +69,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
+    config = datasets.computed(config, train)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:
@@ -83,7 +86,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "class_names": list(dataset.class_names),
         "image_shape": list(image_shape),
     }
-    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
+    return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
 
 
 def _check_budget(num_params: int, max_params: int) -> None:

@@ -63,12 +63,13 @@ def train(
         preemption.TrainingInterrupted: after a signal or `max_seconds`, with the state saved.
     """
     started = time.monotonic() if started is None else started
-    workdir.check(directory, config)
+    config = workdir.check(directory, config)
     if (directory / "result.json").exists():
-        return _complete(directory, hooks)
+        return _complete(directory, config, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
         start = setup(config)
+        config = start.config
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
@@ -341,9 +342,12 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
     return result
 
 
-def _complete(directory: Path, hooks: Sequence[Hook]) -> RunResult:
+def _complete(directory: Path, config: ConfigDict, hooks: Sequence[Hook]) -> RunResult:
     """The result of a folder whose run is complete."""
     result = RunResult.read(directory)
+    if config.data.name != result.dataset["name"]:
+        fingerprint = datasets.load(config.data).fingerprint
+        workdir.check_data(config.data.name, fingerprint, result.dataset["fingerprint"])
     for hook in hooks:
         hook.check(result.steps, result.steps)
     if jax.process_index() == 0:

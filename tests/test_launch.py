@@ -223,12 +223,12 @@ DEEPER_MISTAKES = {
         {},
         ["d.npz cannot be read as an .npz"],
     ),
-    "a folder that is not there": (None, ["--config.data.name=folder:none"], {}, ["none/train holds no images"]),
+    "a folder that is not there": (None, ["--config.data.name=folder:none"], {}, ["none is not a folder"]),
     "a folder without test images": (
         lambda here: save_images(here, "d/train/ant/0.png"),
         ["--config.data.name=folder:d"],
         {},
-        ["d/test holds no images", "put them in"],
+        ["d has no test set", "add images"],
     ),
     "a text file for an image": (
         lambda here: (
@@ -306,7 +306,7 @@ DEEPER_MISTAKES = {
         lambda here: (here / "loop").symlink_to("loop"),
         ["--config.data.name=folder:loop"],
         {},
-        ["loop/train holds no images"],
+        ["loop is not a folder"],
     ),
     "a link to nowhere among the images": (
         lambda here: (

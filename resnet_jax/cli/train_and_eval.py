@@ -13,7 +13,7 @@ from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs.profiling import Profile
-from resnet_jax.runs.stored_config import RESUMABLE_FIELDS
+from resnet_jax.runs.stored_config import CHANGEABLE_FIELDS
 
 _TRAIN = """Train a run, or resume it.
 
@@ -91,7 +91,7 @@ def evaluate(argv: Sequence[str]) -> None:
     config = command_line.load_config(directory / "config.json", overrides)
     for override in overrides:
         flag = override.partition("=")[0]
-        if flag.removeprefix("--config.") not in RESUMABLE_FIELDS:
+        if flag.removeprefix("--config.") not in CHANGEABLE_FIELDS:
             raise UserError(f"{flag} changes the result: leave it out, or train a run with it")
     start_evaluation(arguments, config, directory)
 

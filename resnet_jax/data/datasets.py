@@ -6,6 +6,7 @@ each class becomes one.
 """
 
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import host
 from resnet_jax.data import sampling, sources
 from resnet_jax.data.sources import KEYS, Arrays
@@ -149,6 +151,40 @@ def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray)
         return examples
     train, _ = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
     return np.asarray(train[examples])
+
+
+def computed(config: ConfigDict, train: Split) -> ConfigDict:
+    """Return a run's config with numbers for a `data.mean` or `data.std` of (): those of its training images.
+
+    Raises:
+        UserError: if a channel has the same value in every pixel.
+    """
+    wanted = [name for name in ("mean", "std") if not config.data[name]]
+    if not wanted:
+        return config
+    statistics = dict(zip(("mean", "std"), channel_statistics(train.images), strict=True))
+    if "std" in wanted and 0.0 in statistics["std"]:
+        raise UserError(
+            f"channel {statistics['std'].index(0.0)} of the training images has one value only: give config.data.std as "
+            "three numbers"
+        )
+    return config_lib.replaced(config, {f"data.{name}": statistics[name] for name in wanted})
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of each channel of uint8 images, scaled to 0..1, to six decimals.
+
+    The sums are integers, so the numbers are the same on every machine.
+    """
+    means, deviations = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.zeros(256, np.int64)
+        for image in images:
+            counts += np.bincount(image[..., channel].ravel(), minlength=256)
+        count, total, squares = (int(counts @ np.arange(256) ** power) for power in range(3))
+        means.append(round(total / (255 * count), 6))
+        deviations.append(round(math.sqrt(count * squares - total**2) / (255 * count), 6))
+    return tuple(means), tuple(deviations)
 
 
 def fingerprint(arrays: Arrays) -> str:

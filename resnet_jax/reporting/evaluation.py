@@ -32,6 +32,7 @@ def run(
         What `eval.json` holds.
     """
     run_setup, state, step = restore_run(config, directory, which)
+    config = run_setup.config
     if fit_temperature and not len(run_setup.validation.labels):
         raise UserError("--fit-temperature needs a validation split, and the run has none: leave it out")
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
