@@ -346,8 +346,7 @@ def _complete(directory: Path, config: ConfigDict, hooks: Sequence[Hook]) -> Run
     """The result of a folder whose run is complete."""
     result = RunResult.read(directory)
     if config.data.name != result.dataset["name"]:
-        fingerprint = datasets.load(config.data).fingerprint
-        workdir.check_data(config.data.name, fingerprint, result.dataset["fingerprint"])
+        workdir.check_data(config.data.name, datasets.load(config.data).fingerprint, result.dataset["fingerprint"])
     for hook in hooks:
         hook.check(result.steps, result.steps)
     if jax.process_index() == 0:

@@ -174,3 +174,68 @@ def test_a_run_without_a_checkpoint_computes_its_numbers_again(own_config, tmp_p
     assert workdir.check(tmp_path, own_config).data.mean == ()
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     assert workdir.check(tmp_path, own_config).data.mean == (0.1, 0.1, 0.1)
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_another_set_is_evaluated_into_a_file_of_its_own(on_folder, tmp_path, capsys):
+    directory, root, _ = on_folder
+    before = contents(directory)
+    shifted = tmp_path / "shifted set"
+    for label, other in (("dark", "light"), ("light", "dark")):  # every label is wrong
+        (shifted / label).mkdir(parents=True)
+        for i in range(3):
+            Image.open(root / other / f"{i}.png").resize((24, 16)).save(shifted / label / f"{i}.png")
+    tool("eval", directory, "--data", f"folder:{shifted}")
+    out = capsys.readouterr().out
+    assert f"evaluating 6 images of folder:{shifted} (all)" in out
+    (file,) = set(contents(directory)) - set(before)
+    report = json.loads(file.read_text())
+    assert file.name == f"eval-shifted-set-{report['dataset']['fingerprint'][:8]}.json"
+    assert report["test"]["accuracy"] == 1 - trained_accuracy(directory, root)
+    assert report["dataset"]["splits"] == {"test": 6}
+    file.unlink()
+    assert contents(directory) == before
+
+
+def trained_accuracy(directory, root):
+    model = trained_model.load(directory)
+    files = [(label, root / label / f"{i}.png") for label in ("dark", "light") for i in range(3)]
+    images = [Image.open(path).resize((24, 16)) for _, path in files]
+    return np.mean([name == label for name, (label, _) in zip(model.predict(images).names, files, strict=True)])
+
+
+def test_the_runs_own_data_give_the_runs_own_accuracy_also_with_the_classes_in_another_order(
+    trained, own_config, tmp_path
+):
+    directory, result = trained
+    report = evaluation.run_on(own_config, directory, "best", "digits")
+    assert report["test"]["accuracy"] == result.test_accuracy
+    assert report["test"]["loss"] == pytest.approx(result.test_loss, rel=1e-5)
+    digits = datasets.load(own_config.data)
+    order = np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    arrays = {"train_images": digits.test.images, "train_labels": np.argsort(order)[digits.test.labels]}
+    np.savez(tmp_path / "other.npz", **arrays, class_names=np.array(digits.class_names)[order])
+    other = evaluation.run_on(own_config, directory, "best", f"npz:{tmp_path}/other.npz")
+    assert other["test"] == report["test"]
+    assert (directory / f"eval-other-{other['dataset']['fingerprint'][:8]}.json").exists()
+
+
+def test_a_set_of_other_classes_or_another_size_is_refused_and_nothing_is_written(on_folder, trained, tmp_path, capsys):
+    directory, root, _ = on_folder
+    before = contents(directory)
+    images = np.zeros((4, 8, 9, 3), np.uint8)
+    np.savez(tmp_path / "wide.npz", train_images=images, train_labels=[0, 1, 0, 1], class_names=["dark", "light"])
+    shutil.copytree(root, tmp_path / "three")
+    shutil.copytree(root / "dark", tmp_path / "three/dim")
+    for data, words in {
+        f"npz:{tmp_path}/wide.npz": "has images of (8, 9, 3), and the run (8, 8, 3): scale them",
+        f"folder:{tmp_path}/three": "has other classes than the run: it adds dim",
+        "digits": "has other classes than the run: it lacks dark, light",
+    }.items():
+        assert words in mistake_of_tool(capsys, "eval", directory, "--data", data)
+    words = mistake_of_tool(capsys, "eval", directory, "--data", "digits", "--fit-temperature")
+    assert "leave out --data" in words
+    assert contents(directory) == before

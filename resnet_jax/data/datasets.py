@@ -68,22 +68,40 @@ def load(config: ConfigDict) -> Dataset:
     Raises:
         UserError: if the data are missing, unreadable or not image classification.
     """
-    try:
-        arrays, layout = _read(config)
-    except OSError as error:
-        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
-    splits, class_names = _checked(config.name, arrays)
-    arrays |= {f"{part}_labels": split.labels for part, split in splits.items()}
+    splits, class_names, digest, layout = _load(config)
     if "test" not in splits:
         splits |= _with_test(config.name, splits["train"])
         layout += "; the test images are a fifth of each class"
-    digest = str(arrays["fingerprint"]) if "fingerprint" in arrays else fingerprint(arrays)
     dataset = Dataset(
         config.name, splits["train"], splits.get("validation"), splits["test"], class_names, digest, layout
     )
     if config.name.startswith(("npz:", "folder:")):
         _check_own(dataset)
     return dataset
+
+
+def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]:
+    """Load a labelled set for an evaluation only: its test images if it has some, else its validation images, else all.
+
+    Args and errors are those of `load`.
+
+    Returns:
+        The images, the class names, the fingerprint of the whole set, and the part that they are.
+    """
+    splits, class_names, digest, _ = _load(config)
+    part = [part for part in sources.PARTS if part in splits][-1]
+    return splits[part], class_names, digest, part
+
+
+def _load(config: ConfigDict) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
+    """Return the parts that a source has, its class names, its fingerprint, and its layout in words."""
+    try:
+        arrays, layout = _read(config)
+    except OSError as error:
+        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+    splits, class_names = _checked(config.name, arrays)
+    arrays |= {f"{part}_labels": split.labels for part, split in splits.items()}
+    return splits, class_names, str(arrays.get("fingerprint", "")) or fingerprint(arrays), layout
 
 
 def _read(config: ConfigDict) -> tuple[Arrays, str]:
