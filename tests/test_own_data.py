@@ -113,6 +113,15 @@ def coloured_folder(root):
     return root
 
 
+def test_a_run_warns_of_a_batch_larger_than_the_training_set_and_of_few_steps(cache_dir, tmp_path, capsys):
+    config = folder_config(cache_dir, coloured_folder(tmp_path / "images"))
+    config.batch_size, config.schedule.warmup_epochs = 64, 0.0
+    training.train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "a batch holds 64 images, and there are only 32" in out
+    assert "takes only 2 steps of 64 images" in out
+
+
 def folder_config(cache_dir, root):
     config = short(make_tiny_config(cache_dir))
     config.batch_size, config.num_epochs, config.checkpoint_every_steps = 8, 3.0, 2

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -224,10 +225,13 @@ def _checked(name: str, arrays: Arrays) -> tuple[dict[str, Split], tuple[str, ..
     try:
         class_names = tuple(arrays["class_names"].tolist()) if arrays["class_names"].ndim == 1 else ()
         "".join(class_names).encode()
+        class_names = tuple(unicodedata.normalize("NFC", label) for label in class_names)
     except (SystemError, TypeError, ValueError) as error:
         raise UserError(f"{name}: class_names must be unique strings in one dimension ({error})") from error
     if not class_names or len(set(class_names)) < len(class_names):
         raise UserError(f"{name}: class_names must be unique strings in one dimension")
+    if len(class_names) == 1:
+        raise UserError(f"{name} has only one class, {class_names[0]}: give images of two or more")
     splits = {}
     for part in sources.PARTS:
         if f"{part}_images" not in arrays:

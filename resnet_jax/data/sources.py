@@ -3,6 +3,7 @@
 import http.client
 import os
 import threading
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -99,7 +100,7 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
     files = []
     others = 0
     for part, root in parts.items():
-        classes = images.folders(root)
+        classes = _folders(root)
         if not classes:
             raise UserError(f"{root} holds no images: put them in {root}/<class>/")
         for directory in classes:
@@ -107,7 +108,8 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
             others += others_here
             if not found:
                 raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
-            files += [LabelledFile(path, part, directory.name) for path in found]
+            label = unicodedata.normalize("NFC", directory.name)  # macOS writes names decomposed
+            files += [LabelledFile(path, part, label) for path in found]
     known = {file.label for file in files if file.part == "train"}
     for part, root in parts.items():
         if unseen := sorted({file.label for file in files if file.part == part} - known):
@@ -124,7 +126,7 @@ def _parts(folder: Path) -> tuple[dict[str, Path], str]:
     """Return the folder of each part, and the layout in words."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give config.data.name as folder:DIR")
-    folders = images.folders(folder)
+    folders = _folders(folder)
     named = [(part, f) for part, names in _FOLDER_NAMES.items() for f in folders if f.name.lower() in names]
     others = [f"{f.name}/" for f in folders if f not in [f for _, f in named]]
     if not named or (others and not any(images.folders(f) for _, f in named)):  # a class can be called train
@@ -138,6 +140,19 @@ def _parts(folder: Path) -> tuple[dict[str, Path], str]:
     if "train" not in parts:
         raise UserError(f"{folder} holds {layout} but not train/: put the training images in {folder}/train/<class>/")
     return parts, f"{layout}; left out: {', '.join(others)}" if others else layout
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return `images.folders`, whose names must be UTF-8."""
+    folders = images.folders(folder)
+    for f in folders:
+        try:
+            f.name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{folder} holds the folder {os.fsencode(f.name)!r}, whose name is not UTF-8: rename it"
+            ) from error
+    return folders
 
 
 def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:

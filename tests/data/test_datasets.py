@@ -359,6 +359,45 @@ def test_a_folder_of_an_unclear_layout_is_refused_saying_what_to_do(data, tmp_pa
     refusal(data, f"folder:{tree(tmp_path / 'birds', *files)}", tmp_path / "birds", *words)
 
 
+def test_composed_and_decomposed_names_are_the_same_class(data, tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    files = [
+        f"train/{composed}/0.png",
+        f"train/{decomposed}/1.png",
+        "train/tea/0.png",
+        f"test/{decomposed}/0.png",
+        "test/tea/0.png",
+    ]
+    dataset = load(data, f"folder:{tree(tmp_path / 'cups', *files)}")
+    assert dataset.class_names == (composed, "tea")
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 0, 1], [0, 1])
+    assert load(data, npz(tmp_path, class_names=np.array(["ant", decomposed, "tea"]))).class_names == (
+        "ant",
+        composed,
+        "tea",
+    )
+    refusal(
+        data, npz(tmp_path, class_names=np.array(["ant", decomposed, composed])), "class_names must be unique strings"
+    )
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_class_whose_name_is_not_utf_8_is_named(data, tmp_path, part):
+    root = folder(tmp_path)
+    (root / part / os.fsdecode(b"caf\xe9")).mkdir()
+    refusal(data, f"folder:{root}", root / part, r"the folder b'caf\xe9', whose name is not UTF-8: rename it")
+
+
+def test_one_class_is_refused(data, tmp_path):
+    root = tree(tmp_path / "birds", *(f"{part}/wren/{i}.png" for part in ("train", "test") for i in range(3)))
+    refusal(data, f"folder:{root}", "has only one class, wren: give images of two or more")
+    refusal(
+        data,
+        npz(tmp_path, class_names=None, train_labels=np.zeros(6, int), test_labels=np.zeros(4, int)),
+        "has only one class, 0",
+    )
+
+
 def test_folders_beside_the_parts_are_named(data, tmp_path):
     root = folder(tmp_path)
     tree(root, "raw/ant/0.png")
