@@ -1,4 +1,4 @@
-"""Cores and paths of this machine: caches, the package's templates and configs."""
+"""Cores and paths of this machine: the package's templates and configs."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,3 @@ if not CONFIGS.is_dir():
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cache_dir() -> Path:
-    """Return the user's cache folder for this project."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax"

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
-from resnet_jax import host, train_state
-from resnet_jax.data import datasets
+from resnet_jax import train_state
+from resnet_jax.data import cache, datasets
 from resnet_jax.errors import UserError
 from resnet_jax.runs import processes, stored_config
 from resnet_jax.runs.progress import say, waiting
@@ -56,8 +56,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
             more parameters than `config.model.max_params`.
     """
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or ((folder := cache.folder()) and str(folder / "xla"))
+    jax.config.update("jax_compilation_cache_dir", programs)
     mesh = train_state.make_mesh(num_devices)
     config_lib.check_batch_size(config.batch_size, mesh.size)
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own

@@ -20,9 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
-from resnet_jax import host
-from resnet_jax.data import sampling, sources
-from resnet_jax.data.sources import KEYS, Arrays
+from resnet_jax.data import cache, npz, sampling, sources
+from resnet_jax.data.npz import KEYS, PARTS, Arrays
 from resnet_jax.errors import UserError
 
 
@@ -90,7 +89,7 @@ def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]
         The images, the class names, the fingerprint of the whole set, and the part that they are.
     """
     splits, class_names, digest, _ = _load(config)
-    part = [part for part in sources.PARTS if part in splits][-1]
+    part = [part for part in PARTS if part in splits][-1]
     return splits[part], class_names, digest, part
 
 
@@ -113,8 +112,7 @@ def _read(config: ConfigDict) -> tuple[Arrays, str]:
     if config.name == "digits":
         return sources.read_digits(), "the test images are a fifth of each class"
     if source == "npz":
-        arrays = sources.read_npz(Path(os.path.expanduser(path)))
-        arrays = {key: arrays[key] for key in KEYS if key in arrays}
+        arrays = npz.read_set(Path(os.path.expanduser(path)))
         return arrays, ", ".join(key for key in arrays if key.endswith("_images"))
     if source == "folder":
         folder = Path(os.path.realpath(os.path.expanduser(path)))
@@ -233,19 +231,14 @@ def _checked(name: str, arrays: Arrays) -> tuple[dict[str, Split], tuple[str, ..
     if len(class_names) == 1:
         raise UserError(f"{name} has only one class, {class_names[0]}: give images of two or more")
     splits = {}
-    for part in sources.PARTS:
+    for part in PARTS:
         if f"{part}_images" not in arrays:
             continue
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
-            raise UserError(
-                f"{name}: {part} images are {images.dtype} {images.shape}: they must be uint8 [N, H, W, 3]; convert grey images "
-                "with np.repeat(images[..., None], 3, axis=3)"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        if labels.shape != images.shape[:1] or not len(labels):
             raise UserError(
                 f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(images)} images: give at least one image, and "
-                "one integer label for each"
+                "one label for each"
             )
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise UserError(
@@ -289,11 +282,13 @@ def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Calla
     """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((_DECODER, state, config.image_size)).encode()).hexdigest()[:16]
-    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else host.cache_dir()
+    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache.folder()
+    if directory is None:
+        return read()
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
     if path.exists():
         try:
-            arrays = sources.read_npz(path)
+            arrays = npz.read(path)
             if fingerprint(arrays) == str(arrays["fingerprint"]):
                 return arrays
         except (UserError, KeyError):

@@ -15,11 +15,9 @@ from PIL import Image
 
 from resnet_jax.data import images, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow
+from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.errors import UserError
 
-PARTS = ("train", "validation", "test")
-KEYS = (*(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")), "class_names")
-Arrays = dict[str, np.ndarray]  # KEYS -> uint8 [N, H, W, 3] and int [N] for each part there is, and str [num_classes]
 TEST_SHARE = 0.2  # of each class of a source without a test set
 _FOLDER_NAMES = {  # part -> the names that people give to its folder, in any case
     "train": ("train", "training"),
@@ -48,32 +46,6 @@ def read_digits() -> Arrays:
         "test_labels": labels[test],
         "class_names": np.array([str(name) for name in digits.target_names]),
     }
-
-
-def read_npz(path: Path) -> Arrays:
-    """Read an `.npz` of train_images, train_labels and, optionally, those of validation and test, and class_names."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # NumPy and zipfile raise many kinds of errors for a corrupt file
-        raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
-    parts = [part for part in PARTS if part == "train" or any(key.startswith(f"{part}_") for key in arrays)]
-    missing = [key for part in parts for key in (f"{part}_images", f"{part}_labels") if key not in arrays]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}")
-    if "class_names" not in arrays:
-        labels = arrays["train_labels"]
-        count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-        if labels.size and labels.dtype.kind in "iu" and labels.min() < 0:
-            raise UserError(f"{path}: train labels run from {labels.min()}: number the classes from 0")
-        if count > labels.size:
-            raise UserError(
-                f"{path}: train labels run to {count - 1} with {labels.size} images: number the classes from 0"
-            )
-        arrays["class_names"] = np.array([str(label) for label in range(count)], np.str_)
-    return arrays
 
 
 class LabelledFile(NamedTuple):

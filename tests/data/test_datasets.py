@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import final
-from resnet_jax import host
-from resnet_jax.data import datasets, sources
+from resnet_jax.data import cache, datasets, sources
 from resnet_jax.errors import UserError
 
 DIGITS_FINGERPRINT = "617c980d45980a2ed1f4992c26b10bd1c8fcae2ce2479ec88e0018e8507f9a00"
@@ -143,20 +142,52 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
     [
         ({"test_labels": None}, ["lacks test_labels", "it holds train_images"]),
         ({"train_labels": None, "test_images": None}, ["lacks train_labels, test_images"]),
-        ({"train_images": np.zeros((6, 5, 7, 3), np.float32)}, ["train images are float32 (6, 5, 7, 3)", "uint8"]),
-        ({"test_images": np.zeros((4, 5, 7), np.uint8)}, ["test images are uint8 (4, 5, 7)", "[N, H, W, 3]"]),
-        ({"train_images": np.zeros((6, 3, 5, 7), np.uint8)}, ["train images are uint8 (6, 3, 5, 7)"]),
+        (
+            {"test_images": np.zeros((4, 5, 7, 4), np.uint8)},
+            ["test_images is uint8 [4, 5, 7, 4]", "test_images[..., :3]"],
+        ),
+        (
+            {"test_images": np.zeros((4, 35), np.uint8)},
+            ["test_images is uint8 [4, 35]: images must be [N, H, W, 3] or"],
+        ),
+        ({"test_images": np.zeros((4, 49), np.uint8)}, ["use test_images.reshape(-1, 7, 7)"]),
+        ({"train_images": np.zeros((6, 75), np.uint8)}, ["use train_images.reshape(-1, 3, 5, 5)"]),
+        (
+            {"train_images": np.full((6, 5, 7, 3), -1.5)},
+            ["train_images is float64", "values from -1.5 to -1.5", "LOW of black"],
+        ),
+        (
+            {"train_images": np.full((6, 5, 7, 3), 16)},
+            ["train_images is int64", "values from 16 to 16"],
+        ),  # of what scale?
+        ({"test_images": np.full((4, 5, 7, 3), np.nan)}, ["test_images is float64", "values from nan"]),
+        ({"test_images": np.full((4, 5, 7, 3), "x")}, ["test_images is <U1", "astype(np.uint8)"]),
+        ({"train_labels": np.full(6, 0.5)}, ["train_labels is float64 [6]: give one whole number"]),
+        (
+            {"train_labels": np.full((6, 3), 0.3)},
+            ["train_labels is float64 [6, 3] and not one-hot", "train_labels.argmax(axis=1)"],
+        ),
+        ({"test_labels": np.array(["ant", "bee", "cat", "ant"])}, ["test_labels is <U3 [4]: give one whole number"]),
+        (
+            {"train_labels": np.array(["ant", "bee", "cat"] * 2)},
+            ["test_labels is int64 [4], and train_labels are names"],
+        ),
+        (
+            {
+                "train_labels": np.array(["ant", "bee", "cat"] * 2),
+                "test_labels": np.array(["ant", "bee", "cat", "wasp"]),
+            },
+            ["test_labels has 'wasp', which class_names does not have"],
+        ),
         ({"train_labels": np.arange(6)}, ["train labels run from 0 to 5", "must be in 0..2"]),
         ({"test_labels": np.arange(4) - 1}, ["test labels run from -1 to 2", "must be in 0..2"]),
         ({"test_labels": np.array([0, 1, 2, 3]), "class_names": None}, ["test labels run from 0 to 3"]),
         ({"train_labels": np.arange(5) % 3}, ["train labels are int64 (5,) for 6 images"]),
-        ({"train_labels": np.zeros(6)}, ["train labels are float64 (6,)", "one integer label for each"]),
-        ({"train_labels": np.zeros((6, 1), int)}, ["train labels are int64 (6, 1) for 6 images"]),
         (
             {"test_images": np.zeros((0, 5, 7, 3), np.uint8), "test_labels": np.zeros(0, int)},
             ["test", "at least one image"],
         ),
-        ({"train_images": np.zeros((6, 0, 7, 3), np.uint8)}, ["train images are uint8 (6, 0, 7, 3)"]),
+        ({"train_images": np.zeros((6, 0, 7, 3), np.uint8)}, ["train_images is uint8 [6, 0, 7, 3]"]),
         (
             {"class_names": np.array(["ant", "bee", "cat", "dog", "eel"])},
             ["no training image for 2 of 5 classes (dog, eel)"],
@@ -174,6 +205,57 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
 )
 def test_an_npz_that_is_not_a_data_set_is_refused(data, tmp_path, changed, words):
     refusal(data, npz(tmp_path, **changed), *words)
+
+
+GREY = np.random.default_rng(2).integers(0, 256, (6, 5, 7, 1), np.uint8)
+RGB = arrays()["train_images"]
+BINARY = GREY > 127
+LABELS = np.arange(6) % 3
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "meant"),
+    [
+        ("train_images", GREY, np.repeat(GREY, 3, axis=3)),
+        ("train_images", GREY[..., 0], np.repeat(GREY, 3, axis=3)),
+        ("train_images", np.moveaxis(GREY, 3, 1), np.repeat(GREY, 3, axis=3)),
+        ("train_images", np.moveaxis(RGB, 3, 1), RGB),
+        ("train_images", (RGB / 255).astype(np.float32), RGB),
+        ("train_images", RGB / 255 * (1 + 1e-6), RGB),
+        ("train_images", (GREY[..., 0] / 255).astype(np.float16), np.repeat(GREY, 3, axis=3)),
+        ("train_images", RGB.astype(np.float64), RGB),
+        ("train_images", RGB.astype(np.int64), RGB),
+        ("train_images", BINARY[..., 0], np.repeat(BINARY, 3, axis=3) * np.uint8(255)),
+        ("train_labels", LABELS.astype(np.float32), LABELS),
+        ("train_labels", LABELS[:, None], LABELS),
+        ("train_labels", np.eye(3)[LABELS], LABELS),
+        ("train_labels", np.eye(3, dtype=bool)[LABELS], LABELS),
+        ("train_labels", np.eye(3, dtype=np.uint8)[LABELS], LABELS),
+    ],
+)
+def test_other_forms_of_images_and_labels_are_converted_and_a_line_says_so(data, tmp_path, capsys, key, stored, meant):
+    converted = load(data, npz(tmp_path, **{key: stored}))
+    line = f"converted {key} from {stored.dtype} {list(stored.shape)} to "
+    assert line in capsys.readouterr().out
+    assert same(converted, load(data, npz(tmp_path, **{key: meant})))
+    assert "converted" not in capsys.readouterr().out
+
+
+def test_labels_can_be_bool_or_names(data, tmp_path):
+    two = {"test_labels": np.array([True, False] * 2), "class_names": None}
+    assert load(data, npz(tmp_path, train_labels=LABELS > 0, **two)).train.labels.tolist() == [0, 1, 1, 0, 1, 1]
+    words = np.array(["cat", "bee", "ant"])
+    expected = load(data, npz(tmp_path))
+    for kind in ("U", "S"):
+        train, test = (words[::-1][np.arange(n) % 3].astype(kind) for n in (6, 4))
+        assert same(expected, load(data, npz(tmp_path, train_labels=train, test_labels=test, class_names=None)))
+    named = load(data, npz(tmp_path, train_labels=words[LABELS], test_labels=words[LABELS[:4]], class_names=words))
+    assert (named.class_names, named.train.labels.tolist()) == (("cat", "bee", "ant"), LABELS.tolist())
+
+
+def test_images_of_all_parts_have_one_scale(data, tmp_path):
+    dark = {"train_images": RGB.astype(np.float32), "test_images": np.ones((4, 5, 7, 3), np.float32)}
+    assert (load(data, npz(tmp_path, **dark)).test.images == 1).all()  # of 255, as in train
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -600,7 +682,31 @@ def test_the_cache_goes_to_the_users_cache_folder(data, tmp_path, monkeypatch):
     assert [file.suffix for file in (tmp_path / "xdg/resnet_jax").iterdir()] == [".npz"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert host.cache_dir() == tmp_path / ".cache/resnet_jax"
+    assert cache.folder() == tmp_path / ".cache/resnet_jax"
+
+
+@pytest.mark.parametrize("why", ["HOME cannot be written", "no HOME and no entry in passwd"])
+def test_without_a_cache_folder_data_are_decoded_each_time_and_a_line_says_so_once_before(
+    data, tmp_path, monkeypatch, capsys, why
+):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/none")
+    if why != "HOME cannot be written":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as Python does for such a user
+    cache._say_once.cache_clear()
+    printed = []
+    read_folder = sources.read_folder
+    monkeypatch.setattr(sources, "read_folder", lambda *a: printed.append(capsys.readouterr().err) or read_folder(*a))
+    root = folder(tmp_path)
+    save_image(root / "test/ant/0.png", (1, 1, 1))
+    save_image(root / "test/bee/0.png", (2, 2, 2))
+    first, second = (load(data, f"folder:{root}", cache_dir="") for _ in range(2))
+    assert same(first, second)
+    said, nothing = printed
+    assert said.startswith("running without caches (")
+    assert "set XDG_CACHE_HOME to a folder" in said
+    assert nothing == ""
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
