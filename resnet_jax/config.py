@@ -56,8 +56,8 @@ def integers(low: int) -> Field:
 def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
     return Field(
         tuple,
-        lambda v: len(v) == 3 and all(type(x) in (int, float) and is_finite(x) and accepts(x) for x in v),
-        f"a tuple of three numbers {words}",
+        lambda v: len(v) in (0, 3) and all(type(x) in (int, float) and is_finite(x) and accepts(x) for x in v),
+        f"a tuple of three numbers {words}, or () for those of the training images",
     )
 
 

@@ -64,12 +64,13 @@ def train(
         preemption.TrainingInterrupted: after a signal or `max_seconds`, with the state saved.
     """
     started = time.monotonic() if started is None else started
-    workdir.check(directory, config)
+    config = workdir.check(directory, config)
     if (directory / "result.json").exists():
-        return _complete(directory, hooks)
+        return _complete(directory, config, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
         start = setup(config)
+        config = start.config
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
@@ -147,8 +148,9 @@ def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
     run.progress.note(describe_model(state.params, run.config.model.max_params, table=step == 0))
-    if slow := kernels.why_slow(run.start.mesh, run.config.model):
-        run.progress.note(slow)
+    for text in [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]:
+        if text:
+            run.progress.note(text)
     if step:
         run.progress.note(f"resuming {run.folder.path} at step {step} of {total}")
     for hook in run.hooks:
@@ -341,9 +343,11 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
     return result
 
 
-def _complete(directory: Path, hooks: Sequence[Hook]) -> RunResult:
+def _complete(directory: Path, config: ConfigDict, hooks: Sequence[Hook]) -> RunResult:
     """The result of a folder whose run is complete."""
     result = RunResult.read(directory)
+    if config.data.name != result.dataset["name"]:
+        workdir.check_data(config.data.name, datasets.load(config.data).fingerprint, result.dataset["fingerprint"])
     for hook in hooks:
         hook.check(result.steps, result.steps)
     if jax.process_index() == 0:

@@ -215,6 +215,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         raise UserError(f"--workdir {directory} already exists: choose another")
     weights = read(path)
     start = setup(config)
+    config = start.config
     try:
         variables = from_torch(weights, {"params": start.state.params, "batch_stats": start.state.batch_stats})
     except UserError as error:

@@ -1,5 +1,7 @@
-"""Evaluate a checkpoint of a run and report on it: `--mode eval`."""
+"""Evaluate a checkpoint of a run and report on it: the tool `eval`."""
 
+import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,11 +11,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import steps
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.inference import calibration
+from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import figures
 from resnet_jax.runs import environment, files
@@ -34,13 +37,11 @@ def run(
     Returns:
         What `eval.json` holds.
     """
-    if fit_temperature and not config.data.validation_ratio:
-        raise UserError(
-            "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
-        )
-    if flip and not config.augment.flip_probability and jax.process_index() == 0:
-        print("warning: --flip mirrors images, but the run was trained without mirrored ones", file=sys.stderr)
+    _warn_of_mirrors(config, flip)
     run_setup, state, step = restore_run(config, directory, which)
+    config = run_setup.config
+    if fit_temperature and not len(run_setup.validation.labels):
+        raise UserError("--fit-temperature needs a validation split, and the run has none: leave it out")
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report: dict[str, Any] = {
         "checkpoint": which,
@@ -80,6 +81,65 @@ def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     if jax.process_index() == 0:
         print(f"the temperature {temperature:.3g} does not lower the loss of held-out images: it is not kept")
     return None
+
+
+def _warn_of_mirrors(config: ConfigDict, flip: bool) -> None:
+    if flip and not config.augment.flip_probability and jax.process_index() == 0:
+        print("warning: --flip mirrors images, but the run was trained without mirrored ones", file=sys.stderr)
+
+
+def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: bool = False) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run on another labelled set, print the report, and write it to a file of its own.
+
+    Args:
+        config: the run's config.
+        directory: the run's workdir, whose other files stay as they are.
+        which: "best", "latest" or a step.
+        data: names the set, as `config.data.name` does; its images are scaled to the size of the run's.
+        flip: average the logits of each image and its mirror.
+
+    Returns:
+        What the file holds: as `eval.json`, with that set as "test".
+
+    Raises:
+        UserError: if the run or the data cannot be read, or the data have other classes or an image size that does not fit.
+    """
+    _warn_of_mirrors(config, flip)
+    model = trained_model.load(directory, which)
+    kind, _, path = data.partition(":")
+    height, width, _ = model.image_shape
+    size = 0 if height != width or kind in ("digits", "npz") else height
+    waiting(f"loading {data}")
+    settings = config_lib.replaced(config, {"data.name": data, "data.image_size": size}).data
+    split, names, fingerprint, part = datasets.load_labelled(settings)
+    for what, extra in (("lacks", set(model.class_names) - set(names)), ("adds", set(names) - set(model.class_names))):
+        if extra:
+            raise UserError(f"--data {data} has other classes than the run: it {what} {', '.join(sorted(extra)[:5])}")
+    if split.images.shape[1:] != model.image_shape:
+        raise UserError(
+            f"--data {data} has images of {split.images.shape[1:]}, and the run {model.image_shape}: scale them to that size"
+        )
+    labels = np.array([model.class_names.index(name) for name in names], np.int32)[split.labels]
+    waiting(f"evaluating {len(labels):,} images of {data} ({'all' if part == 'train' else f'its {part} images'})")
+    logits = model.logits(split.images, flip)
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
+    loss = calibration.negative_log_likelihood(logits, labels)
+    result = Evaluation(loss, int(np.trace(confusion)) / len(labels), confusion, logits)
+    report = {
+        "checkpoint": which,
+        "checkpoint_step": model.step,
+        "flip": flip,
+        "dataset": {"name": data, "fingerprint": fingerprint, "splits": {"test": len(labels)}},
+        "environment": environment.collect(),
+        "test": _describe(result, labels, model.class_names, None),
+    }
+    print(_as_text(report, model.class_names))
+    label = Path(os.path.realpath(path)).name.removesuffix(".npz") if kind in ("npz", "folder") else data
+    file = directory / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{fingerprint[:8]}{'-flip' if flip else ''}.json"
+    files.write_json(file, report)
+    print(f"written to {file}")
+    return report
 
 
 def _describe(

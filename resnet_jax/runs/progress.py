@@ -118,8 +118,13 @@ class Progress:
 
 def waiting(what: str, usual_seconds: float | None = None, quiet: bool = False) -> None:
     """Print what the program waits for, such as "loading cifar10", before there is a `Progress`."""
+    say(_wait_text(what, usual_seconds), quiet)
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a line before there is a `Progress`."""
     if not quiet:
-        _print(_wait_text(what, usual_seconds))
+        _print(text)
 
 
 def _wait_text(what: str, usual_seconds: float | None) -> str:

@@ -25,8 +25,11 @@ from resnet_jax.train_state import TrainState
 INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from the weights of a file
 
 
-def check(directory: Path, config: ConfigDict) -> None:
+def check(directory: Path, config: ConfigDict) -> ConfigDict:
     """Check that a folder can take a run of this config, or resume one; nothing is written.
+
+    Returns:
+        The config, with the numbers that the folder's run computed when it began.
 
     Raises:
         UserError: if the folder cannot be written, or its run has another config; the message names the fields.
@@ -38,11 +41,15 @@ def check(directory: Path, config: ConfigDict) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = f"{directory}" if existing == directory else f"{directory}: {existing}"
         raise UserError(f"--workdir {what} is not a writable folder: choose another")
+    remains = [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]
     if not (directory / "config.json").exists():
-        if remains := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
+        if remains:
             raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
-        return
-    _refuse_differences(str(directory), config, files.read_json(directory / "config.json"))
+        return config
+    stored = files.read_json(directory / "config.json")
+    filled = stored_config.with_computed(config, stored)
+    _refuse_differences(str(directory), filled, stored)
+    return filled if remains else config  # a run that ended before its first checkpoint begins anew
 
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
@@ -66,10 +73,24 @@ def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapp
         UserError: naming the fields that differ, or both fingerprints.
     """
     _refuse_differences(f"{directory}/checkpoints", config, meta["config"])
-    if meta["fingerprint"] != fingerprint:
+    check_data(config.data.name, fingerprint, meta["fingerprint"])
+
+
+def check_data(name: str, fingerprint: str, expected: str) -> None:
+    """Refuse data that are not those of a run, wherever they are.
+
+    Args:
+        name: of the data set.
+        fingerprint: of the data set.
+        expected: fingerprint of the run's data.
+
+    Raises:
+        UserError: naming both fingerprints.
+    """
+    if fingerprint != expected:
         raise UserError(
-            f"{config.data.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
-            f"{fingerprint[:12]} now): use the original data, or choose another --workdir"
+            f"{name} has changed since the run began (fingerprint {expected[:12]} then, {fingerprint[:12]} now): use the "
+            "original data, or choose another --workdir"
         )
 
 
@@ -94,7 +115,7 @@ class Workdir:
     """
 
     def __init__(self, path: Path, config: ConfigDict, meta: Mapping[str, Any], lock: IO[str] | None) -> None:
-        self.path, self._meta, self._lock = path, meta, lock
+        self.path, self._config, self._meta, self._lock = path, config, meta, lock
         self._check_meta = partial(check_meta, path, config, meta["fingerprint"])
         self.validations = validations(path)
         self._checkpoints = Checkpoints(path / "checkpoints", self.validations)
@@ -120,7 +141,7 @@ class Workdir:
     def restore(self, initial: TrainState) -> tuple[TrainState, float]:
         """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
 
-        Rows logged after that step are dropped, because they will be logged again.
+        Rows logged after that step are dropped, because they will be logged again. The config of this session is written.
         """
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)
@@ -128,7 +149,7 @@ class Workdir:
         for later in [s for s in self.validations if s > step]:
             del self.validations[later]
         if self._lock:
-            self.check_lock()
+            self.write_json("config.json", stored_config.to_json(self._config))
             self._log = MetricsLog(self.path, step)
         return state, seconds
 
@@ -181,7 +202,7 @@ class Workdir:
 def open_workdir(
     directory: Path, config: ConfigDict, meta: Mapping[str, Any], bytes_needed: int = 0
 ) -> Iterator[Workdir]:
-    """Make the folder of a run, lock it, and write the config and the environment of this session.
+    """Make the folder of a run, lock it, and write the environment of this session, and the config of a new run.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
 
@@ -200,7 +221,10 @@ def open_workdir(
             check(directory, config)
             for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
                 shutil.rmtree(scratch, ignore_errors=True)
-            files.write_json(directory / "config.json", stored_config.to_json(config))
+            if not (
+                directory / "config.json"
+            ).exists():  # otherwise `restore` writes it, if the data are those of the run
+                files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
         if jax.process_count() > 1:
             _check_shared(directory, lock)

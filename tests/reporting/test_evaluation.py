@@ -132,11 +132,11 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     )  # they are of one alone
 
 
-def test_without_a_validation_split_no_temperature_is_fitted(finished):
-    directory, _, config = finished
-    config.data.validation_ratio = 0.0
-    with pytest.raises(UserError, match="--fit-temperature needs a validation split"):
-        evaluation.run(config, directory, "best", fit_temperature=True)
+def test_without_a_validation_split_no_temperature_is_fitted(tiny_config, tmp_path):
+    tiny_config.data.validation_ratio, tiny_config.num_epochs, tiny_config.schedule.warmup_epochs = 0.0, 0.1, 0.0
+    training.train(tiny_config, tmp_path)
+    with pytest.raises(UserError, match="--fit-temperature needs a validation split, and the run has none"):
+        evaluation.run(tiny_config, tmp_path, "best", fit_temperature=True)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])
