@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from resnet_jax.host import VERSION as __version__
+from resnet_jax.host import __version__
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model, load
     from resnet_jax.runs.result import RunResult
 
-__all__ = ["Model", "load", "train"]
+__all__ = ["Model", "__version__", "load", "train"]
 
 if sys.argv[:1] == ["-m"]:  # `python -m resnet_jax.MODULE`, and Python looks for the module now
     from resnet_jax.cli.tools import refuse_old_spelling

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-VERSION = "0.2.0"
+__version__ = "0.2.0"
 _PACKAGE = Path(__file__).parent
 CHECKOUT = _PACKAGE.parent  # the repository, unless the package was installed from a wheel
 TEMPLATES = _PACKAGE / "templates"  # of pages and model cards

@@ -24,7 +24,7 @@ import numpy as np
 
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
-from resnet_jax.host import VERSION
+from resnet_jax.host import __version__
 from resnet_jax.inference import shipped
 from resnet_jax.runs import stored_config
 
@@ -50,7 +50,7 @@ def metadata(model: "Model") -> dict[str, Any]:
         "checkpoint_step": model.step,
         "temperature": calibration.to_names(model.temperatures),
         "weights": train_state.digest(model.variables),
-        "resnet_jax": VERSION,
+        "resnet_jax": __version__,
     }
 
 

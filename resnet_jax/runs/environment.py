@@ -29,7 +29,7 @@ _PACKAGES = [
 
 def collect() -> dict[str, Any]:
     """The environment of this process, as `environment.json` holds it."""
-    versions = {"resnet_jax": host.VERSION}
+    versions = {"resnet_jax": host.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
