@@ -148,9 +148,8 @@ def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
     run.progress.note(describe_model(state.params, run.config.model.max_params, table=step == 0))
-    for text in [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]:
-        if text:
-            run.progress.note(text)
+    for text in filter(None, [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]):
+        run.progress.note(text)
     if step:
         run.progress.note(f"resuming {run.folder.path} at step {step} of {total}")
     for hook in run.hooks:

@@ -118,6 +118,10 @@ def test_a_run_warns_of_a_batch_larger_than_the_training_set_and_of_few_steps(ca
     config.batch_size, config.schedule.warmup_epochs = 64, 0.0
     training.train(config, tmp_path / "run")
     out = capsys.readouterr().out
+    layout = (
+        "32 training, 0 validation and 8 test images of 2 classes (<class>/; the test images are a fifth of each class)"
+    )
+    assert f"{config.data.name}: {layout}\n" in out
     assert "a batch holds 64 images, and there are only 32" in out
     assert "takes only 2 steps of 64 images" in out
 
