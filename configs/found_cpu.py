@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.data.validation_ratio = 0.1
     config.eval_batch_size = 500
     config.eval_every_epochs = 1
+    config.init_from = ""
     config.label_smoothing = 0.0
     config.log_every_steps = 50
     config.model = ConfigDict()
@@ -46,6 +47,7 @@ def get_config() -> ConfigDict:
     config.model.stem = "cifar"
     config.num_epochs = 6.0
     config.optim = ConfigDict()
+    config.optim.backbone_rate = 1.0
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.decay_mask = "all"
@@ -64,4 +66,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# ae566556e219b460d59595c82d333dee9fd472c83921ec95cae307c493254229, of the lines above: an edited file is not written over
+# ecd574f98e27610408edd583ac25558ffbcaffad3f63998715e1593fc0430f9b, of the lines above: an edited file is not written over

@@ -68,6 +68,7 @@ _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, 2**32 - 1),
+    "init_from": _TEXT,
     "batch_size": integer(1, 2**20),
     "num_epochs": _POSITIVE,
     "label_smoothing": _FRACTION,
@@ -105,6 +106,7 @@ FIELDS: dict[str, Field] = {
     "model.max_params": integer(0),
     "optim.name": choice("adamw", "sgd"),
     "optim.learning_rate": _POSITIVE,
+    "optim.backbone_rate": NOT_NEGATIVE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.decay_mask": choice("all", "kernels"),
     "optim.max_grad_norm": NOT_NEGATIVE,

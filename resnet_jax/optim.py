@@ -46,7 +46,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
       later momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
-    batch-norm parameters; "all" decays every parameter, as in the report.
+    batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
+    parameters but the classifier's, and so on their weight decay; 0 leaves them as they are.
     """
     optim = config.optim
     mask = _kernels if optim.decay_mask == "kernels" else None
@@ -58,7 +59,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         # optax.trace has no dampening. Scaling all gradients but the first gives the same buffer as PyTorch.
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
         update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
-    return optax.chain(clip, update, optax.scale_by_learning_rate(schedule))
+    steps = [clip, update, optax.scale_by_learning_rate(schedule)]
+    if optim.backbone_rate != 1:
+        scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
+        steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
+    return optax.chain(*steps)
 
 
 def _kernels(params: optax.Params) -> optax.Params:

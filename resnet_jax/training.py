@@ -7,7 +7,7 @@ Read it from the top: `train` prepares a run, `take_steps` is the loop, and belo
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from resnet_jax import kernels, optim, steps, train_state
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.runs import environment, processes, stored_config, workdir
+from resnet_jax.runs import environment, model_size, processes, stored_config, workdir
 from resnet_jax.runs.diagnose import diagnose_step
 from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
@@ -30,7 +30,7 @@ from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
 from resnet_jax.runs.progress import Progress
 from resnet_jax.runs.result import RunResult
-from resnet_jax.setup import Setup, describe_model, setup
+from resnet_jax.setup import Setup, setup
 from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
@@ -46,6 +46,7 @@ def train(
     hooks: Sequence[Hook] = (),
     test: bool = True,
     stop_request: StopRequest | None = None,
+    initialise: Callable[[ConfigDict, Setup], tuple[TrainState, dict[str, Any]]] | None = None,
 ) -> RunResult:
     """Train the run of a folder, or resume it, and evaluate its best checkpoint on the test split.
 
@@ -57,6 +58,7 @@ def train(
         hooks: watch the run.
         test: evaluate on the test split; without it the result's test figures are None.
         stop_request: shared by a caller that runs several trainings; it replaces `max_seconds`.
+        initialise: reads `config.init_from`, for a run without a checkpoint: the state of step 0, and its origin.
 
     Raises:
         TrainingDiverged: if a step is rejected.
@@ -69,7 +71,11 @@ def train(
         return _complete(directory, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
-        start = setup(config)
+        start, origin = setup(config), None
+        if config.init_from and not workdir.has_checkpoint(directory):
+            assert initialise, "config.init_from needs a function that reads it"
+            state, origin = initialise(config, start)
+            start = start._replace(state=state)
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
@@ -81,24 +87,15 @@ def train(
             workdir.open_workdir(directory, config, start.meta, needed) as folder,
             processes.abort_all_on_error(),  # before the folder is closed, because that waits for the other processes
         ):
+            if origin and folder.latest_step is None:
+                folder.start_from(start.state, origin)
             state, seconds_before = folder.restore(start.state)
-            run = Run(config, start, make_plan(config, start), folder, stop_request, started, seconds_before, hooks)
+            plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
+            run = Run(config, start, plan, folder, stop_request, started, seconds_before, hooks)
             with closing(run.progress):
                 _begin(run, state)
                 state = take_steps(run, state)
                 return _finish(run, state, test)
-
-
-def make_plan(config: ConfigDict, start: Setup) -> Plan:
-    """The plan of a run."""
-    return Plan(
-        total_steps=start.total_steps,
-        batch_size=config.batch_size,
-        num_examples=len(start.train.labels),
-        eval_every_epochs=config.eval_every_epochs,
-        checkpoint_every_steps=config.checkpoint_every_steps,
-        log_every_steps=config.log_every_steps,
-    )
 
 
 @dataclasses.dataclass
@@ -146,7 +143,7 @@ class Run:
 def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
-    run.progress.note(describe_model(state.params, run.config.model.max_params, table=step == 0))
+    run.progress.note(model_size.describe(state.params, run.config.model.max_params, table=step == 0))
     if slow := kernels.why_slow(run.start.mesh, run.config.model):
         run.progress.note(slow)
     if step:

@@ -33,6 +33,7 @@ SHIPPED = {
 # By field: accepted at the edge of its range, and refused just beyond it.
 RANGES = {
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "init_from": (["", "runs/final"], []),
     "batch_size": ([1], [0, -1]),
     "num_epochs": ([5.1, 300], [0.0, -1.0]),
     "label_smoothing": ([0, 0.99], [-0.01, 1.0]),
@@ -73,6 +74,7 @@ RANGES = {
     "optim.weight_decay": ([0], [-0.01]),
     "optim.decay_mask": (["all", "kernels"], ["none"]),
     "optim.max_grad_norm": ([0], [-0.01]),
+    "optim.backbone_rate": ([0, 2.0], [-0.01]),
     "optim.b1": ([0.0, 0.99], [-0.01, 1.0]),
     "optim.b2": ([0.0, 0.9999], [-0.01, 1.0]),
     "optim.eps": ([1e-12], [0.0, -1e-8]),

@@ -103,3 +103,31 @@ def test_the_decay_mask_spares_what_it_says(final_config, mask, bias_decays):
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.001, rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], -0.001 if bias_decays else 0.0, rtol=1e-6)
+
+
+def both(config, rate):
+    """The updates of a network's two parts, and the state after them, with a factor on the backbone's rate."""
+    config.optim.backbone_rate = rate
+    tx = optim.make_optimizer(config, lambda step: 0.5)
+    params = {"stem_conv": {"kernel": jnp.array([[1.0, -0.0]])}, "classifier": {"kernel": jnp.array([[2.0, 3.0]])}}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    return params, updates, state
+
+
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["adamw", "sgd"])
+def test_the_factor_of_the_backbone_scales_its_updates_and_no_other(config):
+    _, whole, state = both(config, 1.0)
+    assert len(state) == 3  # clip, update, rate: as before there was a factor
+    _, scaled, _ = both(config, 0.25)
+    np.testing.assert_array_equal(scaled["stem_conv"]["kernel"], 0.25 * whole["stem_conv"]["kernel"])
+    np.testing.assert_array_equal(scaled["classifier"]["kernel"], whole["classifier"]["kernel"])
+
+
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["adamw", "sgd"])
+def test_a_factor_of_0_leaves_the_backbone_to_the_bit(config):
+    params, updates, _ = both(config, 0.0)
+    after = jax.jit(optax.apply_updates)(params, updates)
+    np.testing.assert_array_equal(after["stem_conv"]["kernel"], params["stem_conv"]["kernel"])
+    assert (after["classifier"]["kernel"] != params["classifier"]["kernel"]).all()

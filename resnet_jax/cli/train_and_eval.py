@@ -107,9 +107,11 @@ def start_training(arguments: Namespace, config: ConfigDict, started: float) -> 
     """Train as the flags of `train` say; `started` is the `time.monotonic()` at which the command began."""
     directory = workdir(arguments)
     with _session(arguments.distributed):
+        from resnet_jax.inference.fine_tuning import initialise
         from resnet_jax.training import train
 
-        train(config, directory, started, arguments.max_seconds, hooks=[arguments.profile] if arguments.profile else [])
+        hooks = [arguments.profile] if arguments.profile else []
+        train(config, directory, started, arguments.max_seconds, hooks, initialise=initialise)
 
 
 def start_evaluation(arguments: Namespace, config: ConfigDict, directory: Path, distributed: bool = False) -> None:

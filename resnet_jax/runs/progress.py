@@ -113,13 +113,13 @@ class Progress:
         if self._live:
             text = f"\r\033[K{text}"  # clears the live line
         if not self._quiet:
-            _print(text, end="" if live and self._live else "\n")
+            say(text, end="" if live and self._live else "\n")
 
 
 def waiting(what: str, usual_seconds: float | None = None, quiet: bool = False) -> None:
     """Print what the program waits for, such as "loading cifar10", before there is a `Progress`."""
     if not quiet:
-        _print(_wait_text(what, usual_seconds))
+        say(_wait_text(what, usual_seconds))
 
 
 def _wait_text(what: str, usual_seconds: float | None) -> str:
@@ -135,7 +135,7 @@ def _columns() -> int:
     return max(1, shutil.get_terminal_size().columns - 1)
 
 
-def _print(text: str, end: str = "\n") -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print, or say once that it fails: a full disk or a closed pipe does not end a run, which has a log of its own."""
     try:
         print(text, end=end, flush=True)

@@ -18,7 +18,7 @@ RESUMABLE_FIELDS = frozenset(
 )
 
 # Fields added since the first version, each with the value that stands for its absence.
-LATER_FIELDS: dict[str, Any] = {"augment.policy": ""}
+LATER_FIELDS: dict[str, Any] = {"augment.policy": "", "init_from": "", "optim.backbone_rate": 1.0}
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from resnet_jax.runs.metrics_log import MetricsLog, Validation, validations
 from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
-INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from the weights of a file
+INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run whose first weights were not drawn from the seed
 
 
 def check(directory: Path, config: ConfigDict) -> None:
@@ -73,8 +73,13 @@ def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapp
         )
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run has a checkpoint to resume from, intact or not."""
+    return any(path.name.isdecimal() for path in directory.glob("checkpoints/*"))  # others are incomplete
+
+
 def initial_weights(directory: Path) -> dict[str, Any] | None:
-    """{"file", "sha256"} of the weights that a run started from; None if they were drawn from the seed."""
+    """Where the weights that a run started from come from, as in `RunResult`; None if they were drawn from the seed."""
     path = directory / INITIAL_WEIGHTS
     return files.read_json(path) if path.exists() else None
 
@@ -131,6 +136,12 @@ class Workdir:
             self.check_lock()
             self._log = MetricsLog(self.path, step)
         return state, seconds
+
+    def start_from(self, state: TrainState, origin: dict[str, Any]) -> None:
+        """Save the state of step 0, and where its weights come from: it is then all that the run needs."""
+        self.write_json(INITIAL_WEIGHTS, origin)
+        self.save(state, seconds=0.0)
+        self.wait()
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to `metrics.jsonl`; a validation row counts for the choice of the best checkpoint."""
