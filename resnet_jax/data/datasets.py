@@ -64,10 +64,10 @@ def load(config: ConfigDict) -> Dataset:
 
 def _read(config: ConfigDict) -> Arrays:
     source, _, path = config.name.partition(":")
-    if config.image_size and source in ("digits", "npz"):
+    if config.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":
-        return sources.read_digits()
+        return sources.read_digits(config.image_size)
     if source == "npz":
         arrays = sources.read_npz(Path(os.path.expanduser(path)))
         return {key: arrays[key] for key in KEYS}

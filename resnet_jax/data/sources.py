@@ -20,12 +20,17 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_nam
 Arrays = dict[str, np.ndarray]  # KEYS -> uint8 [N, H, W, 3] and int [N] for each part, and str [num_classes]
 
 
-def read_digits() -> Arrays:
-    """Read 1,797 digits of 8x8 pixels; a fifth of each class becomes the test set, because the source has none."""
+def read_digits(size: int) -> Arrays:
+    """Read 1,797 digits; a fifth of each class becomes the test set, because the source has none.
+
+    They have 8x8 pixels, and are scaled to `size` pixels per side unless it is 0.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    if size:
+        grey = np.stack([np.asarray(images.fit(Image.fromarray(image), (size, size))) for image in grey])
     pixels, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
     train, test = sampling.stratified_split(labels, 0.2, seed=0)
     return {
