@@ -75,6 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.name = "warmup_cosine"  # report 2d
     config.schedule.warmup_epochs = 5.0  # authors' notebook
+    config.schedule.restart_epochs = ()  # where it begins anew, without warm-up; --extend-to adds to it; report: none
     config.schedule.min_ratio = 0.001  # lowest rate / learning_rate; authors' notebook
 
     if variant == "smoke":

@@ -60,10 +60,11 @@ def get_config() -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.min_ratio = 0.001
     config.schedule.name = "warmup_cosine"
+    config.schedule.restart_epochs = ()
     config.schedule.warmup_epochs = 0.5479290851681042
     config.seed = 0
     config.steps_per_call = 0
     return config
 
 
-# ecd574f98e27610408edd583ac25558ffbcaffad3f63998715e1593fc0430f9b, of the lines above: an edited file is not written over
+# 20da4004d6d369e21af1dee36e0a6d74689e33f857b2bede24f4fa137ad16035, of the lines above: an edited file is not written over

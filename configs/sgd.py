@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
 
     config.schedule = ConfigDict()
     config.schedule.name = "step"
+    config.schedule.restart_epochs = ()  # none
     config.schedule.decay_every_epochs = 3.0  # report 3b, lr-decay-step
     config.schedule.decay_factor = 0.7  # authors' notebook
     return config

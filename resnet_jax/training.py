@@ -22,7 +22,7 @@ from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.runs import environment, model_size, processes, stored_config, workdir
-from resnet_jax.runs.diagnose import diagnose_step
+from resnet_jax.runs.diagnose import as_line, diagnose_step
 from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.metrics_log import best_step
@@ -67,28 +67,29 @@ def train(
     """
     started = time.monotonic() if started is None else started
     workdir.check(directory, config)
-    if (directory / "result.json").exists():
+    if workdir.is_complete(directory, config):
         return _complete(directory, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
         start, origin = setup(config), None
         if config.init_from and not workdir.has_checkpoint(directory):
             assert initialise, "config.init_from needs a function that reads it"
-            state, origin = initialise(config, start)
-            start = start._replace(state=state)
+            initial, origin = initialise(config, start)
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
             raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
-        needed = 4 * train_state.num_bytes(start.state)  # three checkpoints are kept, and a fourth is being written
+        needed = 4 * sum(
+            leaf.nbytes for leaf in jax.tree.leaves(start.state)
+        )  # three checkpoints are kept, and a fourth is being written
         with (
             workdir.open_workdir(directory, config, start.meta, needed) as folder,
             processes.abort_all_on_error(),  # before the folder is closed, because that waits for the other processes
         ):
             if origin and folder.latest_step is None:
-                folder.start_from(start.state, origin)
+                folder.start_from(initial, origin)
             state, seconds_before = folder.restore(start.state)
             plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
             run = Run(config, start, plan, folder, stop_request, started, seconds_before, hooks)
@@ -248,14 +249,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
         **diagnose_step(run.config, state, batch),
     }
     run.folder.write_json("failed_step.json", diagnosis)
-    limit = run.config.abort_grad_norm
-    raise TrainingDiverged(
-        f"step {step} has loss {diagnosis['loss']} and gradient norm {diagnosis['grad_norm']}"
-        + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
-        + f", see {run.folder.path / 'failed_step.json'}; "
-        + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")
-        + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the images"
-    )
+    raise TrainingDiverged(as_line(diagnosis, run.config.abort_grad_norm, run.folder.path / "failed_step.json"))
 
 
 def _validate(run: Run, state: TrainState, step: int) -> None:

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from configs import final, sgd
+from resnet_jax import config as config_lib
 from resnet_jax import optim
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizer_trajectories.json").read_text())
@@ -43,7 +44,31 @@ def test_ten_steps_equal_pytorch(config, dtype, tolerance):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=f"{step + 1} {name}")
 
 
+def with_restarts(config):
+    config.schedule.restart_epochs = (20.0, 35.5)
+    return config
+
+
 @pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["warmup_cosine", "step"])
+def test_a_restart_begins_the_schedule_anew_without_a_warm_up(config):
+    plain = optim.make_schedule(config_lib.replaced(config, {"num_epochs": 20.0}), 100.0)
+    alone = {"num_epochs": 15.5, "schedule.restart_epochs": ()}
+    if config.schedule.name == "warmup_cosine":
+        alone["schedule.warmup_epochs"] = 0.0
+    second = optim.make_schedule(config_lib.replaced(config, alone), 100.0)
+    restarting = optim.make_schedule(with_restarts(config), 100.0)
+    assert [restarting(step) for step in range(2000)] == [plain(step) for step in range(2000)]
+    np.testing.assert_allclose(
+        [restarting(2000 + s) for s in range(1550)], [second(s) for s in range(1550)], rtol=1e-12
+    )
+    assert restarting(2000) == restarting(3550) == config.optim.learning_rate
+
+
+@pytest.mark.parametrize(
+    "config",
+    [final.get_config(), sgd.get_config(), with_restarts(final.get_config())],
+    ids=["warmup_cosine", "step", "restarts"],
+)
 def test_the_rate_of_a_row_is_computed_on_the_host_and_is_that_of_the_step(config):
     schedule = optim.make_schedule(config, 45_000 / 128)
     some = np.unique(np.linspace(0, 17_578, 500).astype(int))

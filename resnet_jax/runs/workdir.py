@@ -47,10 +47,37 @@ def check(directory: Path, config: ConfigDict) -> None:
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
     if differences := stored_config.differences(config, stored):
+        epochs = ", or --extend-to for more epochs" * any(line.startswith("num_epochs:") for line in differences)
         raise UserError(
             f"{what} holds a run with another config ({'; '.join(differences)}): choose another --workdir, or use the "
-            "values of that run"
+            f"values of that run{epochs}"
         )
+
+
+def is_complete(directory: Path, config: ConfigDict) -> bool:
+    """Whether a folder, which `check` accepts, holds the result of this config, and not of one with fewer epochs."""
+    path = directory / "result.json"
+    return path.exists() and bool(RunResult.read(directory).config["num_epochs"] == config.num_epochs)
+
+
+def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDict:
+    """Return the config with which the run of a folder continues to `num_epochs`: its schedule begins anew where it ended.
+
+    Args:
+        directory: of the run, extended or not.
+        config: of the run as it began.
+        num_epochs: of the extended run.
+
+    Raises:
+        UserError: if the folder holds no such run, or one of more epochs.
+    """
+    if not (directory / "config.json").exists():
+        raise UserError(f"--extend-to {num_epochs:g}: {directory} holds no run: train it first, or give its --workdir")
+    stored = stored_config.from_json(files.read_json(directory / "config.json"))
+    _refuse_differences(str(directory), stored, stored_config.to_json(config))
+    if num_epochs < stored.num_epochs:
+        raise UserError(f"--extend-to {num_epochs:g}: {directory} has {stored.num_epochs:g} epochs already: give more")
+    return stored if num_epochs == stored.num_epochs else stored_config.extended(stored, num_epochs)
 
 
 def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapping[str, Any]) -> None:
@@ -211,6 +238,9 @@ def open_workdir(
             check(directory, config)
             for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
                 shutil.rmtree(scratch, ignore_errors=True)
+            if (result := directory / "result.json").exists() and not is_complete(directory, config):
+                epochs = RunResult.read(directory).config["num_epochs"]
+                result.replace(directory / f"result-{epochs:g}-epochs.json")
             files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
         if jax.process_count() > 1:
