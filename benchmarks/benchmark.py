@@ -109,6 +109,7 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
 
     wanted, repeats = arguments.only, arguments.repeats
     start = setup.setup(config, num_devices)
+    config = start.config
     flops = measure.flops_per_image(config, start)
     case = {
         "batch_size": config.batch_size,

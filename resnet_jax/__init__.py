@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from resnet_jax.host import VERSION as __version__
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from resnet_jax.runs.result import RunResult
 
 __all__ = ["Model", "load", "train"]
-__version__ = "0.2.0"
 
 if sys.argv[:1] == ["-m"]:  # `python -m resnet_jax.MODULE`, and Python looks for the module now
     from resnet_jax.cli.tools import refuse_old_spelling

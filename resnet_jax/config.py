@@ -57,8 +57,8 @@ def integers(low: int) -> Field:
 def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
     return Field(
         tuple,
-        lambda v: len(v) == 3 and all(type(x) in (int, float) and is_finite(x) and accepts(x) for x in v),
-        f"a tuple of three numbers {words}",
+        lambda v: len(v) in (0, 3) and all(type(x) in (int, float) and is_finite(x) and accepts(x) for x in v),
+        f"a tuple of three numbers {words}, or () for those of the training images",
     )
 
 
@@ -191,14 +191,12 @@ def _check_together(config: ConfigDict) -> None:
     channels, blocks = config.model.channel_list, config.model.block_list
     if len(channels) != len(blocks):
         raise UserError(
-            f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: "
-            "give both one entry per stage"
+            f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: give both one entry per stage"
         )
     times = (config.schedule.get("warmup_epochs", 0.0), *config.schedule.restart_epochs, config.num_epochs)
     if not all(earlier < later for earlier, later in itertools.pairwise(times)):
         raise UserError(
-            f"config.schedule.warmup_epochs is {times[0]} and config.num_epochs {times[-1]}: the warm-up must end before "
-            f"the run does, and config.schedule.restart_epochs {times[1:-1]} must increase in between"
+            f"config.schedule.warmup_epochs is {times[0]} and config.num_epochs {times[-1]}: the warm-up must end before the run does, and config.schedule.restart_epochs {times[1:-1]} must increase in between"
         )
 
 

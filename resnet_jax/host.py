@@ -1,8 +1,9 @@
-"""Cores and paths of this machine: caches, the package's templates and configs."""
+"""The version of this code, and cores and paths of this machine: the package's templates and configs."""
 
 import os
 from pathlib import Path
 
+VERSION = "0.2.0"
 _PACKAGE = Path(__file__).parent
 CHECKOUT = _PACKAGE.parent  # the repository, unless the package was installed from a wheel
 TEMPLATES = _PACKAGE / "templates"  # of pages and model cards
@@ -14,8 +15,3 @@ if not CONFIGS.is_dir():
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cache_dir() -> Path:
-    """Return the user's cache folder for this project."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax"

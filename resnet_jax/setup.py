@@ -11,17 +11,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
-from resnet_jax import host, train_state
-from resnet_jax.data import datasets
+from resnet_jax import train_state
+from resnet_jax.data import cache, datasets
 from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, processes, stored_config
-from resnet_jax.runs.progress import waiting
+from resnet_jax.runs.progress import say, waiting
 
 
 class Setup(NamedTuple):
     """A run's data, devices and initial state.
 
     Attributes:
+        config: the run's config, with the numbers that it leaves to be computed.
         dataset: the whole data set.
         train: the part of `dataset.train` for training.
         validation: the rest of `dataset.train`, possibly empty.
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
         meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 
+    config: ConfigDict
     dataset: datasets.Dataset
     train: datasets.Split
     validation: datasets.Split
@@ -53,8 +55,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
             more parameters than `config.model.max_params`.
     """
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(host.cache_dir() / "xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or ((folder := cache.folder()) and str(folder / "xla"))
+    jax.config.update("jax_compilation_cache_dir", programs)
     mesh = train_state.make_mesh(num_devices)
     config_lib.check_batch_size(config.batch_size, mesh.size)
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own
@@ -65,6 +67,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     dataset = datasets.load(config.data)
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
+    say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
+    config = datasets.computed(config, train)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:
@@ -81,4 +85,4 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "class_names": list(dataset.class_names),
         "image_shape": list(image_shape),
     }
-    return Setup(dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
+    return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)

@@ -66,12 +66,13 @@ def train(
         preemption.TrainingInterrupted: after a signal or `max_seconds`, with the state saved.
     """
     started = time.monotonic() if started is None else started
-    workdir.check(directory, config)
+    config = workdir.check(directory, config)
     if workdir.is_complete(directory, config):
-        return _complete(directory, hooks)
+        return _complete(directory, config, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
         start, origin = setup(config), None
+        config = start.config
         if config.init_from and not workdir.has_checkpoint(directory):
             assert initialise, "config.init_from needs a function that reads it"
             initial, origin = initialise(config, start)
@@ -81,9 +82,7 @@ def train(
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
             raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
-        needed = 4 * sum(
-            leaf.nbytes for leaf in jax.tree.leaves(start.state)
-        )  # three checkpoints are kept, and a fourth is being written
+        needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(start.state))  # three are kept, one is being written
         with (
             workdir.open_workdir(directory, config, start.meta, needed) as folder,
             processes.abort_all_on_error(),  # before the folder is closed, because that waits for the other processes
@@ -145,8 +144,9 @@ def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
     run.progress.note(model_size.describe(state.params, run.config.model.max_params, table=step == 0))
-    if slow := kernels.why_slow(run.start.mesh, run.config.model):
-        run.progress.note(slow)
+    for text in [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]:
+        if text:
+            run.progress.note(text)
     if step:
         run.progress.note(f"resuming {run.folder.path} at step {step} of {total}")
     for hook in run.hooks:
@@ -296,8 +296,7 @@ def _stop(run: Run, exit_code: int, step: int) -> NoReturn:
     run.folder.wait()
     raise TrainingInterrupted(
         exit_code,
-        f"stopped by {reason(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the "
-        "command to resume",
+        f"stopped by {reason(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the command to resume",
     )
 
 
@@ -332,9 +331,11 @@ def _finish(run: Run, state: TrainState, test: bool) -> RunResult:
     return result
 
 
-def _complete(directory: Path, hooks: Sequence[Hook]) -> RunResult:
+def _complete(directory: Path, config: ConfigDict, hooks: Sequence[Hook]) -> RunResult:
     """The result of a folder whose run is complete."""
     result = RunResult.read(directory)
+    if config.data.name != result.dataset["name"]:
+        workdir.check_data(config.data.name, datasets.load(config.data).fingerprint, result.dataset["fingerprint"])
     for hook in hooks:
         hook.check(result.steps, result.steps)
     if jax.process_index() == 0:

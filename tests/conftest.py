@@ -15,11 +15,13 @@ from helpers import made_once, make_tiny_config
 from ml_collections import ConfigDict
 
 from configs import final
-from resnet_jax import host, models, optim, steps, training
+from resnet_jax import models, optim, steps, training
+from resnet_jax.data import cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(host.cache_dir() / "xla-tests"))
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+if folder := cache.folder():
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla-tests"))
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
 
 
 # Tracing and compiling the step is most of a tiny run. Runs of equal configs share their programs, in all tests of a process;

@@ -319,3 +319,9 @@ def test_a_config_file_imports_its_neighbours_first_in_a_folder_called_configs(t
         "import sys; from resnet_jax.cli.command_line import load_config; print(load_config('configs/mine.py').seed)"
     )
     assert run_in(tmp_path, "-c", program, PYTHONPATH=ROOT).stdout == "5\n"
+
+
+def test_a_tool_whose_output_nobody_reads_any_more_ends_without_a_traceback():
+    program = "import sys; from resnet_jax.cli import command_line; command_line.run(lambda argv: setattr(sys, 'stdout', None))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

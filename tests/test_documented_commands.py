@@ -220,6 +220,7 @@ def folder(tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> P
     rng = np.random.default_rng(0)
     paths = ["cat.png", "photos/a.png", "photos/b.webp", "more/c.jpg"]
     paths += [f"data/birds/{part}/{name}/{i}.png" for part in ("train", "test") for name in "ab" for i in range(20)]
+    paths += [f"data/birds-2026/{name}/0.png" for name in "ab"]
     for path in paths:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / path)

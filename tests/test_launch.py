@@ -206,10 +206,10 @@ DEEPER_MISTAKES = {
         ["d.npz lacks test_labels"],
     ),
     "an npz of floats": (
-        lambda here: save_npz(here / "d.npz", train_images=np.zeros((4, 8, 8, 3))),
+        lambda here: save_npz(here / "d.npz", train_images=np.full((4, 8, 8, 3), 7.5)),
         ["--config.data.name=npz:d.npz"],
         {},
-        ["train images are float64", "must be uint8 [N, H, W, 3]"],
+        ["train_images is float64 [4, 8, 8, 3] with values from 7.5 to 7.5", "must be uint8"],
     ),
     "an npz with a class without images": (
         lambda here: save_npz(here / "d.npz", train_labels=np.array([0, 2, 0, 2]), test_labels=np.array([0, 2, 2, 2])),
@@ -223,12 +223,12 @@ DEEPER_MISTAKES = {
         {},
         ["d.npz cannot be read as an .npz"],
     ),
-    "a folder that is not there": (None, ["--config.data.name=folder:none"], {}, ["none/train holds no images"]),
+    "a folder that is not there": (None, ["--config.data.name=folder:none"], {}, ["none is not a folder"]),
     "a folder without test images": (
-        lambda here: save_images(here, "d/train/ant/0.png"),
+        lambda here: save_images(here, "d/train/ant/0.png", "d/train/bee/0.png"),
         ["--config.data.name=folder:d"],
         {},
-        ["d/test holds no images", "put them in"],
+        ["d has no test set", "add images"],
     ),
     "a text file for an image": (
         lambda here: (
@@ -311,7 +311,7 @@ DEEPER_MISTAKES = {
         lambda here: (here / "loop").symlink_to("loop"),
         ["--config.data.name=folder:loop"],
         {},
-        ["loop/train holds no images"],
+        ["loop is not a folder"],
     ),
     "a link to nowhere among the images": (
         lambda here: (

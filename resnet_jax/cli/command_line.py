@@ -263,7 +263,8 @@ def run(main: Tool) -> NoReturn:
     try:
         with exit_on_user_error():
             main(sys.argv[1:])
-            sys.stdout.flush()
+            if sys.stdout:  # None once nobody reads it
+                sys.stdout.flush()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     if code != 2 and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():

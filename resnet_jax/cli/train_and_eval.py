@@ -13,7 +13,7 @@ from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
 from resnet_jax.runs.profiling import Profile
-from resnet_jax.runs.stored_config import RESUMABLE_FIELDS
+from resnet_jax.runs.stored_config import CHANGEABLE_FIELDS
 
 _TRAIN = """Train a run, or resume it.
 
@@ -25,6 +25,7 @@ Rerun the command to resume a run that was stopped. Ctrl-C finishes the step, sa
 _EVAL = """Evaluate a checkpoint of a run on its validation and test splits.
 
     python -m resnet_jax eval runs/final [--checkpoint latest] [--config.data.data_dir=DIR]
+    python -m resnet_jax eval runs/final --data folder:DIR              # on other images of the same classes
 
 The config is that of the run. Override a field only if the result does not depend on it.
 """
@@ -88,6 +89,11 @@ def evaluate(argv: Sequence[str]) -> None:
     parser = ArgumentParser("python -m resnet_jax eval", _EVAL)
     parser.add_argument("run", metavar="RUN", help="workdir of a run")
     add_eval_arguments(parser)
+    parser.add_argument(
+        "--data",
+        metavar="NAME",
+        help="evaluate on this labelled set with the run's classes, such as folder:DIR, and write a file of its own",
+    )
     command_line.add_override_argument(parser)
     rest, overrides = command_line.split_overrides(argv)
     arguments = parser.parse_args(rest)
@@ -97,9 +103,17 @@ def evaluate(argv: Sequence[str]) -> None:
     config = command_line.load_config(directory / "config.json", overrides)
     for override in overrides:
         flag = override.partition("=")[0]
-        if flag.removeprefix("--config.") not in RESUMABLE_FIELDS:
+        if flag.removeprefix("--config.") not in CHANGEABLE_FIELDS:
             raise UserError(f"{flag} changes the result: leave it out, or train a run with it")
-    start_evaluation(arguments, config, directory)
+    if not arguments.data:
+        start_evaluation(arguments, config, directory)
+        return
+    if arguments.fit_temperature:
+        raise UserError("--fit-temperature uses the run's validation split: leave out --data")
+    with _session(distributed=False):
+        from resnet_jax.reporting import evaluation
+
+        evaluation.run_on(config, directory, arguments.checkpoint or "best", arguments.data, arguments.flip)
 
 
 def workdir(arguments: Namespace) -> Path:

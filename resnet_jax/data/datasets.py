@@ -1,13 +1,16 @@
 """Load a data set by name into memory: uint8 images, labels, class names and a fingerprint.
 
-A name is `digits` (part of scikit-learn), `npz:FILE`, `folder:DIR` (train/<class>/*, test/<class>/*) or the name of a
-TFDS image-classification set. Decoded folders and TFDS sets are cached as one `.npz`, which the `npz:` source can read.
+A name is `digits` (part of scikit-learn), `npz:FILE`, `folder:DIR` or the name of a TFDS image-classification set. Decoded
+folders and TFDS sets are cached as one `.npz`, which the `npz:` source can read. Of a source without a test set, a share of
+each class becomes one.
 """
 
 import hashlib
+import math
 import os
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_jax import host
-from resnet_jax.data import sampling, sources
-from resnet_jax.data.sources import KEYS, Arrays
+from resnet_jax import config as config_lib
+from resnet_jax.data import cache, npz, sampling, sources
+from resnet_jax.data.npz import KEYS, PARTS, Arrays
 from resnet_jax.errors import UserError
 
 
@@ -30,13 +33,25 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory; `fingerprint` is the SHA-256 of its arrays, in hexadecimal."""
+    """A data set in memory.
+
+    Attributes:
+        name: `config.data.name`.
+        train: the training images.
+        validation: the source's own validation set; None if it has none, so that a share of `train` becomes one.
+        test: the test images.
+        class_names: by label.
+        fingerprint: SHA-256 of the source's arrays, in hexadecimal.
+        layout: what the source holds, in words.
+    """
 
     name: str
     train: Split
+    validation: Split | None
     test: Split
     class_names: tuple[str, ...]
     fingerprint: str
+    layout: str
 
 
 _DECODER = 2  # counts the versions of `images`: what an earlier one decoded is decoded again
@@ -53,40 +68,86 @@ def load(config: ConfigDict) -> Dataset:
     Raises:
         UserError: if the data are missing, unreadable or not image classification.
     """
-    try:
-        dataset = _checked(config.name, _read(config))
-    except OSError as error:
-        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+    splits, class_names, digest, layout = _load(config)
+    if "test" not in splits:
+        splits |= _with_test(config.name, splits["train"])
+        layout += "; the test images are a fifth of each class"
+    dataset = Dataset(
+        config.name, splits["train"], splits.get("validation"), splits["test"], class_names, digest, layout
+    )
     if config.name.startswith(("npz:", "folder:")):
         _check_own(dataset)
     return dataset
 
 
-def _read(config: ConfigDict) -> Arrays:
+def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]:
+    """Load a labelled set for an evaluation only: its test images if it has some, else its validation images, else all.
+
+    Args and errors are those of `load`.
+
+    Returns:
+        The images, the class names, the fingerprint of the whole set, and the part that they are.
+    """
+    splits, class_names, digest, _ = _load(config)
+    part = [part for part in PARTS if part in splits][-1]
+    return splits[part], class_names, digest, part
+
+
+def _load(config: ConfigDict) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
+    """Return the parts that a source has, its class names, its fingerprint, and its layout in words."""
+    try:
+        arrays, layout = _read(config)
+    except OSError as error:
+        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+    splits, class_names = _checked(config.name, arrays)
+    arrays |= {f"{part}_labels": split.labels for part, split in splits.items()}
+    return splits, class_names, str(arrays.get("fingerprint", "")) or fingerprint(arrays), layout
+
+
+def _read(config: ConfigDict) -> tuple[Arrays, str]:
+    """Return the arrays of a source, perhaps with their fingerprint, and its layout in words."""
     source, _, path = config.name.partition(":")
     if config.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":
-        return sources.read_digits(config.image_size)
+        return sources.read_digits(config.image_size), "the test images are a fifth of each class"
     if source == "npz":
-        arrays = sources.read_npz(Path(os.path.expanduser(path)))
-        return {key: arrays[key] for key in KEYS}
+        arrays = npz.read_set(Path(os.path.expanduser(path)))
+        return arrays, ", ".join(key for key in arrays if key.endswith("_images"))
     if source == "folder":
         folder = Path(os.path.realpath(os.path.expanduser(path)))
-        files = sources.list_folder(folder)
-        return _cached(config, folder, [f.path for f in files], lambda: sources.read_folder(files, config.image_size))
+        files, layout = sources.list_folder(folder)
+        read = partial(sources.read_folder, files, config.image_size)
+        return _cached(config, folder, [f.path for f in files], read), layout
     builder = sources.prepared_tfds_builder(config.name, config.data_dir)
-    folder = Path(builder.data_path)
-    read = partial(sources.read_tfds, builder, config.image_size, config.num_threads)
-    return _cached(config, folder, folder.iterdir(), read)
+    folder, splits = Path(builder.data_path), sources.tfds_splits(builder)
+    read = partial(sources.read_tfds, builder, splits, config.image_size, config.num_threads)
+    return _cached(config, folder, folder.iterdir(), read), "splits " + ", ".join(splits.values())
+
+
+def _with_test(name: str, whole: Split) -> dict[str, Split]:
+    """Split the images of a source without a test set in two.
+
+    Raises:
+        UserError: if they are too few.
+    """
+    train, test = (_select(whole, part) for part in sources.split_test(whole.labels))
+    if not len(test.labels) or set(whole.labels) != set(train.labels):
+        raise UserError(
+            f"{name} has no test set, and its {len(whole.labels)} images are too few to take a fifth of each class: add "
+            "images, or a test set"
+        )
+    return {"train": train, "test": test}
 
 
 def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split]:
-    """Split the training set into (train, validation), by `config.data`'s `validation_ratio` and `split_seed`.
+    """Return (train, validation): the source's own, or `dataset.train` split by `config.data`'s `validation_ratio` and `split_seed`.
 
     Raises:
         UserError: if no training image is left, or no validation image with a ratio above 0.
     """
+    if dataset.validation is not None:
+        return dataset.train, dataset.validation
     train, validation = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
     for part, wanted in ((train, True), (validation, config.validation_ratio > 0)):
         if wanted and not len(part):
@@ -94,64 +155,103 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
                 f"config.data.validation_ratio {config.validation_ratio} of {len(dataset.train.labels)} training images "
                 "leaves no image in one part: change the ratio"
             )
-    return tuple(Split(dataset.train.images[part], dataset.train.labels[part]) for part in (train, validation))  # type: ignore[return-value]
+    return _select(dataset.train, train), _select(dataset.train, validation)
+
+
+def _select(split: Split, positions: np.ndarray) -> Split:
+    return Split(split.images[positions], split.labels[positions])
 
 
 def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray) -> np.ndarray:
     """Convert positions in the training part, int [B], to positions in `dataset.train`, int [B]."""
+    if dataset.validation is not None:
+        return examples
     train, _ = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
     return np.asarray(train[examples])
+
+
+def computed(config: ConfigDict, train: Split) -> ConfigDict:
+    """Return a run's config with numbers for a `data.mean` or `data.std` of (): those of its training images.
+
+    Raises:
+        UserError: if a channel has the same value in every pixel.
+    """
+    wanted = [name for name in ("mean", "std") if not config.data[name]]
+    if not wanted:
+        return config
+    statistics = dict(zip(("mean", "std"), channel_statistics(train.images), strict=True))
+    if "std" in wanted and 0.0 in statistics["std"]:
+        raise UserError(
+            f"channel {statistics['std'].index(0.0)} of the training images has one value only: give config.data.std as "
+            "three numbers"
+        )
+    return config_lib.replaced(config, {f"data.{name}": statistics[name] for name in wanted})
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of each channel of uint8 images, scaled to 0..1, to six decimals.
+
+    The sums are integers, so the numbers are the same on every machine.
+    """
+    means, deviations = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.zeros(256, np.int64)
+        for image in images:
+            counts += np.bincount(image[..., channel].ravel(), minlength=256)
+        count, total, squares = (int(counts @ np.arange(256) ** power) for power in range(3))
+        means.append(round(total / (255 * count), 6))
+        deviations.append(round(math.sqrt(count * squares - total**2) / (255 * count), 6))
+    return tuple(means), tuple(deviations)
 
 
 def fingerprint(arrays: Arrays) -> str:
     """SHA-256 of the name, dtype, shape and bytes of each array, in the order of their names, in hexadecimal."""
     digest = hashlib.sha256()
-    for name in sorted(KEYS):
+    for name in sorted(arrays.keys() & set(KEYS)):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.data if array.dtype.kind != "U" else "\n".join(array.tolist()).encode())
     return digest.hexdigest()
 
 
-def _checked(name: str, arrays: Arrays) -> Dataset:
-    images = arrays["train_images"], arrays["test_images"]
+def _checked(name: str, arrays: Arrays) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Return the parts of a source and its class names.
+
+    Raises:
+        UserError: if the arrays are not those of a data set.
+    """
     try:
         class_names = tuple(arrays["class_names"].tolist()) if arrays["class_names"].ndim == 1 else ()
         "".join(class_names).encode()
+        class_names = tuple(unicodedata.normalize("NFC", label) for label in class_names)
     except (SystemError, TypeError, ValueError) as error:
         raise UserError(f"{name}: class_names must be unique strings in one dimension ({error})") from error
     if not class_names or len(set(class_names)) < len(class_names):
         raise UserError(f"{name}: class_names must be unique strings in one dimension")
-    for part, split, labels in zip(
-        ("train", "test"), images, (arrays["train_labels"], arrays["test_labels"]), strict=True
-    ):
-        if split.dtype != np.uint8 or split.ndim != 4 or split.shape[3] != 3 or 0 in split.shape[1:]:
+    if len(class_names) == 1:
+        raise UserError(f"{name} has only one class, {class_names[0]}: give images of two or more")
+    splits = {}
+    for part in PARTS:
+        if f"{part}_images" not in arrays:
+            continue
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if labels.shape != images.shape[:1] or not len(labels):
             raise UserError(
-                f"{name}: {part} images are {split.dtype} {split.shape}: they must be uint8 [N, H, W, 3]; convert grey images "
-                "with np.repeat(images[..., None], 3, axis=3)"
-            )
-        if labels.shape != split.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
-            raise UserError(
-                f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(split)} images: give at least one image, and "
-                "one integer label for each"
+                f"{name}: {part} labels are {labels.dtype} {labels.shape} for {len(images)} images: give at least one image, and "
+                "one label for each"
             )
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise UserError(
                 f"{name}: {part} labels run from {labels.min()} to {labels.max()}: with {len(class_names)} classes they "
                 f"must be in 0..{len(class_names) - 1}"
             )
-    if images[0].shape[1:] != images[1].shape[1:]:
-        raise UserError(
-            f"{name}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}: they must have the same size"
-        )
-    arrays = arrays | {key: arrays[key].astype(np.int32) for key in ("train_labels", "test_labels")}
-    return Dataset(
-        name,
-        Split(arrays["train_images"], arrays["train_labels"]),
-        Split(arrays["test_images"], arrays["test_labels"]),
-        class_names,
-        str(arrays["fingerprint"]) if "fingerprint" in arrays else fingerprint(arrays),
-    )
+        splits[part] = Split(images, labels.astype(np.int32))
+        size = splits["train"].images.shape[1:]
+        if images.shape[1:] != size:
+            raise UserError(
+                f"{name}: train images are {size}, {part} images {images.shape[1:]}: they must have the same size"
+            )
+    return splits, class_names
 
 
 def _check_own(dataset: Dataset) -> None:
@@ -167,24 +267,28 @@ def _check_own(dataset: Dataset) -> None:
             "images, or remove the class"
         )
     seen = {hashlib.sha256(image.tobytes()).digest() for image in dataset.train.images}
-    num_shared = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in dataset.test.images)
-    if num_shared:
-        print(
-            f"warning: {dataset.name}: {num_shared} of {len(dataset.test.labels)} test images are training images too, so the "
-            "test accuracy is too high: remove them from one split",
-            file=sys.stderr,
-        )
+    for part, split in (("validation", dataset.validation), ("test", dataset.test)):
+        images = () if split is None else split.images
+        num_shared = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in images)
+        if num_shared:
+            print(
+                f"warning: {dataset.name}: {num_shared} of {len(images)} {part} images are training images too, so the "
+                f"{part} accuracy is too high: remove them from one split",
+                file=sys.stderr,
+            )
 
 
 def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
     """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date."""
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((_DECODER, state, config.image_size)).encode()).hexdigest()[:16]
-    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else host.cache_dir()
+    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache.folder()
+    if directory is None:
+        return read()
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
     if path.exists():
         try:
-            arrays = sources.read_npz(path)
+            arrays = npz.read(path)
             if fingerprint(arrays) == str(arrays["fingerprint"]):
                 return arrays
         except (UserError, KeyError):
@@ -208,3 +312,14 @@ def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any
     """Describe a data set as `result.json` stores it."""
     sizes = {"train": len(train.labels), "validation": len(validation.labels), "test": len(dataset.test.labels)}
     return {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": sizes}
+
+
+def summary(dataset: Dataset, train: Split, validation: Split, config: ConfigDict) -> str:
+    """Say in one line what a data set holds; `config` is `config.data`."""
+    counts = (
+        f"{len(train.labels):,} training, {len(validation.labels):,} validation and {len(dataset.test.labels):,} test"
+    )
+    own = "; config.data.validation_ratio is not used" * (
+        dataset.validation is not None and config.validation_ratio > 0
+    )
+    return f"{dataset.name}: {counts} images of {len(dataset.class_names)} classes ({dataset.layout}{own})"

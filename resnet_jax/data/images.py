@@ -77,12 +77,22 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
             path = Path(directory, name)
             if _is_left_behind(name):
                 continue
-            regular = path.is_file() or path.is_symlink()  # a link to nowhere is named when it is read
-            if regular and (path.suffix.lower() in _SUFFIXES or _has_image_header(path)):
+            if is_image(path):
                 found.append(path)
             else:
                 others += 1
     return sorted(found), others
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has an image's suffix, or starts like an image; a link to nowhere counts, to be named when it is read."""
+    regular = path.is_file() or path.is_symlink()
+    return regular and (path.suffix.lower() in _SUFFIXES or _has_image_header(path))
+
+
+def folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without those that `find` passes over."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_left_behind(path.name))
 
 
 def left_out(count: int) -> str:

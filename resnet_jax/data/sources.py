@@ -1,8 +1,9 @@
-"""The readers of `datasets.load`: each reads one kind of source into the same five arrays."""
+"""The readers of `datasets.load`: each reads one kind of source into arrays of the same names."""
 
 import http.client
 import os
 import threading
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,10 +15,20 @@ from PIL import Image
 
 from resnet_jax.data import images, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow
+from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.errors import UserError
 
-KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
-Arrays = dict[str, np.ndarray]  # KEYS -> uint8 [N, H, W, 3] and int [N] for each part, and str [num_classes]
+TEST_SHARE = 0.2  # of each class of a source without a test set
+_FOLDER_NAMES = {  # part -> the names that people give to its folder, in any case
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
+def split_test(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions, int64, of the training and of the test images in a source without a test set."""
+    return sampling.stratified_split(labels, TEST_SHARE, seed=0)
 
 
 def read_digits(size: int) -> Arrays:
@@ -32,7 +43,7 @@ def read_digits(size: int) -> Arrays:
     if size:
         grey = np.stack([np.asarray(images.fit(Image.fromarray(image), (size, size))) for image in grey])
     pixels, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
-    train, test = sampling.stratified_split(labels, 0.2, seed=0)
+    train, test = split_test(labels)
     return {
         "train_images": pixels[train],
         "train_labels": labels[train],
@@ -42,65 +53,83 @@ def read_digits(size: int) -> Arrays:
     }
 
 
-def read_npz(path: Path) -> Arrays:
-    """Read an `.npz` of train_images, train_labels, test_images, test_labels and, optionally, class_names."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # NumPy and zipfile raise many kinds of errors for a corrupt file
-        raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
-    missing = [key for key in KEYS[:4] if key not in arrays]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}")
-    if "class_names" not in arrays:
-        labels = arrays["train_labels"]
-        count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-        if labels.size and labels.dtype.kind in "iu" and labels.min() < 0:
-            raise UserError(f"{path}: train labels run from {labels.min()}: number the classes from 0")
-        if count > labels.size:
-            raise UserError(
-                f"{path}: train labels run to {count - 1} with {labels.size} images: number the classes from 0"
-            )
-        arrays["class_names"] = np.array([str(label) for label in range(count)], np.str_)
-    return arrays
-
-
 class LabelledFile(NamedTuple):
-    """The path of an image file, its part ("train" or "test") and its class."""
+    """The path of an image file, its part (one of `PARTS`) and its class."""
 
     path: Path
     part: str
     label: str
 
 
-def list_folder(folder: Path) -> list[LabelledFile]:
-    """List the images of a folder with train/<class>/* and test/<class>/*, sorted, also those in folders within a class.
+def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
+    """List the images of a folder, sorted, also those in folders within a class.
+
+    The folder holds train/<class>/*, perhaps with val/<class>/* and test/<class>/*; or it holds <class>/*, which are all
+    of the part "train".
+
+    Returns:
+        The files, and the layout in words.
 
     Raises:
-        UserError: if a part is missing, a part or a class is empty, or test has a class that train does not have.
+        UserError: if train is missing, a part or a class is empty, or a part has a class that train does not have.
     """
+    parts, layout = _parts(folder)
     files = []
     others = 0
-    for part in ("train", "test"):
-        classes = sorted((folder / part).glob("[!.]*/"))
+    for part, root in parts.items():
+        classes = _folders(root)
         if not classes:
-            raise UserError(f"{folder / part} holds no images: put them in {folder / part}/<class>/")
+            raise UserError(f"{root} holds no images: put them in {root}/<class>/")
         for directory in classes:
             found, others_here = images.find(directory)
             others += others_here
             if not found:
                 raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
-            files += [LabelledFile(path, part, directory.name) for path in found]
-    unseen = sorted({f.label for f in files if f.part == "test"} - {f.label for f in files if f.part == "train"})
-    if unseen:
-        raise UserError(
-            f"{folder / 'test'} has classes that {folder / 'train'} does not have: {', '.join(unseen)}: add them to train, or remove them"
-        )
+            label = unicodedata.normalize("NFC", directory.name)  # macOS writes names decomposed
+            files += [LabelledFile(path, part, label) for path in found]
+    known = {file.label for file in files if file.part == "train"}
+    for part, root in parts.items():
+        if unseen := sorted({file.label for file in files if file.part == part} - known):
+            raise UserError(
+                f"{root} has classes that {parts['train']} does not have: {', '.join(unseen)}: add them to train, or remove "
+                "them"
+            )
     if others:
         print(f"{folder}: {images.left_out(others)}")
-    return files
+    return files, layout
+
+
+def _parts(folder: Path) -> tuple[dict[str, Path], str]:
+    """Return the folder of each part, and the layout in words."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give config.data.name as folder:DIR")
+    folders = _folders(folder)
+    named = [(part, f) for part, names in _FOLDER_NAMES.items() for f in folders if f.name.lower() in names]
+    others = [f"{f.name}/" for f in folders if f not in [f for _, f in named]]
+    if not named or (others and not any(images.folders(f) for _, f in named)):  # a class can be called train
+        return {"train": folder}, "<class>/"
+    parts = dict(reversed(named))
+    for part, f in named:
+        if f != parts[part]:
+            raise UserError(f"{f} and {parts[part]} are both for {part}: keep one of them")
+    parts = {part: parts[part] for part in PARTS if part in parts}
+    layout = ", ".join(f"{f.name}/" for f in parts.values())
+    if "train" not in parts:
+        raise UserError(f"{folder} holds {layout} but not train/: put the training images in {folder}/train/<class>/")
+    return parts, f"{layout}; left out: {', '.join(others)}" if others else layout
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return `images.folders`, whose names must be UTF-8."""
+    folders = images.folders(folder)
+    for f in folders:
+        try:
+            f.name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{folder} holds the folder {os.fsencode(f.name)!r}, whose name is not UTF-8: rename it"
+            ) from error
+    return folders
 
 
 def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
@@ -112,7 +141,7 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
     class_names = sorted({file.label for file in files if file.part == "train"})
     arrays: Arrays = {"class_names": np.array(class_names)}
     unreadable = []
-    for part in ("train", "test"):
+    for part in dict.fromkeys(file.part for file in files):
         members = [file for file in files if file.part == part]
         decoded = []
         for file in members:
@@ -181,15 +210,27 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def read_tfds(builder: Any, image_size: int, num_threads: int) -> Arrays:
-    """Decode a prepared TFDS set in its own order; if it has no split "test", "validation" is the test set."""
+def tfds_splits(builder: Any) -> dict[str, str]:
+    """Return the split of each part of a TFDS set: its only one is "train"; without "test", "validation" is the test set.
+
+    Raises:
+        UserError: if a set of several splits has none for a part.
+    """
+    there = list(builder.info.splits)
+    splits = {"train": "train", "test": "test" if "test" in there else "validation"}
+    if len(there) == 1:
+        splits = {"train": there[0]}
+    for split in splits.values():
+        if split not in there:
+            raise UserError(f"{builder.name} has the splits {', '.join(there)}: it lacks {split}")
+    return splits
+
+
+def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads: int) -> Arrays:
+    """Decode the splits of a prepared TFDS set, as `tfds_splits` names them, in its own order."""
     import tensorflow_datasets as tfds
 
     tf = import_tensorflow(num_threads)
-    splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
-    for split in splits.values():
-        if split not in builder.info.splits:
-            raise UserError(f"{builder.name} has the splits {', '.join(builder.info.splits)}: it lacks {split}")
     arrays: Arrays = {"class_names": np.array(builder.info.features["label"].names)}
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     for part, split in splits.items():

@@ -3,7 +3,7 @@
     python -m resnet_jax export runs/final --format stablehlo|onnx|safetensors [--output FILE]
 
 stablehlo     a program with its weights, for cpu, cuda and tpu and any number of images (`jax.export.deserialize`)
-onnx          the same as an ONNX graph; needs `pip install -e '.[onnx]'`
+onnx          the same as an ONNX graph; needs `pip install 'resnet_jax[onnx]'`
 safetensors   the weights, named by their paths; with --float16 the kernels take half the bytes
 
 The programs take images uint8 [N, H, W, 3] in 0..255 and return logits float32 [N, classes]. Each file also holds the
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resnet_jax import __version__
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
+from resnet_jax.host import VERSION
 from resnet_jax.inference import shipped
 from resnet_jax.runs import stored_config
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, 3] -> logits float32 [N, num_classes]
 
+_OPSET = 17
 _TOLERANCE = 1e-4  # of the largest logit: runtimes add float32 numbers in different orders
 _CHECKED_ON = (1, 2, 17)  # batch sizes of the comparison
 
@@ -49,7 +50,7 @@ def metadata(model: "Model") -> dict[str, Any]:
         "checkpoint_step": model.step,
         "temperature": calibration.to_names(model.temperatures),
         "weights": train_state.digest(model.variables),
-        "resnet_jax": __version__,
+        "resnet_jax": VERSION,
     }
 
 
@@ -130,16 +131,25 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
     return lambda images: np.asarray(program.call(images))
 
 
-def write_onnx(model: "Model", path: Path, fold: bool = False) -> Run:
-    """Write the network as an ONNX graph, and read it back; `fold` folds batch norm into the convolutions."""
+def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPSET) -> Run:
+    """Write the network as an ONNX graph, and read it back.
+
+    Args:
+        model: the network.
+        path: the file.
+        fold: fold batch norm into the convolutions.
+        opset: the version of ONNX's operators; an older runtime needs a lower one.
+    """
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise UserError("--format onnx needs onnx and onnxruntime: pip install -e '.[onnx]'") from error
+        raise UserError("--format onnx needs onnx and onnxruntime: pip install 'resnet_jax[onnx]'") from error
     from resnet_jax.inference import onnx_graph
 
-    graph = onnx_graph.build(model, fold)
+    if opset not in onnx_graph.OPSETS:
+        raise UserError(f"--opset {opset} must be from {onnx_graph.OPSETS[0]} to {onnx_graph.OPSETS[-1]}")
+    graph = onnx_graph.build(model, fold, opset)
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model).items()})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
@@ -205,6 +215,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--fold-batch-norm", dest="fold", action="store_true", help="fold batch norm into the convolutions (onnx only)"
     )
+    parser.add_argument(
+        "--opset", type=int, metavar="N", help=f"version of ONNX's operators, 13 to 21 (default: {_OPSET}; onnx only)"
+    )
     parser.add_argument("--float16", action="store_true", help="store the kernels in float16 (safetensors only)")
     arguments = parser.parse_args(argv)
     beside = arguments.run.with_suffix("") if shipped.find(arguments.run).is_file() else arguments.run / "model"
@@ -213,13 +226,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output {path}: the file name must end in .{arguments.format}")
     if arguments.fold and arguments.format != "onnx":
         raise UserError("--fold-batch-norm needs --format onnx")
+    if arguments.opset is not None and arguments.format != "onnx":
+        raise UserError("--opset needs --format onnx")
     if arguments.float16 and arguments.format != "safetensors":
         raise UserError("--float16 needs --format safetensors")
     say_loading(arguments.run)
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
-    settings = {name: True for name in ("fold", "float16") if getattr(arguments, name)}
+    settings = {name: given for name in ("fold", "float16", "opset") if (given := getattr(arguments, name))}
     difference = write(model, arguments.format, path, **settings)
     if arguments.float16:
         difference = largest_difference(model, trained_model.load(path).logits)  # rounding included

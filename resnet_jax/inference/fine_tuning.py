@@ -64,13 +64,11 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
     head = weights["params"] if same_classes else start.state.params
     taken = weights | {"params": weights["params"] | {_HEAD: head[_HEAD]}}
     arrays = jax.tree.map(lambda ours, new: np.asarray(new).astype(ours.dtype), own, taken)
-    if jax.process_index() == 0:
-        of = f"of {name}, step {model.step}"
-        say(
-            f"backbone and classifier {of}: it has the same class names"
-            if same_classes
-            else f"backbone {of}; the classifier is new: its class names differ"
-        )
+    of = f"of {name}, step {model.step}"
+    said = f"backbone and classifier {of}: it has the same class names"
+    if not same_classes:
+        said = f"backbone {of}; the classifier is new: its class names differ"
+    say(said, quiet=jax.process_index() > 0)
     return start.state.replace(**steps.put(arrays, start.mesh, PartitionSpec())), origin
 
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
 
-_OPSET = 17
+OPSETS = range(13, 22)  # in which each operation below means the same
 
 
 class _Graph:
@@ -72,8 +72,8 @@ class _Graph:
         return self.add("Relu", self.add("Add", y, x))
 
 
-def build(model: "Model", fold: bool) -> onnx.ModelProto:
-    """Build the graph of a network; `fold` folds batch norm into the convolutions."""
+def build(model: "Model", fold: bool, opset: int) -> onnx.ModelProto:
+    """Build the graph of a network; `fold` folds batch norm into the convolutions, `opset` is one of `OPSETS`."""
     graph, config = _Graph(model, fold), model.config
     x = graph.add("Cast", "images", to=TensorProto.FLOAT)
     mean, std = (255 * np.array(value).reshape(1, 1, 1, 3) for value in (config.data.mean, config.data.std))
@@ -93,4 +93,5 @@ def build(model: "Model", fold: bool) -> onnx.ModelProto:
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
     graph_proto = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)
-    return helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_model(graph_proto, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))

@@ -3,7 +3,7 @@
     python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
 A FILE is a PNG, JPEG, WebP, BMP, GIF or TIFF image, a folder of images (searched recursively), a pattern, or an .npz with an
-array `images` or a single array. Training reads the images of a folder in the same way: grey, palette and 16-bit images become RGB,
+array `images` or a single array. Files of a folder or a pattern that are no images are left out and counted. Training reads the images of a folder in the same way: grey, palette and 16-bit images become RGB,
 transparent images get a white background, and the camera's rotation is applied.
 """
 
@@ -49,7 +49,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def listed(arguments: Sequence[str]) -> list[Path]:
-    """List the files that the arguments name.
+    """List the files that the arguments name; say how many files of folders and patterns were left out.
 
     Raises:
         UserError: if an argument names no file.
@@ -57,12 +57,17 @@ def listed(arguments: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for argument in arguments:
         path = Path(os.path.expanduser(argument))
+        others = 0
         if path.is_dir():
             matches, others = images.find(path, _refuse)
-            if others:
-                print(f"{path}: {images.left_out(others)}", file=sys.stderr)
+        elif path.exists():
+            matches = [path]
         else:
-            matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if not p.is_dir()]
+            matches = [p for p in found if p.suffix.lower() == ".npz" or images.is_image(p)]
+            others = len(found) - len(matches)
+        if others:
+            print(f"{path}: {images.left_out(others)}", file=sys.stderr)
         if not matches:
             raise UserError(
                 f"{argument} names no image: give files ({images.NAMES}), a folder of them, a pattern, or an .npz"

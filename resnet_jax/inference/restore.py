@@ -27,7 +27,7 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
     """
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
-    workdir.check(directory, config)
+    config = workdir.check(directory, config)
     with _checkpoints(directory) as checkpoints:
         checkpoints.choose(which)  # reports a user error before the data are loaded
     start = setup(config)

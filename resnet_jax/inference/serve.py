@@ -1,6 +1,6 @@
 """Serve a page to try a trained network: drop an image, see the predicted class and the pixels that mattered.
 
-    python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install -e '.[demo]'
+    python -m resnet_jax serve runs/final        # then open http://127.0.0.1:8000; needs pip install 'resnet_jax[demo]'
 
 Programs can use it as well: `curl --data-binary @cat.jpg http://127.0.0.1:8000/predict` returns JSON.
 """
@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
         import flask  # noqa: F401
         import waitress
     except ImportError as error:
-        raise UserError("the page needs flask and waitress: pip install -e '.[demo]'") from error
+        raise UserError("the page needs flask and waitress: pip install 'resnet_jax[demo]'") from error
     with _listening(arguments.host, arguments.port) as listening:  # first, because loading takes seconds
         say_loading(arguments.run)
         from resnet_jax.inference import trained_model

@@ -217,6 +217,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
         raise UserError(f"config.init_from is {config.init_from!r}, but the weights are those of {path}: leave it out")
     weights = read(path)
     start = setup(config)
+    config = start.config
     try:
         variables = from_torch(weights, {"params": start.state.params, "batch_stats": start.state.batch_stats})
     except UserError as error:

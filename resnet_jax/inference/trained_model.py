@@ -79,6 +79,7 @@ class Model:
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
         self._variables, self.step, self.temperatures = variables, step, temperatures
+        self._process = os.getpid()
         network = _network(config, len(class_names))
         self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="flip")
         self._saliency = jax.jit(partial(_saliency, network))
@@ -113,6 +114,7 @@ class Model:
             flip: average the logits of each image and its mirror.
 
         Raises:
+            UserError: in a process that was forked after the network was loaded.
             ValueError: if the images are not as described.
         """
         temperature = np.float32(self.temperatures.get(flip, 1.0))
@@ -122,6 +124,10 @@ class Model:
 
     def logits(self, images: Any, flip: bool = False) -> np.ndarray:
         """Return the logits, float32 [N, num_classes]; arguments and errors are those of `predict`."""
+        if os.getpid() != self._process:
+            raise UserError(
+                'JAX does not survive a fork: load the network in each process, and start it with multiprocessing\'s "spawn"'
+            )
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
         logits = [np.zeros((0, len(self.class_names)), np.float32)]

@@ -1,5 +1,8 @@
-"""Evaluate a checkpoint of a run and report on it: `--mode eval`."""
+"""Evaluate a checkpoint of a run and report on it: the tool `eval`."""
 
+import os
+import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import steps
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.inference import calibration
+from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import figures
 from resnet_jax.runs import environment, files
@@ -24,18 +28,20 @@ def run(
 ) -> dict[str, Any]:
     """Restore a checkpoint, evaluate it on validation and test, print the report, write `eval.json` and `reliability.png`.
 
+    With `flip` these are `eval-flip.json` and `reliability-flip.png`.
+
     Args and errors are those of `restore_run`, and:
         flip: average the logits of each image and its mirror.
-        fit_temperature: on the validation split, and keep it in `temperature.json` for `inference.load`.
+        fit_temperature: on the validation split; keep it in `temperature.json` for `load` if it helps on held-out images.
 
     Returns:
         What `eval.json` holds.
     """
-    if fit_temperature and not config.data.validation_ratio:
-        raise UserError(
-            "--fit-temperature needs a validation split, and config.data.validation_ratio is 0: leave it out"
-        )
+    _warn_of_mirrors(config, flip)
     run_setup, state, step = restore_run(config, directory, which)
+    config = run_setup.config
+    if fit_temperature and not len(run_setup.validation.labels):
+        raise UserError("--fit-temperature needs a validation split, and the run has none: leave it out")
     eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
     report: dict[str, Any] = {
         "checkpoint": which,
@@ -51,18 +57,88 @@ def run(
             waiting(f"evaluating the {name} split", quiet=jax.process_index() > 0)
             result = evaluate(eval_step, state, split, config.eval_batch_size, run_setup.mesh)
             if name == "validation" and fit_temperature:
-                temperature = calibration.fit_temperature(result.logits, split.labels)
+                temperature = _fitted_temperature(result.logits, split.labels)
             report[name] = _describe(result, split.labels, names, temperature)
     if jax.process_index() == 0:
         print(_as_text(report, names))
-        files.write_json(directory / "eval.json", report)
+        kind = "-flip" if flip else ""
+        files.write_json(directory / f"eval{kind}.json", report)
         test = report["test"]
         curves = {"uncalibrated": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
             calibration.keep_temperature(directory, step, flip, temperature)
-        figures.save(partial(figures.draw_reliability, curves), directory / "reliability.png", "light", "white")
-        print(f"written to {directory / 'eval.json'}")
+        figures.save(partial(figures.draw_reliability, curves), directory / f"reliability{kind}.png", "light", "white")
+        print(f"written to {directory / f'eval{kind}.json'}")
+    return report
+
+
+def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the temperature of a validation split; None, and say so, if it would not help on other images."""
+    temperature = calibration.fit_temperature(logits, labels)
+    if calibration.temperature_helps(logits, labels):
+        return temperature
+    if jax.process_index() == 0:
+        print(f"the temperature {temperature:.3g} does not lower the loss of held-out images: it is not kept")
+    return None
+
+
+def _warn_of_mirrors(config: ConfigDict, flip: bool) -> None:
+    if flip and not config.augment.flip_probability and jax.process_index() == 0:
+        print("warning: --flip mirrors images, but the run was trained without mirrored ones", file=sys.stderr)
+
+
+def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: bool = False) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run on another labelled set, print the report, and write it to a file of its own.
+
+    Args:
+        config: the run's config.
+        directory: the run's workdir, whose other files stay as they are.
+        which: "best", "latest" or a step.
+        data: names the set, as `config.data.name` does; its images are scaled to the size of the run's.
+        flip: average the logits of each image and its mirror.
+
+    Returns:
+        What the file holds: as `eval.json`, with that set as "test".
+
+    Raises:
+        UserError: if the run or the data cannot be read, or the data have other classes or an image size that does not fit.
+    """
+    _warn_of_mirrors(config, flip)
+    model = trained_model.load(directory, which)
+    kind, _, path = data.partition(":")
+    height, width, _ = model.image_shape
+    size = 0 if height != width or kind == "npz" else height
+    waiting(f"loading {data}")
+    settings = config_lib.replaced(config, {"data.name": data, "data.image_size": size}).data
+    split, names, fingerprint, part = datasets.load_labelled(settings)
+    for what, extra in (("lacks", set(model.class_names) - set(names)), ("adds", set(names) - set(model.class_names))):
+        if extra:
+            raise UserError(f"--data {data} has other classes than the run: it {what} {', '.join(sorted(extra)[:5])}")
+    if split.images.shape[1:] != model.image_shape:
+        raise UserError(
+            f"--data {data} has images of {split.images.shape[1:]}, and the run {model.image_shape}: scale them to that size"
+        )
+    labels = np.array([model.class_names.index(name) for name in names], np.int32)[split.labels]
+    waiting(f"evaluating {len(labels):,} images of {data} ({'all' if part == 'train' else f'its {part} images'})")
+    logits = model.logits(split.images, flip)
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
+    loss = calibration.negative_log_likelihood(logits, labels)
+    result = Evaluation(loss, int(np.trace(confusion)) / len(labels), confusion, logits)
+    report = {
+        "checkpoint": which,
+        "checkpoint_step": model.step,
+        "flip": flip,
+        "dataset": {"name": data, "fingerprint": fingerprint, "splits": {"test": len(labels)}},
+        "environment": environment.collect(),
+        "test": _describe(result, labels, model.class_names, None),
+    }
+    print(_as_text(report, model.class_names))
+    label = Path(os.path.realpath(path)).name.removesuffix(".npz") if kind in ("npz", "folder") else data
+    file = directory / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{fingerprint[:8]}{'-flip' if flip else ''}.json"
+    files.write_json(file, report)
+    print(f"written to {file}")
     return report
 
 

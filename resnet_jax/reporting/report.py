@@ -87,7 +87,7 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
         fields = stored_config.deciding(run["config"])
-        seed = fields.pop("seed")
+        seed, _ = fields.pop("seed"), fields.pop("data.name")  # the fingerprint identifies the data
         by_seed = by_config.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
         if seed in by_seed:
             raise UserError(f"{name} and {by_seed[seed][0]} have the same config and seed: give only one of them")

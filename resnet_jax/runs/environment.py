@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from resnet_jax import __version__, host
+from resnet_jax import host
 
 _PACKAGES = [
     "jax",
@@ -29,7 +29,7 @@ _PACKAGES = [
 
 def collect() -> dict[str, Any]:
     """The environment of this process, as `environment.json` holds it."""
-    versions = {"resnet_jax": __version__}
+    versions = {"resnet_jax": host.VERSION}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

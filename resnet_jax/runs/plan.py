@@ -51,6 +51,21 @@ class Plan:
             config.log_every_steps,
         )
 
+    def warnings(self) -> list[str]:
+        """What makes a run on little data train badly, with the numbers."""
+        found = []
+        if self.num_examples < self.batch_size:
+            found.append(
+                f"warning: a batch holds {self.batch_size} images, and there are only {self.num_examples} for training, so each "
+                "comes several times in it: lower config.batch_size"
+            )
+        if self.total_steps < 10:
+            found.append(
+                f"warning: the run takes only {self.total_steps} steps of {self.batch_size} images: lower config.batch_size, or "
+                "raise config.num_epochs"
+            )
+        return found
+
     def evaluates_after(self, step: int) -> bool:
         """Whether the run evaluates after a step: as each whole `eval_every_epochs` ends, and at the last step."""
         period = self.num_examples * self.eval_every_epochs  # images

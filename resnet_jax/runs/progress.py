@@ -113,13 +113,18 @@ class Progress:
         if self._live:
             text = f"\r\033[K{text}"  # clears the live line
         if not self._quiet:
-            say(text, end="" if live and self._live else "\n")
+            _print(text, end="" if live and self._live else "\n")
 
 
 def waiting(what: str, usual_seconds: float | None = None, quiet: bool = False) -> None:
     """Print what the program waits for, such as "loading cifar10", before there is a `Progress`."""
+    say(_wait_text(what, usual_seconds), quiet)
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a line before there is a `Progress`."""
     if not quiet:
-        say(_wait_text(what, usual_seconds))
+        _print(text)
 
 
 def _wait_text(what: str, usual_seconds: float | None) -> str:
@@ -135,7 +140,7 @@ def _columns() -> int:
     return max(1, shutil.get_terminal_size().columns - 1)
 
 
-def say(text: str, end: str = "\n") -> None:
+def _print(text: str, end: str = "\n") -> None:
     """Print, or say once that it fails: a full disk or a closed pipe does not end a run, which has a log of its own."""
     try:
         print(text, end=end, flush=True)

@@ -9,13 +9,15 @@ from ml_collections import ConfigDict
 
 from resnet_jax.config import ALL_FIELDS, Field, flatten, replaced, validate
 
-# Fields that do not change the steps of a run: a resumed run may change them.
+# Fields that do not change the steps of a run.
 RESUMABLE_FIELDS = frozenset(
     {
         *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
         *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
     }
 )
+# Fields that a resumed run may change; its data are compared by their fingerprint, wherever they are.
+CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 
 # Fields added since the first version, each with the value that stands for its absence.
 LATER_FIELDS: dict[str, Any] = {
@@ -24,6 +26,9 @@ LATER_FIELDS: dict[str, Any] = {
     "optim.backbone_rate": 1.0,
     "schedule.restart_epochs": (),
 }
+
+# Fields that a run computes when it begins where they are (): its stored config has the numbers, and a resumed run takes them.
+COMPUTED_FIELDS = ("data.mean", "data.std")
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -53,6 +58,12 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
     return config
 
 
+def with_computed(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
+    """A config with the numbers that the run of a stored one computed."""
+    values, known = flatten(config), flatten(dict(stored))
+    return replaced(config, {n: _tuples(known[n]) for n in COMPUTED_FIELDS if values[n] == () and n in known})
+
+
 def _tuples(value: Any) -> Any:
     """Turn lists, and lists in them, into tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -73,7 +84,7 @@ def extended(config: ConfigDict, num_epochs: float) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """The differences between a config and a stored one that change the result, as "field: old -> new".
+    """The differences between a config and a stored one that change the result on the same data, as "field: old -> new".
 
     There is none if the config extends the stored one, because their steps are the same as far as the stored one goes.
     """
@@ -81,4 +92,5 @@ def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
     restarts, end = new["schedule.restart_epochs"], old.get("num_epochs")
     if isinstance(restarts, list) and end in restarts:
         new |= {"num_epochs": end, "schedule.restart_epochs": restarts[: restarts.index(end)]}
-    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(old | new) if old.get(n) != new.get(n)]
+    names = sorted((old | new).keys() - CHANGEABLE_FIELDS)
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]

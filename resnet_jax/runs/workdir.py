@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from resnet_jax.config import replaced
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
@@ -25,8 +26,11 @@ from resnet_jax.train_state import TrainState
 INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run whose first weights were not drawn from the seed
 
 
-def check(directory: Path, config: ConfigDict) -> None:
+def check(directory: Path, config: ConfigDict) -> ConfigDict:
     """Check that a folder can take a run of this config, or resume one; nothing is written.
+
+    Returns:
+        The config, with the numbers that the folder's run computed when it began.
 
     Raises:
         UserError: if the folder cannot be written, or its run has another config; the message names the fields.
@@ -38,11 +42,15 @@ def check(directory: Path, config: ConfigDict) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = f"{directory}" if existing == directory else f"{directory}: {existing}"
         raise UserError(f"--workdir {what} is not a writable folder: choose another")
+    remains = [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]
     if not (directory / "config.json").exists():
-        if remains := [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]:
+        if remains:
             raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
-        return
-    _refuse_differences(str(directory), config, files.read_json(directory / "config.json"))
+        return config
+    stored = files.read_json(directory / "config.json")
+    filled = stored_config.with_computed(config, stored)
+    _refuse_differences(str(directory), filled, stored)
+    return filled if remains else config  # a run that ended before its first checkpoint begins anew
 
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
@@ -73,11 +81,15 @@ def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDi
     """
     if not (directory / "config.json").exists():
         raise UserError(f"--extend-to {num_epochs:g}: {directory} holds no run: train it first, or give its --workdir")
-    stored = stored_config.from_json(files.read_json(directory / "config.json"))
+    as_json = files.read_json(directory / "config.json")
+    stored, config = stored_config.from_json(as_json), stored_config.with_computed(config, as_json)
     _refuse_differences(str(directory), stored, stored_config.to_json(config))
     if num_epochs < stored.num_epochs:
         raise UserError(f"--extend-to {num_epochs:g}: {directory} has {stored.num_epochs:g} epochs already: give more")
-    return stored if num_epochs == stored.num_epochs else stored_config.extended(stored, num_epochs)
+    if num_epochs != stored.num_epochs:
+        stored = stored_config.extended(stored, num_epochs)
+    restarts = stored.schedule.restart_epochs
+    return replaced(config, {"num_epochs": stored.num_epochs, "schedule.restart_epochs": restarts})
 
 
 def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapping[str, Any]) -> None:
@@ -93,10 +105,24 @@ def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapp
         UserError: naming the fields that differ, or both fingerprints.
     """
     _refuse_differences(f"{directory}/checkpoints", config, meta["config"])
-    if meta["fingerprint"] != fingerprint:
+    check_data(config.data.name, fingerprint, meta["fingerprint"])
+
+
+def check_data(name: str, fingerprint: str, expected: str) -> None:
+    """Refuse data that are not those of a run, wherever they are.
+
+    Args:
+        name: of the data set.
+        fingerprint: of the data set.
+        expected: fingerprint of the run's data.
+
+    Raises:
+        UserError: naming both fingerprints.
+    """
+    if fingerprint != expected:
         raise UserError(
-            f"{config.data.name} has changed since the run began (fingerprint {meta['fingerprint'][:12]} then, "
-            f"{fingerprint[:12]} now): use the original data, or choose another --workdir"
+            f"{name} has changed since the run began (fingerprint {expected[:12]} then, {fingerprint[:12]} now): use the "
+            "original data, or choose another --workdir"
         )
 
 
@@ -126,7 +152,7 @@ class Workdir:
     """
 
     def __init__(self, path: Path, config: ConfigDict, meta: Mapping[str, Any], lock: IO[str] | None) -> None:
-        self.path, self._meta, self._lock = path, meta, lock
+        self.path, self._config, self._meta, self._lock = path, config, meta, lock
         self._check_meta = partial(check_meta, path, config, meta["fingerprint"])
         self.validations = validations(path)
         self._checkpoints = Checkpoints(path / "checkpoints", self.validations)
@@ -152,7 +178,7 @@ class Workdir:
     def restore(self, initial: TrainState) -> tuple[TrainState, float]:
         """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
 
-        Rows logged after that step are dropped, because they will be logged again.
+        Rows logged after that step are dropped, because they will be logged again. The config of this session is written.
         """
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)
@@ -160,7 +186,7 @@ class Workdir:
         for later in [s for s in self.validations if s > step]:
             del self.validations[later]
         if self._lock:
-            self.check_lock()
+            self.write_json("config.json", stored_config.to_json(self._config))
             self._log = MetricsLog(self.path, step)
         return state, seconds
 
@@ -219,7 +245,7 @@ class Workdir:
 def open_workdir(
     directory: Path, config: ConfigDict, meta: Mapping[str, Any], bytes_needed: int = 0
 ) -> Iterator[Workdir]:
-    """Make the folder of a run, lock it, and write the config and the environment of this session.
+    """Make the folder of a run, lock it, and write the environment of this session, and the config of a new run.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
 
@@ -241,7 +267,10 @@ def open_workdir(
             if (result := directory / "result.json").exists() and not is_complete(directory, config):
                 epochs = RunResult.read(directory).config["num_epochs"]
                 result.replace(directory / f"result-{epochs:g}-epochs.json")
-            files.write_json(directory / "config.json", stored_config.to_json(config))
+            if not (
+                directory / "config.json"
+            ).exists():  # otherwise `restore` writes it, if the data are those of the run
+                files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
         if jax.process_count() > 1:
             _check_shared(directory, lock)

@@ -85,7 +85,7 @@ def _database(url: str) -> RDBStorage:
             f"--storage {_shown(url)} is not the URL of a database ({error}): use postgresql://USER@HOST/DATABASE"
         ) from error
     except ImportError as error:
-        raise UserError("--storage: PostgreSQL needs psycopg: pip install -e '.[postgresql]'") from error
+        raise UserError("--storage: PostgreSQL needs psycopg: pip install 'resnet_jax[postgresql]'") from error
 
 
 def _journal(path: Path, create: bool) -> JournalStorage:

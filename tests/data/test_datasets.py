@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import final
-from resnet_jax import host
-from resnet_jax.data import datasets, sources
+from resnet_jax.data import cache, datasets, sources
 from resnet_jax.errors import UserError
 
 DIGITS_FINGERPRINT = "617c980d45980a2ed1f4992c26b10bd1c8fcae2ce2479ec88e0018e8507f9a00"
@@ -151,20 +150,52 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
     [
         ({"test_labels": None}, ["lacks test_labels", "it holds train_images"]),
         ({"train_labels": None, "test_images": None}, ["lacks train_labels, test_images"]),
-        ({"train_images": np.zeros((6, 5, 7, 3), np.float32)}, ["train images are float32 (6, 5, 7, 3)", "uint8"]),
-        ({"test_images": np.zeros((4, 5, 7), np.uint8)}, ["test images are uint8 (4, 5, 7)", "[N, H, W, 3]"]),
-        ({"train_images": np.zeros((6, 3, 5, 7), np.uint8)}, ["train images are uint8 (6, 3, 5, 7)"]),
+        (
+            {"test_images": np.zeros((4, 5, 7, 4), np.uint8)},
+            ["test_images is uint8 [4, 5, 7, 4]", "test_images[..., :3]"],
+        ),
+        (
+            {"test_images": np.zeros((4, 35), np.uint8)},
+            ["test_images is uint8 [4, 35]: images must be [N, H, W, 3] or"],
+        ),
+        ({"test_images": np.zeros((4, 49), np.uint8)}, ["use test_images.reshape(-1, 7, 7)"]),
+        ({"train_images": np.zeros((6, 75), np.uint8)}, ["use train_images.reshape(-1, 3, 5, 5)"]),
+        (
+            {"train_images": np.full((6, 5, 7, 3), -1.5)},
+            ["train_images is float64", "values from -1.5 to -1.5", "LOW of black"],
+        ),
+        (
+            {"train_images": np.full((6, 5, 7, 3), 16)},
+            ["train_images is int64", "values from 16 to 16"],
+        ),  # of what scale?
+        ({"test_images": np.full((4, 5, 7, 3), np.nan)}, ["test_images is float64", "values from nan"]),
+        ({"test_images": np.full((4, 5, 7, 3), "x")}, ["test_images is <U1", "astype(np.uint8)"]),
+        ({"train_labels": np.full(6, 0.5)}, ["train_labels is float64 [6]: give one whole number"]),
+        (
+            {"train_labels": np.full((6, 3), 0.3)},
+            ["train_labels is float64 [6, 3] and not one-hot", "train_labels.argmax(axis=1)"],
+        ),
+        ({"test_labels": np.array(["ant", "bee", "cat", "ant"])}, ["test_labels is <U3 [4]: give one whole number"]),
+        (
+            {"train_labels": np.array(["ant", "bee", "cat"] * 2)},
+            ["test_labels is int64 [4], and train_labels are names"],
+        ),
+        (
+            {
+                "train_labels": np.array(["ant", "bee", "cat"] * 2),
+                "test_labels": np.array(["ant", "bee", "cat", "wasp"]),
+            },
+            ["test_labels has 'wasp', which class_names does not have"],
+        ),
         ({"train_labels": np.arange(6)}, ["train labels run from 0 to 5", "must be in 0..2"]),
         ({"test_labels": np.arange(4) - 1}, ["test labels run from -1 to 2", "must be in 0..2"]),
         ({"test_labels": np.array([0, 1, 2, 3]), "class_names": None}, ["test labels run from 0 to 3"]),
         ({"train_labels": np.arange(5) % 3}, ["train labels are int64 (5,) for 6 images"]),
-        ({"train_labels": np.zeros(6)}, ["train labels are float64 (6,)", "one integer label for each"]),
-        ({"train_labels": np.zeros((6, 1), int)}, ["train labels are int64 (6, 1) for 6 images"]),
         (
             {"test_images": np.zeros((0, 5, 7, 3), np.uint8), "test_labels": np.zeros(0, int)},
             ["test", "at least one image"],
         ),
-        ({"train_images": np.zeros((6, 0, 7, 3), np.uint8)}, ["train images are uint8 (6, 0, 7, 3)"]),
+        ({"train_images": np.zeros((6, 0, 7, 3), np.uint8)}, ["train_images is uint8 [6, 0, 7, 3]"]),
         (
             {"class_names": np.array(["ant", "bee", "cat", "dog", "eel"])},
             ["no training image for 2 of 5 classes (dog, eel)"],
@@ -182,6 +213,57 @@ def test_the_labels_integer_type_does_not_change_the_fingerprint(data, tmp_path)
 )
 def test_an_npz_that_is_not_a_data_set_is_refused(data, tmp_path, changed, words):
     refusal(data, npz(tmp_path, **changed), *words)
+
+
+GREY = np.random.default_rng(2).integers(0, 256, (6, 5, 7, 1), np.uint8)
+RGB = arrays()["train_images"]
+BINARY = GREY > 127
+LABELS = np.arange(6) % 3
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "meant"),
+    [
+        ("train_images", GREY, np.repeat(GREY, 3, axis=3)),
+        ("train_images", GREY[..., 0], np.repeat(GREY, 3, axis=3)),
+        ("train_images", np.moveaxis(GREY, 3, 1), np.repeat(GREY, 3, axis=3)),
+        ("train_images", np.moveaxis(RGB, 3, 1), RGB),
+        ("train_images", (RGB / 255).astype(np.float32), RGB),
+        ("train_images", RGB / 255 * (1 + 1e-6), RGB),
+        ("train_images", (GREY[..., 0] / 255).astype(np.float16), np.repeat(GREY, 3, axis=3)),
+        ("train_images", RGB.astype(np.float64), RGB),
+        ("train_images", RGB.astype(np.int64), RGB),
+        ("train_images", BINARY[..., 0], np.repeat(BINARY, 3, axis=3) * np.uint8(255)),
+        ("train_labels", LABELS.astype(np.float32), LABELS),
+        ("train_labels", LABELS[:, None], LABELS),
+        ("train_labels", np.eye(3)[LABELS], LABELS),
+        ("train_labels", np.eye(3, dtype=bool)[LABELS], LABELS),
+        ("train_labels", np.eye(3, dtype=np.uint8)[LABELS], LABELS),
+    ],
+)
+def test_other_forms_of_images_and_labels_are_converted_and_a_line_says_so(data, tmp_path, capsys, key, stored, meant):
+    converted = load(data, npz(tmp_path, **{key: stored}))
+    line = f"converted {key} from {stored.dtype} {list(stored.shape)} to "
+    assert line in capsys.readouterr().out
+    assert same(converted, load(data, npz(tmp_path, **{key: meant})))
+    assert "converted" not in capsys.readouterr().out
+
+
+def test_labels_can_be_bool_or_names(data, tmp_path):
+    two = {"test_labels": np.array([True, False] * 2), "class_names": None}
+    assert load(data, npz(tmp_path, train_labels=LABELS > 0, **two)).train.labels.tolist() == [0, 1, 1, 0, 1, 1]
+    words = np.array(["cat", "bee", "ant"])
+    expected = load(data, npz(tmp_path))
+    for kind in ("U", "S"):
+        train, test = (words[::-1][np.arange(n) % 3].astype(kind) for n in (6, 4))
+        assert same(expected, load(data, npz(tmp_path, train_labels=train, test_labels=test, class_names=None)))
+    named = load(data, npz(tmp_path, train_labels=words[LABELS], test_labels=words[LABELS[:4]], class_names=words))
+    assert (named.class_names, named.train.labels.tolist()) == (("cat", "bee", "ant"), LABELS.tolist())
+
+
+def test_images_of_all_parts_have_one_scale(data, tmp_path):
+    dark = {"train_images": RGB.astype(np.float32), "test_images": np.ones((4, 5, 7, 3), np.float32)}
+    assert (load(data, npz(tmp_path, **dark)).test.images == 1).all()  # of 255, as in train
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -286,7 +368,156 @@ def test_a_folder_without_images_in_a_part_is_refused(data, tmp_path):
     for file in (root / "test").glob("*/*"):
         file.unlink()
     refusal(data, f"folder:{root}", root / "test", "holds no images")  # empty classes alone
-    refusal(data, f"folder:{tmp_path}/nowhere", tmp_path / "nowhere/train", "holds no images")
+    refusal(
+        data, f"folder:{tmp_path}/nowhere", tmp_path / "nowhere", "is not a folder: give config.data.name as folder:DIR"
+    )
+
+
+def tree(root, *files):
+    """Images of different colours at these paths."""
+    for i, file in enumerate(files):
+        save_image(root / file, (i, i // 200, 0))
+    return root
+
+
+def sizes(dataset, data):
+    train, validation = datasets.validation_split(dataset, data)
+    return [len(split.labels) for split in (train, validation, dataset.test)]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_a_folders_val_is_the_validation_set_and_no_share_of_train_is_taken(data, tmp_path, name):
+    files = [f"{part}/{label}/{i}.png" for part in ("train", name, "test") for label in "ab" for i in range(3)]
+    files.remove(f"{name}/b/2.png")
+    root = tree(tmp_path / "birds", *files)
+    assert data.validation_ratio > 0
+    for _ in range(2):  # the second from the cache
+        dataset = load(data, f"folder:{root}")
+        train, validation = datasets.validation_split(dataset, data)
+        assert validation.labels.tolist() == [0, 0, 0, 1, 1]
+        assert validation.images[:, 0, 0, 0].tolist() == [6, 7, 8, 9, 10]
+        assert sizes(dataset, data) == [6, 5, 6]
+    assert datasets.summary(dataset, train, validation, data) == (
+        f"folder:{root}: 6 training, 5 validation and 6 test images of 2 classes (train/, {name}/, test/; "
+        "config.data.validation_ratio is not used)"
+    )
+    assert datasets.source_positions(dataset, data, np.array([5, 2])).tolist() == [5, 2]
+
+
+def test_images_of_a_folder_without_a_test_set_become_one_by_class_always_the_same(data, tmp_path):
+    files = [f"{label}/{i}.png" for label, count in (("a", 30), ("b", 10)) for i in range(count)]
+    data.validation_ratio = 0.25
+    flat = load(data, f"folder:{tree(tmp_path / 'flat', *files)}")
+    assert flat.class_names == ("a", "b")
+    assert sizes(flat, data) == [24, 8, 8]
+    assert np.bincount(flat.test.labels).tolist() == [6, 2]
+    shown = {image.tobytes() for split in (flat.train, flat.test) for image in split.images}
+    assert len(shown) == 40
+    assert flat.layout == "<class>/; the test images are a fifth of each class"
+    only_train = load(data, f"folder:{tree(tmp_path / 'only', *(f'train/{file}' for file in files))}")
+    assert same(flat, only_train)
+    assert only_train.layout.startswith("train/; ")
+    assert same(flat, load(data, f"folder:{tmp_path}/flat"))  # from the cache
+    val = [f"val/{label}/x.png" for label in "ab"]
+    with_val = load(data, f"folder:{tree(tmp_path / 'val', *(f'train/{file}' for file in files), *val)}")
+    assert sizes(with_val, data) == [32, 2, 8]
+
+
+def test_a_folder_with_too_few_images_to_take_a_test_set_from_is_refused(data, tmp_path):
+    root = tree(tmp_path / "few", "a/0.png", "b/0.png")
+    refusal(data, f"folder:{root}", root, "has no test set, and its 2 images are too few to take a fifth of each class")
+    refusal(data, f"folder:{tree(tmp_path / 'singles', *(f'{c}/0.png' for c in 'abcde'))}", "5 images are too few")
+
+
+def test_a_class_can_be_called_train(data, tmp_path):
+    root = tree(tmp_path / "vehicles", *(f"{label}/{i}.png" for label in ("car", "train") for i in range(10)))
+    assert load(data, f"folder:{root}").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["test/a/0.png", "val/a/0.png"], ["holds val/, test/ but not train/", "train/<class>/"]),
+        (["train/a/0.png", "Training/a/0.png"], ["are both for train: keep one of them"]),
+        (["train/a/0.png", "val/a/0.png", "val/c/0.png"], ["val has classes that", "train does not have: c"]),
+        (["train/a/0.png", "test/0.png"], ["test holds no images: put them in"]),
+        (["train/0.png", "test/0.png"], ["train holds no images: put them in"]),
+        (["0.png"], ["holds no images: put them in"]),
+    ],
+)
+def test_a_folder_of_an_unclear_layout_is_refused_saying_what_to_do(data, tmp_path, files, words):
+    refusal(data, f"folder:{tree(tmp_path / 'birds', *files)}", tmp_path / "birds", *words)
+
+
+def test_composed_and_decomposed_names_are_the_same_class(data, tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    files = [
+        f"train/{composed}/0.png",
+        f"train/{decomposed}/1.png",
+        "train/tea/0.png",
+        f"test/{decomposed}/0.png",
+        "test/tea/0.png",
+    ]
+    dataset = load(data, f"folder:{tree(tmp_path / 'cups', *files)}")
+    assert dataset.class_names == (composed, "tea")
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 0, 1], [0, 1])
+    assert load(data, npz(tmp_path, class_names=np.array(["ant", decomposed, "tea"]))).class_names == (
+        "ant",
+        composed,
+        "tea",
+    )
+    refusal(
+        data, npz(tmp_path, class_names=np.array(["ant", decomposed, composed])), "class_names must be unique strings"
+    )
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_class_whose_name_is_not_utf_8_is_named(data, tmp_path, part):
+    root = folder(tmp_path)
+    (root / part / os.fsdecode(b"caf\xe9")).mkdir()
+    refusal(data, f"folder:{root}", root / part, r"the folder b'caf\xe9', whose name is not UTF-8: rename it")
+
+
+def test_one_class_is_refused(data, tmp_path):
+    root = tree(tmp_path / "birds", *(f"{part}/wren/{i}.png" for part in ("train", "test") for i in range(3)))
+    refusal(data, f"folder:{root}", "has only one class, wren: give images of two or more")
+    refusal(
+        data,
+        npz(tmp_path, class_names=None, train_labels=np.zeros(6, int), test_labels=np.zeros(4, int)),
+        "has only one class, 0",
+    )
+
+
+def test_folders_beside_the_parts_are_named(data, tmp_path):
+    root = folder(tmp_path)
+    tree(root, "raw/ant/0.png")
+    assert load(data, f"folder:{root}").layout == "train/, test/; left out: raw/"
+
+
+def test_validation_images_that_are_training_images_too_are_counted_in_a_warning(data, tmp_path, capsys):
+    root = folder(tmp_path)
+    save_image(root / "val/ant/0.png", COLOURS["ant"])
+    load(data, f"folder:{root}")
+    assert (
+        "1 of 1 validation images are training images too, so the validation accuracy is too high"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_npz_can_have_validation_images_and_no_test_images(data, tmp_path):
+    rng = np.random.default_rng(1)
+    train = {"train_images": rng.integers(0, 256, (30, 5, 7, 3), np.uint8), "train_labels": np.arange(30) % 3}
+    name = npz(tmp_path, **train, test_images=None, test_labels=None)
+    dataset = load(data, name)
+    assert (len(dataset.train.labels), np.bincount(dataset.test.labels).tolist()) == (24, [2, 2, 2])
+    assert dataset.layout == "train_images; the test images are a fifth of each class"
+    with_validation = load(
+        data,
+        npz(tmp_path, **train, validation_images=train["train_images"][:4] // 2, validation_labels=np.arange(4) % 3),
+    )
+    assert sizes(with_validation, data) == [30, 4, 4]
+    assert len({dataset.fingerprint, with_validation.fingerprint, load(data, npz(tmp_path, **train)).fingerprint}) == 3
+    refusal(data, npz(tmp_path, validation_images=train["train_images"]), "lacks validation_labels")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -459,7 +690,31 @@ def test_the_cache_goes_to_the_users_cache_folder(data, tmp_path, monkeypatch):
     assert [file.suffix for file in (tmp_path / "xdg/resnet_jax").iterdir()] == [".npz"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert host.cache_dir() == tmp_path / ".cache/resnet_jax"
+    assert cache.folder() == tmp_path / ".cache/resnet_jax"
+
+
+@pytest.mark.parametrize("why", ["HOME cannot be written", "no HOME and no entry in passwd"])
+def test_without_a_cache_folder_data_are_decoded_each_time_and_a_line_says_so_once_before(
+    data, tmp_path, monkeypatch, capsys, why
+):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/none")
+    if why != "HOME cannot be written":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as Python does for such a user
+    cache._say_once.cache_clear()
+    printed = []
+    read_folder = sources.read_folder
+    monkeypatch.setattr(sources, "read_folder", lambda *a: printed.append(capsys.readouterr().err) or read_folder(*a))
+    root = folder(tmp_path)
+    save_image(root / "test/ant/0.png", (1, 1, 1))
+    save_image(root / "test/bee/0.png", (2, 2, 2))
+    first, second = (load(data, f"folder:{root}", cache_dir="") for _ in range(2))
+    assert same(first, second)
+    said, nothing = printed
+    assert said.startswith("running without caches (")
+    assert "set XDG_CACHE_HOME to a folder" in said
+    assert nothing == ""
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
@@ -577,6 +832,16 @@ def test_any_tfds_classification_set_loads_as_rgb_in_its_own_order(data, monkeyp
     assert load(data, "toy_grey", image_size=4).train.images.shape == (6, 4, 4, 3)
     monkeypatch.setattr(sources, "read_tfds", forbid)
     assert same(toy, load(data, "toy_grey", image_size=0))
+
+
+def test_a_tfds_set_with_one_split_gives_a_fifth_of_each_class_to_the_test_set(data):
+    import toy_tfds
+
+    toy_tfds.ToyOneSplit(data_dir=data.data_dir).download_and_prepare()
+    for _ in range(2):
+        toy = load(data, "toy_one_split")
+        assert (np.bincount(toy.train.labels).tolist(), np.bincount(toy.test.labels).tolist()) == ([4, 4], [1, 1])
+        assert toy.layout == "splits full; the test images are a fifth of each class"
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""A TFDS data set that is not CIFAR: 6 + 4 grey images of 5x7 pixels; importing this registers it as "toy_grey"."""
+"""A TFDS data set that is not CIFAR: 6 + 4 grey images of 5x7 pixels; importing this registers it as "toy_grey".
+
+And "toy_one_split", of 10 such images in one split."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,3 +26,10 @@ class ToyGrey(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(count):
             yield i, {"image": np.full((5, 7, 1), 10 * i, np.uint8), "label": i % 2}
+
+
+class ToyOneSplit(ToyGrey):
+    """The same images in a split "full"."""
+
+    def _split_generators(self, _: Any) -> dict[str, Any]:
+        return {"full": self._generate_examples(10)}

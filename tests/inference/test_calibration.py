@@ -77,3 +77,10 @@ def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path,
     assert calibration.temperatures(tmp_path, 7) == {True: 1.5}
     calibration.keep_temperature(tmp_path, 7, False, 0.5)
     assert calibration.temperatures(tmp_path, 7) == {True: 1.5, False: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "count", "helps"), [(3.0, 200, True), (0.3, 200, True), (1.0, 40, False), (3.0, 1, False)]
+)
+def test_a_temperature_helps_only_where_it_helps_on_other_images(temperature, count, helps):
+    assert calibration.temperature_helps(*sampled(temperature, count)) is helps

@@ -115,6 +115,18 @@ def test_safetensors_are_loaded_as_the_run_is(run, files):
     assert one.config == other.config
 
 
+@pytest.mark.parametrize("opset", [13, 17, 21])
+def test_an_opset_has_only_the_operators_of_its_time(cache_dir, tmp_path, opset):
+    """ONNX's checker refuses what an opset does not have, and the runtime runs each operator as its opset defines it."""
+    onnx = pytest.importorskip("onnx")
+    model = random_model(cache_dir, stem="imagenet")
+    assert export.write(model, "onnx", tmp_path / "model.onnx", opset=opset) < 2e-5
+    graph = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert [entry.version for entry in graph.opset_import] == [opset]
+    assert graph.ir_version == {13: 7, 17: 8, 21: 10}[opset]  # the oldest that may hold it
+
+
 def test_float16_takes_half_the_bytes_and_is_read_as_float32(run, tmp_path, capsys):
     path = tmp_path / "half.safetensors"
     tool("export", run, "--format", "safetensors", "--float16", "--output", path)
@@ -302,6 +314,8 @@ MISTAKES = {
         ["{run}", "--format=stablehlo", "--fold-batch-norm"],
         "--fold-batch-norm needs --format onnx",
     ),
+    "an opset of another format": (["{run}", "--format=stablehlo", "--opset=13"], "--opset needs --format onnx"),
+    "an opset that is too old": (["{run}", "--format=onnx", "--opset=12"], "--opset 12 must be from 13 to 21"),
     "half of a program": (["{run}", "--format=stablehlo", "--float16"], "--float16 needs --format safetensors"),
     "no such folder": (["{run}", "--format=safetensors", "--output=no/m.safetensors"], "cannot be written"),
     "no such checkpoint": (["{run}", "--format=onnx", "--checkpoint=7"], "no checkpoint of step 7"),
@@ -368,4 +382,4 @@ def test_without_onnx_the_message_says_what_to_install(run, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SystemExit):
         tool("export", run, "--format=onnx")
-    assert "pip install -e '.[onnx]'" in capsys.readouterr().err
+    assert "pip install 'resnet_jax[onnx]'" in capsys.readouterr().err

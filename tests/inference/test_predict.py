@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def test_files_folders_patterns_and_npz(run, folder, digits, capsys):
         order = np.argsort(-probabilities)[:3]
         assert [entry["class"] for entry in row["predictions"]] == [str(i) for i in order]
         assert [entry["probability"] for entry in row["predictions"]] == pytest.approx(probabilities[order], abs=1e-5)
+
+
+def test_files_of_a_pattern_that_are_no_images_are_left_out_and_counted_as_in_a_folder(run, folder, capsys):
+    photos = folder / "photos"
+    (photos / "readme.md").write_text("no image")
+    shutil.copy(photos / "a.png", photos / "nameless")
+    shutil.copy(folder / "digits.npz", photos / "some.npz")
+    for pattern, note, count in (
+        (f"{photos}/*", "left out 2 files that are no images", 9),
+        (f"{photos}/**", "left out 2 files", 10),
+    ):
+        printed = call(capsys, run, pattern, "--json")
+        assert printed.err.startswith(f"{pattern}: {note}")
+        assert len(json.loads(printed.out)) == count
+    words, _ = refused(capsys, run, f"{photos}/*.md")
+    assert words[0] == f"{photos}/*.md: left out a file that is no image"
+    assert "names no image" in words[1]
 
 
 def test_the_table_and_the_csv(run, folder, capsys):

@@ -269,7 +269,7 @@ def test_without_flask_the_message_says_what_to_install(run, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         tool("serve", run)
     assert stop.value.code == 2
-    assert "pip install -e '.[demo]'" in capsys.readouterr().err
+    assert "pip install 'resnet_jax[demo]'" in capsys.readouterr().err
 
 
 # In a browser

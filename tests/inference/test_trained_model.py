@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -247,3 +249,22 @@ def test_the_package_gives_nothing_else():
     assert resnet_jax.load is trained_model.load
     with pytest.raises(AttributeError, match="has no attribute 'lead'"):
         resnet_jax.lead  # noqa: B018
+
+
+def test_a_forked_process_says_what_to_do_and_does_not_hang(model, images):
+    model.predict(images[:1])
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX and Python warn of the fork
+        child = os.fork()
+    if not child:
+        try:
+            model.predict(images[:1])
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    assert b"JAX does not survive a fork: load the network in each process" in os.read(reader, 1000)
+    os.close(reader)

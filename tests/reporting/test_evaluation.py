@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -98,9 +99,13 @@ def test_a_run_of_another_config_and_a_folder_without_a_run_are_refused(finished
 
 def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     directory, _, config = finished
+    (directory / "eval.json").write_text("of a run without --flip")
     report = evaluation.run(config, directory, "best", flip=True)
-    assert "each image and its mirror averaged" in capsys.readouterr().out
-    assert json.loads((directory / "eval.json").read_text())["flip"]
+    printed = capsys.readouterr()
+    assert "each image and its mirror averaged" in printed.out
+    assert "warning: --flip mirrors images, but the run was trained without mirrored ones\n" in printed.err
+    assert json.loads((directory / "eval-flip.json").read_text()) == report
+    assert (directory / "eval.json").read_text() == "of a run without --flip"
     setup, state, _ = restore_run(config, directory, "best")
     test = setup.dataset.test
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -109,6 +114,15 @@ def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     assert report["test"]["accuracy"] == (logits.argmax(axis=1) == test.labels).mean()
     losses = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(logits)), test.labels]
     assert report["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_flip_does_not_warn_where_training_mirrored(finished, tmp_path, monkeypatch, capsys):
+    config = finished[2]
+    config.augment.flip_probability = 0.5
+    monkeypatch.setattr(evaluation, "restore_run", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        evaluation.run(config, tmp_path, "best", flip=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
@@ -137,11 +151,11 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     )  # they are of one alone
 
 
-def test_without_a_validation_split_no_temperature_is_fitted(finished):
-    directory, _, config = finished
-    config.data.validation_ratio = 0.0
-    with pytest.raises(UserError, match="--fit-temperature needs a validation split"):
-        evaluation.run(config, directory, "best", fit_temperature=True)
+def test_without_a_validation_split_no_temperature_is_fitted(tiny_config, tmp_path):
+    tiny_config.data.validation_ratio, tiny_config.num_epochs, tiny_config.schedule.warmup_epochs = 0.0, 0.1, 0.0
+    training.train(tiny_config, tmp_path)
+    with pytest.raises(UserError, match="--fit-temperature needs a validation split, and the run has none"):
+        evaluation.run(tiny_config, tmp_path, "best", fit_temperature=True)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])

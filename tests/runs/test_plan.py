@@ -25,6 +25,14 @@ def steps_where(condition):
     return [step for step in range(1, 42) if condition(step)]
 
 
+def test_too_few_images_or_steps_are_warned_of_with_the_numbers():
+    assert plan().warnings() == plan(batch_size=1294, total_steps=10).warnings() == []
+    (few,) = plan(batch_size=64, num_examples=63).warnings()
+    assert "a batch holds 64 images, and there are only 63" in few
+    (short,) = plan(total_steps=9).warnings()
+    assert "takes only 9 steps of 64 images" in short
+
+
 def test_it_needs_no_jax():
     code = "import sys, resnet_jax.runs.plan; assert not {'jax', 'numpy', 'tensorflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
