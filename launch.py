@@ -20,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
     train_and_eval.add_eval_arguments(parser)
     arguments, config = command_line.parse_config(parser, argv)
     if arguments.mode == "eval":
-        if arguments.profile or arguments.max_seconds is not None:
-            raise UserError("--profile and --max-seconds need --mode train")
+        if arguments.profile or arguments.max_seconds is not None or arguments.extend_to is not None:
+            raise UserError("--profile, --max-seconds and --extend-to need --mode train")
         train_and_eval.start_evaluation(arguments, config, train_and_eval.workdir(arguments), arguments.distributed)
     else:
         if arguments.checkpoint or arguments.flip or arguments.fit_temperature:

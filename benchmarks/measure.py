@@ -33,7 +33,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.runs import files, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
-from resnet_jax.runs.plan import Call
+from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.setup import Setup
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the training loop, without evaluations and saves."""
     endless = 2**31 - 1
     plan = dataclasses.replace(
-        training.make_plan(config, start), total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0
+        Plan.from_config(config, endless, len(start.train.labels)), eval_every_epochs=endless, checkpoint_every_steps=0
     )
 
     def measure(seconds: float) -> float:

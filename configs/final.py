@@ -14,6 +14,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"final.py takes :full or :smoke, not :{variant}")
     config = ConfigDict()
     config.seed = 0  # for the parameters, the order of the images and their augmentation
+    config.init_from = ""  # a run or .safetensors whose weights to start from; "" to draw them from the seed
     config.batch_size = 128  # images per step, over all devices; report 3b
     config.num_epochs = 50.0  # passes over the training images; report 3b
     config.label_smoothing = 0.0  # share of the target spread over all classes; not in the report
@@ -60,6 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # report 2b
     config.optim.learning_rate = 0.01  # highest value of the schedule; report 3b
+    config.optim.backbone_rate = 1.0  # factor on the rate of all but the classifier; 0 trains the classifier alone
     config.optim.b1 = 0.9  # decay of the first moment; report 2b
     config.optim.b2 = 0.999  # of the second; report 2b
     config.optim.eps = 1e-8  # report 2b
@@ -70,6 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.name = "warmup_cosine"  # report 2d
     config.schedule.warmup_epochs = 5.0  # authors' notebook
+    config.schedule.restart_epochs = ()  # where it begins anew, without warm-up; --extend-to adds to it; report: none
     config.schedule.min_ratio = 0.001  # lowest rate / learning_rate; authors' notebook
 
     if variant == "smoke":

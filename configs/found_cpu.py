@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.data.validation_ratio = 0.1
     config.eval_batch_size = 500
     config.eval_every_epochs = 1
+    config.init_from = ""
     config.label_smoothing = 0.0
     config.log_every_steps = 50
     config.model = ConfigDict()
@@ -46,6 +47,7 @@ def get_config() -> ConfigDict:
     config.model.stem = "cifar"
     config.num_epochs = 6.0
     config.optim = ConfigDict()
+    config.optim.backbone_rate = 1.0
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.decay_mask = "all"
@@ -58,10 +60,11 @@ def get_config() -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.min_ratio = 0.001
     config.schedule.name = "warmup_cosine"
+    config.schedule.restart_epochs = ()
     config.schedule.warmup_epochs = 0.5479290851681042
     config.seed = 0
     config.steps_per_call = 0
     return config
 
 
-# ae566556e219b460d59595c82d333dee9fd472c83921ec95cae307c493254229, of the lines above: an edited file is not written over
+# 20da4004d6d369e21af1dee36e0a6d74689e33f857b2bede24f4fa137ad16035, of the lines above: an edited file is not written over

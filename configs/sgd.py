@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "sgd"  # report 2b, figure 1
     config.optim.learning_rate = 0.01  # at the start; report 3b
+    config.optim.backbone_rate = 1.0  # factor on the rate of all but the classifier
     config.optim.momentum = 0.9  # report 3b
     config.optim.dampening = 0.1  # report 3b
     config.optim.weight_decay = 0.001  # coupled, an L2 penalty; report 3b
@@ -23,6 +24,7 @@ def get_config() -> ConfigDict:
 
     config.schedule = ConfigDict()
     config.schedule.name = "step"
+    config.schedule.restart_epochs = ()  # none
     config.schedule.decay_every_epochs = 3.0  # report 3b, lr-decay-step
     config.schedule.decay_factor = 0.7  # authors' notebook
     return config

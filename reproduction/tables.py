@@ -1,7 +1,7 @@
 """Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
 
 A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of
-`claims`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
+`claims`, `finetune`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from resnet_jax.reporting import figures, report, statistics
 from resnet_jax.search import space
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md"]
+DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "performance.md", "usage.md")]
 FIGURE = ROOT / "results" / "accuracy.png"
 DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the figure
 RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
@@ -170,6 +170,25 @@ def evaluations_table(runs: Sequence[str]) -> str:
     return f"{as_markdown(rows)}\n\n{measured_on(read_result(f'eval-{runs[0]}.json')['environment'])}"
 
 
+def finetune_table() -> str:
+    """The runs of `configs/finetune.py`, which start from a trained network, beside those from random weights."""
+    runs = {
+        start: [read_result(f"finetune-digits-{start}-{seed}.json") for seed in (0, 1, 2)]
+        for start in ("trained", "scratch")
+    }
+    tuned, scratch = ([run["test_accuracy"] for run in of] for of in runs.values())
+    compared = statistics.compare(scratch, tuned)
+    assert compared  # there are three seeds of each
+    difference, low, high = (100 * value for value in compared)
+    rows = [
+        ["start", "test accuracy after 15 steps, 3 seeds"],
+        ["`final-cifar10`", statistics.mean_and_spread(tuned)],
+        ["random weights", statistics.mean_and_spread(scratch)],
+        ["difference", f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}, 95 %)"],
+    ]
+    return f"{as_markdown(rows)}\n\n{measured_on(runs['trained'][0]['environment'])}"
+
+
 def run_files() -> list[Path]:
     """The summaries of runs in results/."""
     return sorted(path for pattern in RUNS for path in (ROOT / "results").glob(pattern))
@@ -202,6 +221,7 @@ def refreshed(document: str) -> str:
     def block(match: re.Match[str]) -> str:
         named: dict[str, Callable[[], str]] = {
             "claims": claims_table,
+            "finetune": finetune_table,
             "evaluations-final": partial(evaluations_table, ["final-h200"]),
             "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
         }
@@ -209,7 +229,7 @@ def refreshed(document: str) -> str:
         return f"{match[1]}\n{text}\n<!-- end -->\n"
 
     return re.sub(
-        r"(<!-- (claims|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
+        r"(<!-- (claims|finetune|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
         block,
         document,
     )

@@ -44,8 +44,9 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
     config_lib.validate(config)
     directory = command_line.folder(workdir, "workdir")
     from resnet_jax import training  # only for a valid config, because JAX takes seconds to import
+    from resnet_jax.inference.fine_tuning import initialise
 
-    return training.train(config, directory, max_seconds=max_seconds)
+    return training.train(config, directory, max_seconds=max_seconds, initialise=initialise)
 
 
 def __getattr__(name: str) -> Any:

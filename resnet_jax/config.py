@@ -6,6 +6,7 @@ This module imports neither JAX nor TensorFlow, so a mistake in a config shows w
 """
 
 import difflib
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -68,6 +69,7 @@ _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, 2**32 - 1),
+    "init_from": _TEXT,
     "batch_size": integer(1, 2**20),
     "num_epochs": _POSITIVE,
     "label_smoothing": _FRACTION,
@@ -105,10 +107,14 @@ FIELDS: dict[str, Field] = {
     "model.max_params": integer(0),
     "optim.name": choice("adamw", "sgd"),
     "optim.learning_rate": _POSITIVE,
+    "optim.backbone_rate": NOT_NEGATIVE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.decay_mask": choice("all", "kernels"),
     "optim.max_grad_norm": NOT_NEGATIVE,
     "schedule.name": choice("warmup_cosine", "step"),
+    "schedule.restart_epochs": Field(
+        tuple, lambda v: all(type(x) in (int, float) and is_finite(x) for x in v), "a tuple of finite numbers"
+    ),
 }
 OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
     "adamw": {"optim.b1": _FRACTION, "optim.b2": _FRACTION, "optim.eps": _POSITIVE},
@@ -185,14 +191,12 @@ def _check_together(config: ConfigDict) -> None:
     channels, blocks = config.model.channel_list, config.model.block_list
     if len(channels) != len(blocks):
         raise UserError(
-            f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: "
-            "give both one entry per stage"
+            f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: give both one entry per stage"
         )
-    warmup = config.schedule.get("warmup_epochs", 0.0)
-    if warmup >= config.num_epochs:
+    times = (config.schedule.get("warmup_epochs", 0.0), *config.schedule.restart_epochs, config.num_epochs)
+    if not all(earlier < later for earlier, later in itertools.pairwise(times)):
         raise UserError(
-            f"config.schedule.warmup_epochs is {warmup} and config.num_epochs {config.num_epochs}: the warm-up must "
-            "end before the run does"
+            f"config.schedule.warmup_epochs is {times[0]} and config.num_epochs {times[-1]}: the warm-up must end before the run does, and config.schedule.restart_epochs {times[1:-1]} must increase in between"
         )
 
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimizers, as optax chains that equal the report's formulas and PyTorch's."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -18,22 +19,30 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
       eta_min + (eta - eta_min) / 2 * (1 + cos(pi * (t - T_warmup) / (T_total - T_warmup))), eta_min = min_ratio * eta.
     - "step": eta * decay_factor ** floor(t / decay_every_epochs).
 
+    At each of `restart_epochs` it begins anew without warm-up (arXiv:1608.03983): t counts from there, T_total to the next.
+
     Args:
         config: the whole config; reads `optim.learning_rate`, `num_epochs` and `schedule`.
         steps_per_epoch: examples / batch size, not rounded.
     """
     eta, schedule = config.optim.learning_rate, config.schedule
+    ends = (*schedule.restart_epochs, config.num_epochs)
+
+    def piece(xp: Any, step: Any, epochs: float, warmup_epochs: float) -> Any:
+        if schedule.name == "step":
+            return eta * schedule.decay_factor ** xp.floor(step / (schedule.decay_every_epochs * steps_per_epoch))
+        warmup_steps, eta_min = warmup_epochs * steps_per_epoch, schedule.min_ratio * eta
+        done = xp.clip((step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps), 0.0, 1.0)
+        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + xp.cos(xp.pi * done))
+        return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), cosine)
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         xp: Any = np if isinstance(step, int) else jnp  # on the host for the log, which must not wait for a device
-        if schedule.name == "step":
-            return eta * schedule.decay_factor ** xp.floor(step / (schedule.decay_every_epochs * steps_per_epoch))
-        warmup_steps = schedule.warmup_epochs * steps_per_epoch
-        decay_steps = config.num_epochs * steps_per_epoch - warmup_steps
-        eta_min = schedule.min_ratio * eta
-        done = xp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + xp.cos(xp.pi * done))
-        return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), cosine)
+        rate = piece(xp, step, ends[0], schedule.get("warmup_epochs", 0.0))
+        for start, end in itertools.pairwise(ends):
+            since = step - start * steps_per_epoch
+            rate = xp.where(since < 0, rate, piece(xp, since, end - start, 0.0))
+        return rate
 
     return learning_rate
 
@@ -46,7 +55,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
       later momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
-    batch-norm parameters; "all" decays every parameter, as in the report.
+    batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
+    parameters but the classifier's, and so on their weight decay; 0 leaves them as they are.
     """
     optim = config.optim
     mask = _kernels if optim.decay_mask == "kernels" else None
@@ -58,7 +68,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         # optax.trace has no dampening. Scaling all gradients but the first gives the same buffer as PyTorch.
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
         update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
-    return optax.chain(clip, update, optax.scale_by_learning_rate(schedule))
+    steps = [clip, update, optax.scale_by_learning_rate(schedule)]
+    if optim.backbone_rate != 1:
+        scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
+        steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
+    return optax.chain(*steps)
 
 
 def _kernels(params: optax.Params) -> optax.Params:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import train_state
 from resnet_jax.data import cache, datasets
 from resnet_jax.errors import UserError
-from resnet_jax.runs import processes, stored_config
+from resnet_jax.runs import model_size, processes, stored_config
 from resnet_jax.runs.progress import say, waiting
 
 
@@ -77,7 +76,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     image_shape = train.images.shape[1:]
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
-    _check_budget(train_state.num_params(traced.out_info.params), config.model.max_params)
+    model_size.check(train_state.num_params(traced.out_info.params), config.model.max_params)
     waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program in the compilation cache, instead of one per array
     meta = {
@@ -87,19 +86,3 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "image_shape": list(image_shape),
     }
     return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
-
-
-def _check_budget(num_params: int, max_params: int) -> None:
-    """Refuse a model with more than `max_params` parameters; 0 means no limit."""
-    if max_params and num_params > max_params:
-        raise UserError(
-            f"the model has {num_params:,} parameters, but config.model.max_params allows {max_params:,}: make "
-            "config.model.channel_list or block_list smaller, or raise the budget (0 for none)"
-        )
-
-
-def describe_model(params: Any, max_params: int, table: bool) -> str:
-    """Describe the number of parameters in one line, after a table of all parameters if `table`."""
-    budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
-    line = f"{train_state.num_params(params):,} trainable parameters{budget}"
-    return parameter_overview.get_parameter_overview(params, include_stats=False) + "\n" + line if table else line

@@ -44,12 +44,15 @@ def loss_and_gradient(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
     """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss."""
+    frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
+        if frozen:
+            params = jax.lax.stop_gradient(params) | {"classifier": params["classifier"]}
         logits, updates = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
             normalize(batch["images"], config.data),
-            train=True,
+            train=not frozen,
             mutable=["batch_stats"],
         )
         loss = cross_entropy(logits, batch["labels"], config.label_smoothing).mean()

@@ -106,11 +106,6 @@ def num_params(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def num_bytes(tree: Any) -> int:
-    """Return the size of a tree of arrays in bytes."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def trained(state: TrainState) -> dict[str, Any]:
     """Return the part of a state that `state_digest` in `result.json` covers: no step, metrics or flag."""
     return {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}

@@ -7,7 +7,7 @@ Read it from the top: `train` prepares a run, `take_steps` is the loop, and belo
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +21,8 @@ from resnet_jax import kernels, optim, steps, train_state
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.evaluate import Evaluation, evaluate
-from resnet_jax.runs import environment, processes, stored_config, workdir
-from resnet_jax.runs.diagnose import diagnose_step
+from resnet_jax.runs import environment, model_size, processes, stored_config, workdir
+from resnet_jax.runs.diagnose import as_line, diagnose_step
 from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.metrics_log import best_step
@@ -30,7 +30,7 @@ from resnet_jax.runs.plan import Call, Plan
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
 from resnet_jax.runs.progress import Progress
 from resnet_jax.runs.result import RunResult
-from resnet_jax.setup import Setup, describe_model, setup
+from resnet_jax.setup import Setup, setup
 from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
@@ -46,6 +46,7 @@ def train(
     hooks: Sequence[Hook] = (),
     test: bool = True,
     stop_request: StopRequest | None = None,
+    initialise: Callable[[ConfigDict, Setup], tuple[TrainState, dict[str, Any]]] | None = None,
 ) -> RunResult:
     """Train the run of a folder, or resume it, and evaluate its best checkpoint on the test split.
 
@@ -57,6 +58,7 @@ def train(
         hooks: watch the run.
         test: evaluate on the test split; without it the result's test figures are None.
         stop_request: shared by a caller that runs several trainings; it replaces `max_seconds`.
+        initialise: reads `config.init_from`, for a run without a checkpoint: the state of step 0, and its origin.
 
     Raises:
         TrainingDiverged: if a step is rejected.
@@ -65,41 +67,35 @@ def train(
     """
     started = time.monotonic() if started is None else started
     config = workdir.check(directory, config)
-    if (directory / "result.json").exists():
+    if workdir.is_complete(directory, config):
         return _complete(directory, config, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
-        start = setup(config)
+        start, origin = setup(config), None
         config = start.config
+        if config.init_from and not workdir.has_checkpoint(directory):
+            assert initialise, "config.init_from needs a function that reads it"
+            initial, origin = initialise(config, start)
         if config.pipeline == "device":
             pipelines.check_fits(start.train, start.mesh)
         for hook in hooks:
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
             raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
-        needed = 4 * train_state.num_bytes(start.state)  # three checkpoints are kept, and a fourth is being written
+        needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(start.state))  # three are kept, one is being written
         with (
             workdir.open_workdir(directory, config, start.meta, needed) as folder,
             processes.abort_all_on_error(),  # before the folder is closed, because that waits for the other processes
         ):
+            if origin and folder.latest_step is None:
+                folder.start_from(initial, origin)
             state, seconds_before = folder.restore(start.state)
-            run = Run(config, start, make_plan(config, start), folder, stop_request, started, seconds_before, hooks)
+            plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
+            run = Run(config, start, plan, folder, stop_request, started, seconds_before, hooks)
             with closing(run.progress):
                 _begin(run, state)
                 state = take_steps(run, state)
                 return _finish(run, state, test)
-
-
-def make_plan(config: ConfigDict, start: Setup) -> Plan:
-    """The plan of a run."""
-    return Plan(
-        total_steps=start.total_steps,
-        batch_size=config.batch_size,
-        num_examples=len(start.train.labels),
-        eval_every_epochs=config.eval_every_epochs,
-        checkpoint_every_steps=config.checkpoint_every_steps,
-        log_every_steps=config.log_every_steps,
-    )
 
 
 @dataclasses.dataclass
@@ -147,7 +143,7 @@ class Run:
 def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
-    run.progress.note(describe_model(state.params, run.config.model.max_params, table=step == 0))
+    run.progress.note(model_size.describe(state.params, run.config.model.max_params, table=step == 0))
     for text in filter(None, [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]):
         run.progress.note(text)
     if step:
@@ -252,14 +248,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
         **diagnose_step(run.config, state, batch),
     }
     run.folder.write_json("failed_step.json", diagnosis)
-    limit = run.config.abort_grad_norm
-    raise TrainingDiverged(
-        f"step {step} has loss {diagnosis['loss']} and gradient norm {diagnosis['grad_norm']}"
-        + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
-        + f", see {run.folder.path / 'failed_step.json'}; "
-        + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")
-        + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the images"
-    )
+    raise TrainingDiverged(as_line(diagnosis, run.config.abort_grad_norm, run.folder.path / "failed_step.json"))
 
 
 def _validate(run: Run, state: TrainState, step: int) -> None:
@@ -306,8 +295,7 @@ def _stop(run: Run, exit_code: int, step: int) -> NoReturn:
     run.folder.wait()
     raise TrainingInterrupted(
         exit_code,
-        f"stopped by {reason(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the "
-        "command to resume",
+        f"stopped by {reason(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the command to resume",
     )
 
 

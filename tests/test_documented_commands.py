@@ -69,15 +69,17 @@ def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
         return argv
     i = argv.index("--config") + 1
     source, stem = argv[i].partition(":")[0], Path(argv[i].partition(":")[0]).stem
-    variant = {"final": ":smoke", "search": ":smoke", "found": ""}[stem]
+    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": ""}[stem]
     replaced = tuple(flag.partition("=")[0] + "=" for flag in SMALL)  # a tuple that is given twice grows
     argv = [*argv[:i], source + variant, *(word for word in argv[i + 1 :] if not word.startswith(replaced)), *SMALL]
+    argv += ["--config.init_from=runs/final"] if stem == "finetune" else []  # a tiny network too
     return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 
 def run_launch(argv: Argv) -> None:
     """Train or evaluate."""
     argv = ["2:2" if argv[i - 1 : i] == ["--profile"] else word for i, word in enumerate(argv)]  # there are 11 steps
+    argv = ["2" if argv[i - 1 : i] == ["--extend-to"] else word for i, word in enumerate(argv)]  # there is 1 epoch
     launch.main(tiny(argv, default_workdir=True))
 
 

@@ -157,7 +157,8 @@ def test_every_benchmark_and_every_comparison_has_its_table():
     shown = set(re.findall(r"<!-- results/([\w-]+\.json) -->", "".join(path.read_text() for path in tables.DOCUMENTS)))
     groups = {path.name for path in tables.run_files()} | {tables.comparison_file().name}  # in the table of claims
     evaluated = {path.name for path in (ROOT / "results").glob("eval-*.json")}  # in that of evaluations
-    assert shown | groups | evaluated == {path.name for path in (ROOT / "results").glob("*.json")}
+    finetuned = {path.name for path in (ROOT / "results").glob("finetune-*.json")}  # in that of fine-tuning
+    assert shown | groups | evaluated | finetuned == {path.name for path in (ROOT / "results").glob("*.json")}
 
 
 def test_the_figure_is_drawn_from_the_results():

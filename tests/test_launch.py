@@ -245,7 +245,12 @@ DEEPER_MISTAKES = {
         {},
         ["config.data.validation_ratio 0.0001 of 1438 training images leaves no image in one part"],
     ),
-    "a size for images that are not decoded": (None, ["--config.data.image_size=32"], {}, ["config.data.image_size"]),
+    "a size for images that are not decoded": (
+        lambda here: save_npz(here / "d.npz"),
+        ["--config.data.name=npz:d.npz", "--config.data.image_size=32"],
+        {},
+        ["config.data.image_size does not apply to npz"],
+    ),
     # the machine
     "a batch that devices cannot share": (
         None,

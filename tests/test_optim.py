@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from configs import final, sgd
+from resnet_jax import config as config_lib
 from resnet_jax import optim
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizer_trajectories.json").read_text())
@@ -43,7 +44,31 @@ def test_ten_steps_equal_pytorch(config, dtype, tolerance):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=f"{step + 1} {name}")
 
 
+def with_restarts(config):
+    config.schedule.restart_epochs = (20.0, 35.5)
+    return config
+
+
 @pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["warmup_cosine", "step"])
+def test_a_restart_begins_the_schedule_anew_without_a_warm_up(config):
+    plain = optim.make_schedule(config_lib.replaced(config, {"num_epochs": 20.0}), 100.0)
+    alone = {"num_epochs": 15.5, "schedule.restart_epochs": ()}
+    if config.schedule.name == "warmup_cosine":
+        alone["schedule.warmup_epochs"] = 0.0
+    second = optim.make_schedule(config_lib.replaced(config, alone), 100.0)
+    restarting = optim.make_schedule(with_restarts(config), 100.0)
+    assert [restarting(step) for step in range(2000)] == [plain(step) for step in range(2000)]
+    np.testing.assert_allclose(
+        [restarting(2000 + s) for s in range(1550)], [second(s) for s in range(1550)], rtol=1e-12
+    )
+    assert restarting(2000) == restarting(3550) == config.optim.learning_rate
+
+
+@pytest.mark.parametrize(
+    "config",
+    [final.get_config(), sgd.get_config(), with_restarts(final.get_config())],
+    ids=["warmup_cosine", "step", "restarts"],
+)
 def test_the_rate_of_a_row_is_computed_on_the_host_and_is_that_of_the_step(config):
     schedule = optim.make_schedule(config, 45_000 / 128)
     some = np.unique(np.linspace(0, 17_578, 500).astype(int))
@@ -103,3 +128,31 @@ def test_the_decay_mask_spares_what_it_says(final_config, mask, bias_decays):
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.001, rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], -0.001 if bias_decays else 0.0, rtol=1e-6)
+
+
+def both(config, rate):
+    """The updates of a network's two parts, and the state after them, with a factor on the backbone's rate."""
+    config.optim.backbone_rate = rate
+    tx = optim.make_optimizer(config, lambda step: 0.5)
+    params = {"stem_conv": {"kernel": jnp.array([[1.0, -0.0]])}, "classifier": {"kernel": jnp.array([[2.0, 3.0]])}}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    return params, updates, state
+
+
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["adamw", "sgd"])
+def test_the_factor_of_the_backbone_scales_its_updates_and_no_other(config):
+    _, whole, state = both(config, 1.0)
+    assert len(state) == 3  # clip, update, rate: as before there was a factor
+    _, scaled, _ = both(config, 0.25)
+    np.testing.assert_array_equal(scaled["stem_conv"]["kernel"], 0.25 * whole["stem_conv"]["kernel"])
+    np.testing.assert_array_equal(scaled["classifier"]["kernel"], whole["classifier"]["kernel"])
+
+
+@pytest.mark.parametrize("config", [final.get_config(), sgd.get_config()], ids=["adamw", "sgd"])
+def test_a_factor_of_0_leaves_the_backbone_to_the_bit(config):
+    params, updates, _ = both(config, 0.0)
+    after = jax.jit(optax.apply_updates)(params, updates)
+    np.testing.assert_array_equal(after["stem_conv"]["kernel"], params["stem_conv"]["kernel"])
+    assert (after["classifier"]["kernel"] != params["classifier"]["kernel"]).all()

@@ -532,8 +532,9 @@ def forget_later_fields(directory):
     for path in [directory / "config.json", *directory.glob("checkpoints/*/meta/metadata")]:
         stored = json.loads(path.read_text())
         for name in stored_config.LATER_FIELDS:
-            section, leaf = name.split(".")
-            del stored.get("config", stored)[section][leaf]
+            section, _, leaf = name.rpartition(".")
+            values = stored.get("config", stored)
+            del (values[section] if section else values)[leaf]
         path.write_text(json.dumps(stored))
 
 

@@ -46,6 +46,12 @@ def add_train_arguments(parser: ArgumentParser) -> None:
         help="stop training after this time, save, and exit with code 124",
     )
     parser.add_argument(
+        "--extend-to",
+        type=float,
+        metavar="EPOCHS",
+        help="train the run of the workdir for more epochs, EPOCHS in all; the schedule begins anew, without warm-up",
+    )
+    parser.add_argument(
         "--profile",
         type=Profile,
         metavar="START:COUNT",
@@ -121,9 +127,14 @@ def start_training(arguments: Namespace, config: ConfigDict, started: float) -> 
     """Train as the flags of `train` say; `started` is the `time.monotonic()` at which the command began."""
     directory = workdir(arguments)
     with _session(arguments.distributed):
+        from resnet_jax.inference.fine_tuning import initialise
+        from resnet_jax.runs.workdir import extended
         from resnet_jax.training import train
 
-        train(config, directory, started, arguments.max_seconds, hooks=[arguments.profile] if arguments.profile else [])
+        if arguments.extend_to is not None:
+            config = extended(directory, config, arguments.extend_to)
+        hooks = [arguments.profile] if arguments.profile else []
+        train(config, directory, started, arguments.max_seconds, hooks, initialise=initialise)
 
 
 def start_evaluation(arguments: Namespace, config: ConfigDict, directory: Path, distributed: bool = False) -> None:

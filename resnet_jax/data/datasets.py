@@ -107,10 +107,10 @@ def _load(config: ConfigDict) -> tuple[dict[str, Split], tuple[str, ...], str, s
 def _read(config: ConfigDict) -> tuple[Arrays, str]:
     """Return the arrays of a source, perhaps with their fingerprint, and its layout in words."""
     source, _, path = config.name.partition(":")
-    if config.image_size and source in ("digits", "npz"):
+    if config.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":
-        return sources.read_digits(), "the test images are a fifth of each class"
+        return sources.read_digits(config.image_size), "the test images are a fifth of each class"
     if source == "npz":
         arrays = npz.read_set(Path(os.path.expanduser(path)))
         return arrays, ", ".join(key for key in arrays if key.endswith("_images"))

@@ -31,12 +31,17 @@ def split_test(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sampling.stratified_split(labels, TEST_SHARE, seed=0)
 
 
-def read_digits() -> Arrays:
-    """Read 1,797 digits of 8x8 pixels; a fifth of each class becomes the test set, because the source has none."""
+def read_digits(size: int) -> Arrays:
+    """Read 1,797 digits; a fifth of each class becomes the test set, because the source has none.
+
+    They have 8x8 pixels, and are scaled to `size` pixels per side unless it is 0.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    if size:
+        grey = np.stack([np.asarray(images.fit(Image.fromarray(image), (size, size))) for image in grey])
     pixels, labels = np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int32)
     train, test = split_test(labels)
     return {

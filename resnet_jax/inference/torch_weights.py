@@ -213,6 +213,8 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
 
     if directory.exists():
         raise UserError(f"--workdir {directory} already exists: choose another")
+    if config.init_from:
+        raise UserError(f"config.init_from is {config.init_from!r}, but the weights are those of {path}: leave it out")
     weights = read(path)
     start = setup(config)
     config = start.config
@@ -223,9 +225,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     state = start.state.replace(**variables)
     workdir.check(directory, config)
     with files.atomic_directory(directory) as scratch, workdir.open_workdir(scratch, config, start.meta) as folder:
-        folder.write_json(workdir.INITIAL_WEIGHTS, {"file": path.name, "sha256": _sha256(path)})
-        folder.save(state, seconds=0.0)
-        folder.wait()
+        folder.start_from(state, {"file": path.name, "sha256": _sha256(path)})
     print(f"{directory} holds the weights of {path} as step 0; to evaluate them: python -m resnet_jax eval {directory}")
 
 

@@ -108,7 +108,7 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
     model = trained_model.load(directory, which)
     kind, _, path = data.partition(":")
     height, width, _ = model.image_shape
-    size = 0 if height != width or kind in ("digits", "npz") else height
+    size = 0 if height != width or kind == "npz" else height
     waiting(f"loading {data}")
     settings = config_lib.replaced(config, {"data.name": data, "data.image_size": size}).data
     split, names, fingerprint, part = datasets.load_labelled(settings)
@@ -145,11 +145,19 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
 def _describe(
     result: Evaluation, labels: np.ndarray, names: tuple[str, ...], temperature: float | None
 ) -> dict[str, Any]:
-    """Return the report of a split: the result of `evaluate`, the accuracy by class, and the calibration."""
-    per_class = np.diag(result.confusion) / np.maximum(result.confusion.sum(axis=1), 1)
+    """Return the report of a split: the result of `evaluate`, the accuracy by class, and the calibration.
+
+    Balanced accuracy is the mean of the accuracies by class, and macro-F1 the mean of 2 TP / (2 TP + FP + FN), over the
+    classes that have images.
+    """
+    correct, labelled, predicted = np.diag(result.confusion), result.confusion.sum(axis=1), result.confusion.sum(axis=0)
+    per_class = correct / np.maximum(labelled, 1)
+    seen = labelled > 0
     described = {
         "loss": result.loss,
         "accuracy": result.accuracy,
+        "balanced_accuracy": float(per_class[seen].mean()),
+        "macro_f1": float((2 * correct / np.maximum(labelled + predicted, 1))[seen].mean()),
         "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
         "confusion": result.confusion.tolist(),
         "calibration": calibration.calibration_report(result.logits, labels),
@@ -173,7 +181,9 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
             of_split = report[split]
             error = of_split["calibration"]["expected_calibration_error"]
             lines.append(
-                f"{split:<10}  loss {of_split['loss']:.4f}  accuracy {of_split['accuracy']:.2%}  calibration error {error:.2%}"
+                f"{split:<10}  loss {of_split['loss']:.4f}  accuracy {of_split['accuracy']:.2%}  "
+                f"balanced {of_split['balanced_accuracy']:.2%}  macro-F1 {of_split['macro_f1']:.2%}  "
+                f"calibration error {error:.2%}"
             )
             if at := of_split.get("calibrated"):
                 error = at["calibration"]["expected_calibration_error"]

@@ -72,12 +72,16 @@ def learning_rate(config: dict[str, Any], epoch: float) -> float:
     It is written independently of `optim.make_schedule`, to check what the runs logged.
     """
     rate, schedule = config["optim"]["learning_rate"], config["schedule"]
+    restarts = schedule.get("restart_epochs", ())
+    start = max((e for e in restarts if e <= epoch), default=0)
+    epoch, end = epoch - start, min(e for e in (*restarts, config["num_epochs"]) if e > start) - start
     if schedule["name"] == "step":
         return float(rate * schedule["decay_factor"] ** math.floor(epoch / schedule["decay_every_epochs"] + 1e-9))
-    if epoch < schedule["warmup_epochs"]:
-        return float(rate * epoch / schedule["warmup_epochs"])
+    warmup = 0.0 if start else schedule["warmup_epochs"]
+    if epoch < warmup:
+        return float(rate * epoch / warmup)
     lowest = rate * schedule["min_ratio"]
-    done = (epoch - schedule["warmup_epochs"]) / (config["num_epochs"] - schedule["warmup_epochs"])
+    done = (epoch - warmup) / (end - warmup)
     return float(lowest + (rate - lowest) / 2 * (1 + math.cos(math.pi * done)))
 
 

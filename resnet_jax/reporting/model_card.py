@@ -114,6 +114,7 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
     try:
         test, config = evaluation["test"], stored_config.deciding(result.config)
         config["data.name"] = _name_of_data(config["data.name"])
+        config["init_from"] = Path(config["init_from"]).name
         classes = by_class(test)
         confusion = np.array(test["confusion"])
         count, correct = int(confusion.sum()), int(np.trace(confusion))
@@ -126,6 +127,7 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
             model=model,
             digest=train_state.digest(model.variables),
             result=result,
+            short=lambda origin: Path(origin).name,
             evaluation=evaluation,
             interval=stats.binomtest(correct, count).proportion_ci(0.95, "wilson"),
             confidence=sum(b["count"] * b["confidence"] for b in test["calibration"]["bins"]) / count,

@@ -1,7 +1,9 @@
 """Diagnostics for a rejected step, from which it can be examined and repeated."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +39,24 @@ def diagnose_step(config: ConfigDict, state: TrainState, batch: steps.Batch) -> 
             "non_finite_grads": int(np.sum(~np.isfinite(np.asarray(grad, np.float64)))),
         }
     return {"loss": _number(loss), "grad_norm": _number(optax.tree.norm(grads)), "layers": layers}
+
+
+def as_line(diagnosis: Mapping[str, Any], limit: float, path: Path) -> str:
+    """What to say of a rejected step.
+
+    Args:
+        diagnosis: of the step, as in `failed_step.json`.
+        limit: `config.abort_grad_norm`.
+        path: of `failed_step.json`.
+    """
+    step = diagnosis["step"]
+    return (
+        f"step {step} has loss {diagnosis['loss']} and gradient norm {diagnosis['grad_norm']}"
+        + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
+        + f", see {path}; "
+        + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")
+        + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the images"
+    )
 
 
 def _number(value: Any) -> float | str:

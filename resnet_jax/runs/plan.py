@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
+from ml_collections import ConfigDict
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -36,6 +38,18 @@ class Plan:
     eval_every_epochs: int
     checkpoint_every_steps: int
     log_every_steps: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, total_steps: int, num_examples: int) -> "Plan":
+        """The plan of a run."""
+        return cls(
+            total_steps,
+            config.batch_size,
+            num_examples,
+            config.eval_every_epochs,
+            config.checkpoint_every_steps,
+            config.log_every_steps,
+        )
 
     def warnings(self) -> list[str]:
         """What makes a run on little data train badly, with the numbers."""

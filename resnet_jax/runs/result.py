@@ -30,7 +30,9 @@ class RunResult:
         seed: `config.seed`.
         startup_seconds: from the start of the last session to the dispatch of its first step; None if it took no step.
         peak_memory_bytes: {"host", "device"} of the last session; None where the system does not say.
-        initial_weights: {"file", "sha256"} of the weights that the run started from; None if drawn from the seed.
+        initial_weights: of the weights that the run started from, {"file", "sha256"} for those of `weights load`, and
+            {"origin", "checkpoint_step", "sha256", "classifier"} for those of `config.init_from`; None if drawn from the
+            seed.
     """
 
     test_accuracy: float | None

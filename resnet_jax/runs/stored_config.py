@@ -20,7 +20,12 @@ RESUMABLE_FIELDS = frozenset(
 CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 
 # Fields added since the first version, each with the value that stands for its absence.
-LATER_FIELDS: dict[str, Any] = {"augment.policy": ""}
+LATER_FIELDS: dict[str, Any] = {
+    "augment.policy": "",
+    "init_from": "",
+    "optim.backbone_rate": 1.0,
+    "schedule.restart_epochs": (),
+}
 
 # Fields that a run computes when it begins where they are (): its stored config has the numbers, and a resumed run takes them.
 COMPUTED_FIELDS = ("data.mean", "data.std")
@@ -66,11 +71,26 @@ def _tuples(value: Any) -> Any:
 
 def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that change the result, flat, of a config as JSON: {"optim.eps": 1e-8}."""
-    return {k: v for k, v in (LATER_FIELDS | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
+    later = json.loads(json.dumps(LATER_FIELDS))
+    return {k: v for k, v in (later | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
+
+
+def extended(config: ConfigDict, num_epochs: float) -> ConfigDict:
+    """A config with more epochs, whose schedule begins anew where it ended."""
+    restarts = (*config.schedule.restart_epochs, config.num_epochs)
+    extended = replaced(config, {"num_epochs": float(num_epochs), "schedule.restart_epochs": restarts})
+    validate(extended)
+    return extended
 
 
 def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """The differences between a config and a stored one that change the result on the same data, as "field: old -> new"."""
+    """The differences between a config and a stored one that change the result on the same data, as "field: old -> new".
+
+    There is none if the config extends the stored one, because their steps are the same as far as the stored one goes.
+    """
     old, new = deciding(stored), deciding(to_json(config))
+    restarts, end = new["schedule.restart_epochs"], old.get("num_epochs")
+    if isinstance(restarts, list) and end in restarts:
+        new |= {"num_epochs": end, "schedule.restart_epochs": restarts[: restarts.index(end)]}
     names = sorted((old | new).keys() - CHANGEABLE_FIELDS)
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]

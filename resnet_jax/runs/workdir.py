@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from resnet_jax.config import replaced
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from resnet_jax.runs.metrics_log import MetricsLog, Validation, validations
 from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
-INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run that started from the weights of a file
+INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run whose first weights were not drawn from the seed
 
 
 def check(directory: Path, config: ConfigDict) -> ConfigDict:
@@ -54,10 +55,41 @@ def check(directory: Path, config: ConfigDict) -> ConfigDict:
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
     if differences := stored_config.differences(config, stored):
+        epochs = ", or --extend-to for more epochs" * any(line.startswith("num_epochs:") for line in differences)
         raise UserError(
             f"{what} holds a run with another config ({'; '.join(differences)}): choose another --workdir, or use the "
-            "values of that run"
+            f"values of that run{epochs}"
         )
+
+
+def is_complete(directory: Path, config: ConfigDict) -> bool:
+    """Whether a folder, which `check` accepts, holds the result of this config, and not of one with fewer epochs."""
+    path = directory / "result.json"
+    return path.exists() and bool(RunResult.read(directory).config["num_epochs"] == config.num_epochs)
+
+
+def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDict:
+    """Return the config with which the run of a folder continues to `num_epochs`: its schedule begins anew where it ended.
+
+    Args:
+        directory: of the run, extended or not.
+        config: of the run as it began.
+        num_epochs: of the extended run.
+
+    Raises:
+        UserError: if the folder holds no such run, or one of more epochs.
+    """
+    if not (directory / "config.json").exists():
+        raise UserError(f"--extend-to {num_epochs:g}: {directory} holds no run: train it first, or give its --workdir")
+    as_json = files.read_json(directory / "config.json")
+    stored, config = stored_config.from_json(as_json), stored_config.with_computed(config, as_json)
+    _refuse_differences(str(directory), stored, stored_config.to_json(config))
+    if num_epochs < stored.num_epochs:
+        raise UserError(f"--extend-to {num_epochs:g}: {directory} has {stored.num_epochs:g} epochs already: give more")
+    if num_epochs != stored.num_epochs:
+        stored = stored_config.extended(stored, num_epochs)
+    restarts = stored.schedule.restart_epochs
+    return replaced(config, {"num_epochs": stored.num_epochs, "schedule.restart_epochs": restarts})
 
 
 def check_meta(directory: Path, config: ConfigDict, fingerprint: str, meta: Mapping[str, Any]) -> None:
@@ -94,8 +126,13 @@ def check_data(name: str, fingerprint: str, expected: str) -> None:
         )
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run has a checkpoint to resume from, intact or not."""
+    return any(path.name.isdecimal() for path in directory.glob("checkpoints/*"))  # others are incomplete
+
+
 def initial_weights(directory: Path) -> dict[str, Any] | None:
-    """{"file", "sha256"} of the weights that a run started from; None if they were drawn from the seed."""
+    """Where the weights that a run started from come from, as in `RunResult`; None if they were drawn from the seed."""
     path = directory / INITIAL_WEIGHTS
     return files.read_json(path) if path.exists() else None
 
@@ -152,6 +189,12 @@ class Workdir:
             self.write_json("config.json", stored_config.to_json(self._config))
             self._log = MetricsLog(self.path, step)
         return state, seconds
+
+    def start_from(self, state: TrainState, origin: dict[str, Any]) -> None:
+        """Save the state of step 0, and where its weights come from: it is then all that the run needs."""
+        self.write_json(INITIAL_WEIGHTS, origin)
+        self.save(state, seconds=0.0)
+        self.wait()
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to `metrics.jsonl`; a validation row counts for the choice of the best checkpoint."""
@@ -221,6 +264,9 @@ def open_workdir(
             check(directory, config)
             for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
                 shutil.rmtree(scratch, ignore_errors=True)
+            if (result := directory / "result.json").exists() and not is_complete(directory, config):
+                epochs = RunResult.read(directory).config["num_epochs"]
+                result.replace(directory / f"result-{epochs:g}-epochs.json")
             if not (
                 directory / "config.json"
             ).exists():  # otherwise `restore` writes it, if the data are those of the run

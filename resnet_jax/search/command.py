@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--study is {name!r}: use a name of letters, digits, '.', '_' and '-'")
     if not config.data.validation_ratio:
         raise UserError("config.data.validation_ratio is 0, but a search needs validation accuracy: set it to 0.1")
+    if config.init_from:
+        raise UserError("config.init_from fits one network, but a search trains many: leave it out")
     root = command_line.folder(arguments.workdir or default_workdir(name))
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir {root} is not a folder: give another")

@@ -98,6 +98,14 @@ def forbid(*_):
     raise AssertionError("decoded again")
 
 
+def test_digits_are_scaled_and_are_the_same_digits(data):
+    digits, scaled = load(data, "digits"), load(data, "digits", image_size=32)
+    assert scaled.train.images.shape == (*digits.train.images.shape[:1], 32, 32, 3)
+    np.testing.assert_array_equal(scaled.train.labels, digits.train.labels)
+    means = (images.mean(axis=(1, 2, 3)) for images in (scaled.test.images, digits.test.images))
+    np.testing.assert_allclose(*means, atol=2.0)  # of 255: bilinear
+
+
 def test_digits_are_stratified_and_always_the_same(data):
     digits = load(data, "digits")
     assert digits.fingerprint == DIGITS_FINGERPRINT

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import scipy
 from PIL import Image
+from sklearn import metrics
 
 from resnet_jax import steps, training
 from resnet_jax.errors import UserError
+from resnet_jax.evaluate import Evaluation
 from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
@@ -50,6 +52,23 @@ def test_the_confusion_matrix_holds_every_image_and_gives_the_accuracies(finishe
     assert np.trace(confusion) / 359 == test["accuracy"]
     for name, row in zip(map(str, range(10)), confusion, strict=True):
         assert test["accuracy_per_class"][name] == row[int(name)] / row.sum()
+
+
+def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn():
+    """Of classes of different sizes, one of which is never predicted, and one of which has no image."""
+    labels = np.repeat([0, 1, 2], [40, 9, 3])
+    rng = np.random.default_rng(0)
+    predictions = np.where(rng.random(52) < 0.6, labels, rng.integers(0, 2, 52))
+    predictions[labels == 2] = 0
+    confusion = np.zeros((4, 4), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    logits = np.eye(4, dtype=np.float32)[predictions]
+    described = evaluation._describe(
+        Evaluation(1.0, float((labels == predictions).mean()), confusion, logits), labels, tuple("abcd"), None
+    )
+    assert described["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predictions))
+    assert described["macro_f1"] == pytest.approx(metrics.f1_score(labels, predictions, average="macro"))
+    assert described["balanced_accuracy"] < described["accuracy"]
 
 
 def test_a_step_is_chosen_by_number(finished):

@@ -1,0 +1,24 @@
+"""The number of parameters of a network: its limit, and how a run describes it."""
+
+from typing import Any
+
+from clu import parameter_overview
+
+from resnet_jax import train_state
+from resnet_jax.errors import UserError
+
+
+def check(num_params: int, max_params: int) -> None:
+    """Refuse a model with more than `max_params` parameters; 0 means no limit."""
+    if max_params and num_params > max_params:
+        raise UserError(
+            f"the model has {num_params:,} parameters, but config.model.max_params allows {max_params:,}: make "
+            "config.model.channel_list or block_list smaller, or raise the budget (0 for none)"
+        )
+
+
+def describe(params: Any, max_params: int, table: bool) -> str:
+    """Describe the number of parameters in one line, after a table of all parameters if `table`."""
+    budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
+    line = f"{train_state.num_params(params):,} trainable parameters{budget}"
+    return parameter_overview.get_parameter_overview(params, include_stats=False) + "\n" + line if table else line
