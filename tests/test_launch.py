@@ -26,7 +26,10 @@ MISTAKES = {
     "unknown variant": ([FINAL + ":fast"], ["final.py takes :full or :smoke, not :fast"]),
     "override without a config": (["--config.seed=1"], ["--config is missing"]),
     "override without a value": ([FINAL, "--config.seed"], ["--config.seed has no value", "--config.seed=VALUE"]),
-    "a config that is not there": (["--config=configs/none.py"], ["configs/none.py is not a file", "final, found_cpu"]),
+    "a config that is not there": (
+        ["--config=configs/none.py"],
+        ["configs/none.py is not a file", "final, finetune, found_cpu"],
+    ),
     "a config of no name": (
         ["--config=finale"],
         ["--config finale is not a file: did you mean final?", "or one of final"],
@@ -428,7 +431,7 @@ def test_help_lists_the_flags_and_starts_nothing(here):
     shown = set(re.findall(r"^  (--[\w.-]+)", done.stdout, re.MULTILINE))
     assert shown == {
         *("--config", "--config.FIELD", "--workdir", "--mode", "--checkpoint", "--flip", "--fit-temperature"),
-        *("--max-seconds", "--profile", "--distributed"),
+        *("--max-seconds", "--extend-to", "--profile", "--distributed"),
     }
     assert list(here.iterdir()) == []
 

@@ -267,9 +267,7 @@ def open_workdir(
             if (result := directory / "result.json").exists() and not is_complete(directory, config):
                 epochs = RunResult.read(directory).config["num_epochs"]
                 result.replace(directory / f"result-{epochs:g}-epochs.json")
-            if not (
-                directory / "config.json"
-            ).exists():  # otherwise `restore` writes it, if the data are those of the run
+            if not (directory / "config.json").exists():  # else `restore` writes it, if the data are those of the run
                 files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
         if jax.process_count() > 1:

@@ -13,7 +13,7 @@ from configs import final
 from resnet_jax import load, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
-from resnet_jax.inference import export, predict, shipped
+from resnet_jax.inference import export, predict
 
 MEASURED = json.loads((ROOT / "results" / "weights-final-cifar10.json").read_text())
 
@@ -61,7 +61,9 @@ def test_a_picture_in_and_a_class_out(tmp_path, monkeypatch, capsys):
 def test_an_export_of_them_is_written_to_the_current_folder(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     export.main(["final-cifar10", "--format=safetensors", "--float16"])
-    assert Path("final-cifar10.safetensors").read_bytes() == (shipped.FOLDER / "final-cifar10.safetensors").read_bytes()
+    written = Path("final-cifar10.safetensors")
+    assert train_state.digest(load(written).variables) == MEASURED["digest"]
+    assert written.stat().st_size < 10e6
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):

@@ -245,7 +245,7 @@ def test_it_takes_three_lines_and_no_tensorflow(run, tmp_path):
 
 
 def test_the_package_gives_nothing_else():
-    assert set(resnet_jax.__all__) == {"Model", "load", "train"}
+    assert set(resnet_jax.__all__) == {"Model", "__version__", "load", "train"}
     assert resnet_jax.load is trained_model.load
     with pytest.raises(AttributeError, match="has no attribute 'lead'"):
         resnet_jax.lead  # noqa: B018
