@@ -1,7 +1,7 @@
 """Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
 
 A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of
-`claims`, `finetune`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
+`claims`, `finetune`, `quickstart`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
 """
 
 import hashlib
@@ -189,6 +189,23 @@ def finetune_table() -> str:
     return f"{as_markdown(rows)}\n\n{measured_on(runs['trained'][0]['environment'])}"
 
 
+def quickstart_table() -> str:
+    """The runs of `configs/quickstart.py`: the range over five seeds."""
+    runs = [read_result(f"quickstart-cpu-{seed}.json") for seed in range(5)]
+    values = sorted(run["test_accuracy"] for run in runs)
+    rows = [
+        ["seeds", "parameters", "steps", "test accuracy: lowest", "median", "highest", "seconds, median"],
+        [
+            str(len(runs)),
+            f"{runs[0]['num_params']:,}",
+            f"{runs[0]['steps']:,}",
+            *(f"{values[i]:.2%}" for i in (0, 2, 4)),
+            f"{sorted(run['seconds'] for run in runs)[2]:.0f}",
+        ],
+    ]
+    return f"{as_markdown(rows)}\n\n{measured_on(runs[0]['environment'])}"
+
+
 def run_files() -> list[Path]:
     """The summaries of runs in results/."""
     return sorted(path for pattern in RUNS for path in (ROOT / "results").glob(pattern))
@@ -222,6 +239,7 @@ def refreshed(document: str) -> str:
         named: dict[str, Callable[[], str]] = {
             "claims": claims_table,
             "finetune": finetune_table,
+            "quickstart": quickstart_table,
             "evaluations-final": partial(evaluations_table, ["final-h200"]),
             "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
         }
@@ -229,7 +247,7 @@ def refreshed(document: str) -> str:
         return f"{match[1]}\n{text}\n<!-- end -->\n"
 
     return re.sub(
-        r"(<!-- (claims|finetune|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
+        r"(<!-- (claims|finetune|quickstart|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
         block,
         document,
     )
