@@ -11,6 +11,7 @@ COPY requirements.txt ./
 RUN python -m pip install --no-deps --requirement requirements.txt
 COPY pyproject.toml setup.py README.md LICENSE launch.py ./
 COPY configs configs
+COPY weights weights
 COPY resnet_jax resnet_jax
 RUN python -m pip install --no-deps --no-build-isolation --editable . \
     && useradd --create-home trainer

@@ -138,6 +138,9 @@ def test_the_dockerfile_installs_what_make_installs():
     runs = [command.removeprefix("python -m pip ") for name, command in dockerfile() if name == "RUN"]
     assert len(installed) == 2
     assert all(any(run.startswith(command) for run in runs) for command in installed)
+    copied = {path for name, command in dockerfile() if name == "COPY" for path in command.split()[:-1]}
+    folders = {"resnet_jax", *PROJECT["tool"]["setuptools"]["package-dir"].values()}  # those that the package is made of
+    assert folders <= copied
 
 
 def test_make_takes_the_newest_python_that_works(tmp_path):
