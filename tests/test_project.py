@@ -138,8 +138,11 @@ def test_the_dockerfile_installs_what_make_installs():
     runs = [command.removeprefix("python -m pip ") for name, command in dockerfile() if name == "RUN"]
     assert len(installed) == 2
     assert all(any(run.startswith(command) for run in runs) for command in installed)
-    copied = {path for name, command in dockerfile() if name == "COPY" for path in command.split()[:-1]}
-    folders = {"resnet_jax", *PROJECT["tool"]["setuptools"]["package-dir"].values()}  # those that the package is made of
+    copied = {path for name, command in dockerfile() if name == "COPY" for path in command[:-1]}
+    folders = {
+        "resnet_jax",
+        *PROJECT["tool"]["setuptools"]["package-dir"].values(),
+    }  # those that the package is made of
     assert folders <= copied
 
 
