@@ -23,6 +23,7 @@ Summary = dict[str, Any]
 COLOURS = ("#3b7dd8", "#e0702a", "#2f9e62", "#b25bc2", "#a8841a", "#d6455d", "#2a93a6")  # legible on white and on black
 NEUTRAL = "#8a8f98"  # of what belongs to no group
 _MARKERS = "os^DvPX>"  # 8, so that 56 groups differ in colour or marker
+_FEWEST = 10  # images at a point of a reliability diagram
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _LINES = {"train": ":", "validation": "-"}
 _INK = {"light": "#1c2128", "dark": "#d7dde5"}
@@ -319,8 +320,28 @@ def draw_architecture(stages: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def merged_bins(bins: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
+    """The bins of a reliability diagram as (count, confidence, accuracy); those of fewer than 10 images join the next.
+
+    The last joins the one before. An accuracy of fewer images says nothing, and draws the eye.
+
+    Args:
+        bins: of `calibration.calibration_report`, by confidence.
+    """
+    merged: list[tuple[int, float, float]] = []
+    for i, b in enumerate(bins):
+        new = b["count"], b["confidence"], b["accuracy"]
+        if merged and (merged[-1][0] < _FEWEST or (new[0] < _FEWEST and i == len(bins) - 1)):
+            before = merged.pop()
+            count = before[0] + new[0]
+            means = [(before[0] * old + new[0] * value) / count for old, value in zip(before[1:], new[1:], strict=True)]
+            new = count, means[0], means[1]
+        merged.append(new)
+    return merged
+
+
 def draw_reliability(curves: Mapping[str, dict[str, Any]]) -> Figure:
-    """Accuracy by confidence. A calibrated network follows the diagonal.
+    """Accuracy by confidence, with the number of images at each point. A calibrated network follows the diagonal.
 
     Args:
         curves: name -> what `calibration.calibration_report` returns.
@@ -329,8 +350,11 @@ def draw_reliability(curves: Mapping[str, dict[str, Any]]) -> Figure:
     axes.plot([0, 1], [0, 1], ":", color=NEUTRAL)
     for i, (name, report) in enumerate(curves.items()):
         label = f"{name}: calibration error {100 * report['expected_calibration_error']:.2f} %"
-        confidences, accuracies = ([b[key] for b in report["bins"]] for key in ("confidence", "accuracy"))
+        counts, confidences, accuracies = zip(*merged_bins(report["bins"]), strict=True)
         axes.plot(confidences, accuracies, f"{_MARKERS[i]}-", color=COLOURS[i], ms=5, label=label)
+        for count, x, y in zip(counts, confidences, accuracies, strict=True):
+            place: dict[str, Any] = {"xytext": (0, 5 if i % 2 else -10), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{count:,}", (x, y), color=COLOURS[i], fontsize=6, **place)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     show_percent(axes.xaxis, "confidence")
     show_percent(axes.yaxis, "accuracy")

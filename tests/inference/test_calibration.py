@@ -67,6 +67,19 @@ def test_a_reliability_plot_has_a_curve_for_each():
     ]
 
 
+def test_a_reliability_plot_shows_counts_and_joins_nearly_empty_bins():
+    counts = [3, 4, 200, 2, 50, 1]
+    bins = [{"count": n, "confidence": 0.1 + 0.15 * i, "accuracy": 0.2 * (i % 3)} for i, n in enumerate(counts)]
+    merged = figures.merged_bins(bins)
+    assert [count for count, *_ in merged] == [207, 53]
+    for key, index in (("confidence", 1), ("accuracy", 2)):
+        total = sum(b["count"] * b[key] for b in bins)
+        assert sum(point[0] * point[index] for point in merged) == pytest.approx(total)
+    (axes,) = figures.draw_reliability({"one": {"expected_calibration_error": 0.0, "bins": bins}}).axes
+    assert [text.get_text() for text in axes.texts] == ["207", "53"]
+    assert figures.merged_bins(bins[:1]) == [(3, 0.1, 0.0)]
+
+
 @pytest.mark.parametrize("temperature", [0, -1, 1e-300, float("nan"), float("inf"), True, "warm", None, [1]])
 def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path, temperature):
     path = tmp_path / "temperature.json"
