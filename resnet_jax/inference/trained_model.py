@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from absl import logging
 from flax import traverse_util
 from jax import export
@@ -32,7 +31,6 @@ from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, shipped
 from resnet_jax.runs import metrics_log, stored_config
-from resnet_jax.runs.checkpoints import Checkpoints
 
 _LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
 _ROUNDING = 1e-5  # by which floats may leave 0..1
@@ -118,7 +116,7 @@ class Model:
             ValueError: if the images are not as described.
         """
         temperature = np.float32(self.temperatures.get(flip, 1.0))
-        probabilities = scipy.special.softmax(self.logits(images, flip) / temperature, axis=1)
+        probabilities = calibration.softmax(self.logits(images, flip) / temperature)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
@@ -266,6 +264,10 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
             f"{directory} holds no run with checkpoints: give the workdir of a run, its .safetensors or .stablehlo export, or "
             + " or ".join(shipped.names())
         )
+    from resnet_jax.runs.checkpoints import (
+        Checkpoints,  # Orbax takes half a second to import, and a file needs none of it
+    )
+
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
     validations = metrics_log.validations(directory)
     with closing(Checkpoints(directory / "checkpoints", validations, read_only=True)) as checkpoints:

@@ -40,6 +40,12 @@ def test_certainty_and_chance_are_in_the_last_and_in_some_bin():
     )
 
 
+def test_the_softmax_is_scipys_to_the_bit():
+    for dtype in (np.float32, np.float64):
+        logits = (np.random.default_rng(0).normal(size=(100, 10)) * 30).astype(dtype)
+        np.testing.assert_array_equal(calibration.softmax(logits), special.softmax(logits, axis=1))
+
+
 def test_the_likelihood():
     logits = logits_of([[0.9, 0.1], [0.35, 0.65]])
     expected = -(np.log(0.9) + np.log(0.35)) / 2

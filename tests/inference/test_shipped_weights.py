@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +78,14 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_another_name_is_answered_with_the_names_that_there_are():
     with pytest.raises(UserError, match=r"final-cifar100 holds no run .* or final-cifar10$"):
         load("final-cifar100")
+
+
+def test_a_file_is_loaded_without_what_only_a_run_needs():
+    """Orbax and SciPy take a second to import."""
+    code = (
+        "import sys, numpy as np; from resnet_jax import load\n"
+        "load('final-cifar10').predict(np.zeros((1, 32, 32, 3), np.uint8))\n"
+        "print([name for name in ('orbax', 'scipy', 'tensorflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
