@@ -1,7 +1,7 @@
 """Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
 
-A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of
-`claims`, `finetune`, `quickstart`, `evaluations-final` and `evaluations-found`, which read several files. Tests check that every table and the figure are up to date.
+A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of those that
+`refreshed` names, which read several files. Tests check that every table and the figure are up to date.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from reproduction import claims
 from resnet_jax.reporting import figures, report, statistics
@@ -136,6 +138,11 @@ def table(result: dict[str, Any]) -> str:
     return f"{as_markdown(rows)}\n\n{note}"
 
 
+def measured_table(rows: Iterable[list[str]], environment: dict[str, Any]) -> str:
+    """A table of several results, with the machine of one of them."""
+    return f"{as_markdown(rows)}\n\n{measured_on(environment)}"
+
+
 def as_markdown(rows: Iterable[list[str]]) -> str:
     """A Markdown table of a header and its rows."""
     header, *body = rows
@@ -167,7 +174,7 @@ def evaluations_table(runs: Sequence[str]) -> str:
         ]
         means = [f"{sum(values) / len(values):.2%}" for values in ([test["accuracy"] for test in tests], *errors)]
         rows.append([label, *means, *[""] * (3 - len(means))])
-    return f"{as_markdown(rows)}\n\n{measured_on(read_result(f'eval-{runs[0]}.json')['environment'])}"
+    return measured_table(rows, read_result(f"eval-{runs[0]}.json")["environment"])
 
 
 def finetune_table() -> str:
@@ -186,24 +193,24 @@ def finetune_table() -> str:
         ["random weights", statistics.mean_and_spread(scratch)],
         ["difference", f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}, 95 %)"],
     ]
-    return f"{as_markdown(rows)}\n\n{measured_on(runs['trained'][0]['environment'])}"
+    return measured_table(rows, runs["trained"][0]["environment"])
 
 
 def quickstart_table() -> str:
     """The runs of `configs/quickstart.py`: the range over five seeds."""
     runs = [read_result(f"quickstart-cpu-{seed}.json") for seed in range(5)]
-    values = sorted(run["test_accuracy"] for run in runs)
+    accuracies, seconds = (np.array([run[name] for run in runs]) for name in ("test_accuracy", "seconds"))
     rows = [
         ["seeds", "parameters", "steps", "test accuracy: lowest", "median", "highest", "seconds, median"],
         [
             str(len(runs)),
             f"{runs[0]['num_params']:,}",
             f"{runs[0]['steps']:,}",
-            *(f"{values[i]:.2%}" for i in (0, 2, 4)),
-            f"{sorted(run['seconds'] for run in runs)[2]:.0f}",
+            *(f"{value:.2%}" for value in (accuracies.min(), np.median(accuracies), accuracies.max())),
+            f"{np.median(seconds):.0f}",
         ],
     ]
-    return f"{as_markdown(rows)}\n\n{measured_on(runs[0]['environment'])}"
+    return measured_table(rows, runs[0]["environment"])
 
 
 def run_files() -> list[Path]:
@@ -234,23 +241,20 @@ def claims_table() -> str:
 
 def refreshed(document: str) -> str:
     """The document with each table rewritten from results/."""
+    named: dict[str, Callable[[], str]] = {
+        "claims": claims_table,
+        "finetune": finetune_table,
+        "quickstart": quickstart_table,
+        "evaluations-final": partial(evaluations_table, ["final-h200"]),
+        "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
+    }
 
     def block(match: re.Match[str]) -> str:
-        named: dict[str, Callable[[], str]] = {
-            "claims": claims_table,
-            "finetune": finetune_table,
-            "quickstart": quickstart_table,
-            "evaluations-final": partial(evaluations_table, ["final-h200"]),
-            "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
-        }
         text = named[match[2]]() if match[2] in named else table(read_result(Path(match[2]).name))
         return f"{match[1]}\n{text}\n<!-- end -->\n"
 
-    return re.sub(
-        r"(<!-- (claims|finetune|quickstart|evaluations-final|evaluations-found|results/[\w-]+\.json) -->)\n(?:.*\n)*?<!-- end -->\n",
-        block,
-        document,
-    )
+    names = "|".join([*named, r"results/[\w-]+\.json"])
+    return re.sub(rf"(<!-- ({names}) -->)\n(?:.*\n)*?<!-- end -->\n", block, document)
 
 
 def drawn_groups() -> list[figures.Group]:

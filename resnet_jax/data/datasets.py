@@ -54,6 +54,7 @@ class Dataset(NamedTuple):
     layout: str
 
 
+_FIFTH_IS_TEST = "the test images are a fifth of each class"
 _DECODER = 2  # counts the versions of `images`: what an earlier one decoded is decoded again
 
 
@@ -71,7 +72,7 @@ def load(config: ConfigDict) -> Dataset:
     splits, class_names, digest, layout = _load(config)
     if "test" not in splits:
         splits |= _with_test(config.name, splits["train"])
-        layout += "; the test images are a fifth of each class"
+        layout += f"; {_FIFTH_IS_TEST}"
     dataset = Dataset(
         config.name, splits["train"], splits.get("validation"), splits["test"], class_names, digest, layout
     )
@@ -110,7 +111,7 @@ def _read(config: ConfigDict) -> tuple[Arrays, str]:
     if config.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":
-        return sources.read_digits(config.image_size), "the test images are a fifth of each class"
+        return sources.read_digits(config.image_size), _FIFTH_IS_TEST
     if source == "npz":
         arrays = npz.read_set(Path(os.path.expanduser(path)))
         return arrays, ", ".join(key for key in arrays if key.endswith("_images"))

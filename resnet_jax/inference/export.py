@@ -61,6 +61,11 @@ def sealed(meta: dict[str, Any], payload: str) -> str:
     return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
 
 
+def _is_kernel(leaf: Any) -> bool:
+    """Whether a weight takes part in `--float16`: biases and batch norm's, which are few, do not."""
+    return bool(leaf.ndim > 1)
+
+
 def rounded(model: "Model") -> "Model":
     """Return the same network with its kernels rounded to float16; biases and batch norm's statistics stay as they are.
 
@@ -72,7 +77,7 @@ def rounded(model: "Model") -> "Model":
     from resnet_jax.inference.trained_model import Model
 
     def of_leaf(leaf: Any) -> Any:
-        return leaf.astype(np.float16).astype(leaf.dtype) if leaf.ndim > 1 else leaf
+        return leaf.astype(np.float16).astype(leaf.dtype) if _is_kernel(leaf) else leaf
 
     variables = jax.tree.map(of_leaf, model.variables)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
@@ -94,8 +99,10 @@ def write_safetensors(model: "Model", path: Path, float16: bool = False) -> Run:
     from resnet_jax.inference import trained_model
 
     flat = traverse_util.flatten_dict(model.variables, sep="/")
-    half = {name for name, leaf in flat.items() if float16 and leaf.ndim > 1}
-    arrays = {name: np.array(leaf, np.float16 if name in half else None, order="C") for name, leaf in flat.items()}
+    arrays = {
+        name: np.array(leaf, np.float16 if float16 and _is_kernel(leaf) else None, order="C")
+        for name, leaf in flat.items()
+    }
     meta = metadata(model)
     path.write_bytes(
         save(arrays, {"resnet_jax": sealed(meta, meta["weights"])})

@@ -3,8 +3,9 @@
     python -m resnet_jax predict runs/final cat.png photos/ 'more/*.jpg' images.npz
 
 A FILE is a PNG, JPEG, WebP, BMP, GIF or TIFF image, a folder of images (searched recursively), a pattern, or an .npz with an
-array `images` or a single array. Files of a folder or a pattern that are no images are left out and counted. Training reads the images of a folder in the same way: grey, palette and 16-bit images become RGB,
-transparent images get a white background, and the camera's rotation is applied.
+array `images` or a single array. Files of a folder or a pattern that are no images are left out and counted. Training reads the
+images of a folder in the same way: grey, palette and 16-bit images become RGB, transparent images get a white background, and the
+camera's rotation is applied.
 """
 
 import argparse

@@ -264,9 +264,8 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
             f"{directory} holds no run with checkpoints: give the workdir of a run, its .safetensors or .stablehlo export, or "
             + " or ".join(shipped.names())
         )
-    from resnet_jax.runs.checkpoints import (
-        Checkpoints,  # Orbax takes half a second to import, and a file needs none of it
-    )
+    # Here, because Orbax takes half a second to import, and a file needs none of it.
+    from resnet_jax.runs.checkpoints import Checkpoints
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
     validations = metrics_log.validations(directory)

@@ -127,7 +127,6 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
             model=model,
             digest=train_state.digest(model.variables),
             result=result,
-            short=lambda origin: Path(origin).name,
             evaluation=evaluation,
             interval=stats.binomtest(correct, count).proportion_ci(0.95, "wilson"),
             confidence=sum(b["count"] * b["confidence"] for b in test["calibration"]["bins"]) / count,

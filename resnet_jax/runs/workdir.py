@@ -42,7 +42,7 @@ def check(directory: Path, config: ConfigDict) -> ConfigDict:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = f"{directory}" if existing == directory else f"{directory}: {existing}"
         raise UserError(f"--workdir {what} is not a writable folder: choose another")
-    remains = [*directory.glob("result.json"), *directory.glob("checkpoints/*[0-9]/")]
+    remains = [*directory.glob("result.json"), *_checkpoints(directory)]
     if not (directory / "config.json").exists():
         if remains:
             raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
@@ -64,8 +64,15 @@ def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -
 
 def is_complete(directory: Path, config: ConfigDict) -> bool:
     """Whether a folder, which `check` accepts, holds the result of this config, and not of one with fewer epochs."""
-    path = directory / "result.json"
-    return path.exists() and bool(RunResult.read(directory).config["num_epochs"] == config.num_epochs)
+    return _epochs_of_result(directory) == config.num_epochs
+
+
+def _epochs_of_result(directory: Path) -> float | None:
+    """The epochs of the run whose result a folder holds; None if it holds none."""
+    if not (directory / "result.json").exists():
+        return None
+    epochs: float = RunResult.read(directory).config["num_epochs"]
+    return epochs
 
 
 def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDict:
@@ -128,7 +135,12 @@ def check_data(name: str, fingerprint: str, expected: str) -> None:
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether a run has a checkpoint to resume from, intact or not."""
-    return any(path.name.isdecimal() for path in directory.glob("checkpoints/*"))  # others are incomplete
+    return bool(_checkpoints(directory))
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """The folders of a run's checkpoints; others there are incomplete."""
+    return [path for path in directory.glob("checkpoints/*/") if path.name.isdecimal()]
 
 
 def initial_weights(directory: Path) -> dict[str, Any] | None:
@@ -264,9 +276,9 @@ def open_workdir(
             check(directory, config)
             for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
                 shutil.rmtree(scratch, ignore_errors=True)
-            if (result := directory / "result.json").exists() and not is_complete(directory, config):
-                epochs = RunResult.read(directory).config["num_epochs"]
-                result.replace(directory / f"result-{epochs:g}-epochs.json")
+            epochs = _epochs_of_result(directory)
+            if epochs is not None and epochs != config.num_epochs:  # the run is extended
+                (directory / "result.json").replace(directory / f"result-{epochs:g}-epochs.json")
             if not (directory / "config.json").exists():  # else `restore` writes it, if the data are those of the run
                 files.write_json(directory / "config.json", stored_config.to_json(config))
             files.write_json(directory / "environment.json", environment.collect())
