@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,8 +54,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
             more parameters than `config.model.max_params`.
     """
-    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or ((folder := cache.folder()) and str(folder / "xla"))
-    jax.config.update("jax_compilation_cache_dir", programs)
+    cache.keep_programs()
     mesh = train_state.make_mesh(num_devices)
     config_lib.check_batch_size(config.batch_size, mesh.size)
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own

@@ -178,6 +178,7 @@ RULES: dict[str, Callable[[Argv], None]] = {
     "python -m resnet_jax": run_tool,
     "resnet-jax": run_tool,
     "python -m benchmarks.exports": check_module("benchmarks.exports"),  # it needs PyTorch
+    "python -m benchmarks.load": check_module("benchmarks.load"),  # test_load.py runs it
     "python -m reproduction.tables": check_module("reproduction.tables"),
     ".venv/bin/python -m pytest": check_pytest,
     "make": check_make,

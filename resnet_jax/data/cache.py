@@ -19,6 +19,16 @@ def folder() -> Path | None:
     return path
 
 
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the user's cache folder, unless it keeps them elsewhere already."""
+    import jax  # here, because those who only look for data need not wait for it
+
+    if not jax.config.values["jax_compilation_cache_dir"] and (path := folder()):
+        jax.config.update("jax_compilation_cache_dir", str(path / "xla"))
+        # The default leaves out what compiles within a second, such as a network's forward pass.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 @functools.cache
 def _say_once(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 from resnet_jax import config as config_lib
 from resnet_jax import kernels, models, steps, train_state
+from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, shipped
@@ -250,6 +251,7 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     Raises:
         UserError: if the run, checkpoint or file does not exist or cannot be read.
     """
+    cache.keep_programs()
     path = shipped.find(source)
     if path.suffix not in _FILES:
         return _load_run(path, checkpoint)

@@ -268,3 +268,27 @@ def test_a_forked_process_says_what_to_do_and_does_not_hang(model, images):
     os.waitpid(child, 0)
     assert b"JAX does not survive a fork: load the network in each process" in os.read(reader, 1000)
     os.close(reader)
+
+
+COUNT_COMPILATIONS = """
+import sys
+import jax
+import numpy as np
+from resnet_jax import load
+
+misses, hits = [], []
+jax.monitoring.register_event_listener(
+    lambda event, **_: {"/jax/compilation_cache/cache_misses": misses, "/jax/compilation_cache/cache_hits": hits}.get(event, []).append(event)
+)
+load(sys.argv[1]).predict(np.zeros((1, 32, 32, 3), np.uint8))
+print(len(misses), len(hits))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", COUNT_COMPILATIONS, "final-cifar10"]
+    first, second = (subprocess.run(command, env=env, check=True, capture_output=True, text=True) for _ in range(2))
+    compiled, found = map(int, first.stdout.split())
+    assert compiled > 0
+    assert second.stdout.split() == ["0", str(compiled + found)]
