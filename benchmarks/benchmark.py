@@ -179,11 +179,13 @@ def main(argv: Sequence[str]) -> None:
         check_output(output)
     if arguments.against_torch and shutil.which(arguments.torch_python) is None:
         raise UserError(f"--torch-python {arguments.torch_python} is not a program: give a Python that has PyTorch")
+    if arguments.against_torch and config.optim.name == "muon":
+        raise UserError("--against-torch cannot time Muon, which PyTorch lacks for convolutions: set config.optim.name")
     cases = list(cases_of(config, arguments))
     for case_config, num_devices in cases:
         config_lib.validate(case_config)
         if num_devices:
-            config_lib.check_batch_size(case_config.batch_size, num_devices)
+            config_lib.check_batch_size(case_config, num_devices)
     counts = [count for _, count in cases if count]
     if counts:  # before JAX starts
         fake_devices = f"--xla_force_host_platform_device_count={max(counts)}"

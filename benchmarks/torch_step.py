@@ -92,19 +92,26 @@ class ResNet(nn.Module):
         self.bn1 = norm(width)
         self.num_layers = len(config["block_list"])
         for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
-            layer = nn.Sequential()
+            down, layer, pools = nn.Sequential(), nn.Sequential(), i > 0 and config["downsample"] == "pool"
+            if pools:
+                outputs = channels * block.expansion
+                conv = nn.Conv2d(width, outputs, 3, padding=1, bias=False)
+                down.extend([conv, norm(outputs), nn.ReLU(), nn.MaxPool2d(2)])
+                width = outputs
             for j in range(blocks):
-                layer.append(block(width, channels, 2 if i > 0 and j == 0 else 1, norm))
+                layer.append(block(width, channels, 2 if i > 0 and j == 0 and not pools else 1, norm))
                 width = channels * block.expansion
+            self.add_module(f"down{i + 1}", down)
             self.add_module(f"layer{i + 1}", layer)
+        self.global_pool, self.logit_scale = config["global_pool"], config["logit_scale"]
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map normalised images [B, 3, H, W] to logits [B, num_classes]."""
         x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
         for i in range(self.num_layers):
-            x = getattr(self, f"layer{i + 1}")(x)
-        return self.fc(x.mean((2, 3)))
+            x = getattr(self, f"layer{i + 1}")(getattr(self, f"down{i + 1}")(x))
+        return self.fc(x.amax((2, 3)) if self.global_pool == "max" else x.mean((2, 3))) * self.logit_scale
 
 
 def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
@@ -119,9 +126,8 @@ def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Opti
     if config["name"] == "adamw":
         betas = (config["b1"], config["b2"])
         return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, eps=config["eps"], fused=True)
-    return torch.optim.SGD(
-        groups, lr=config["learning_rate"], momentum=config["momentum"], dampening=config["dampening"], fused=True
-    )
+    kind = {"nesterov": True} if config["name"] == "nesterov" else {"dampening": config["dampening"]}
+    return torch.optim.SGD(groups, lr=config["learning_rate"], momentum=config["momentum"], fused=True, **kind)
 
 
 def make_normalise(config: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     """The config, whole."""
     config = ConfigDict()
     config.abort_grad_norm = 10000.0
+    config.accumulation_steps = 1
     config.augment = ConfigDict()
     config.augment.brightness = 0.2
     config.augment.contrast = 0.2
@@ -41,7 +42,10 @@ def get_config() -> ConfigDict:
     config.model.block = "basic"
     config.model.block_list = (2, 3, 1, 0)
     config.model.channel_list = (24, 48, 88, 128)
+    config.model.downsample = "stride"
     config.model.dtype = "float32"
+    config.model.global_pool = "mean"
+    config.model.logit_scale = 1.0
     config.model.max_params = 0
     config.model.param_dtype = "float32"
     config.model.stem = "cifar"
@@ -51,6 +55,7 @@ def get_config() -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.decay_mask = "all"
+    config.optim.ema_decay = 0.0
     config.optim.eps = 1e-08
     config.optim.learning_rate = 0.011976523750753218
     config.optim.max_grad_norm = 0.0

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.001  # coupled, an L2 penalty; report 3b
     config.optim.decay_mask = "all"  # as PyTorch does
     config.optim.max_grad_norm = 0.0  # none
+    config.optim.ema_decay = 0.0  # none
 
     config.schedule = ConfigDict()
     config.schedule.name = "step"

@@ -72,6 +72,7 @@ FIELDS: dict[str, Field] = {
     "init_from": _TEXT,
     "batch_size": integer(1, 2**20),
     "num_epochs": _POSITIVE,
+    "accumulation_steps": integer(1, 2**20),
     "label_smoothing": _FRACTION,
     "eval_batch_size": integer(1, 2**20),
     "eval_every_epochs": integer(1),
@@ -100,28 +101,37 @@ FIELDS: dict[str, Field] = {
     "model.stem": choice("cifar", "imagenet"),
     "model.channel_list": integers(1),
     "model.block_list": integers(0),
+    "model.downsample": choice("stride", "pool"),
+    "model.global_pool": choice("mean", "max"),
+    "model.logit_scale": _POSITIVE,
     "model.batch_norm_momentum": _FRACTION,
     "model.batch_norm_epsilon": _POSITIVE,
     "model.dtype": choice("float32", "bfloat16"),
     "model.param_dtype": choice("float32", "bfloat16"),
     "model.max_params": integer(0),
-    "optim.name": choice("adamw", "sgd"),
+    "optim.name": choice("adamw", "sgd", "nesterov", "muon"),
     "optim.learning_rate": _POSITIVE,
     "optim.backbone_rate": NOT_NEGATIVE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.decay_mask": choice("all", "kernels"),
     "optim.max_grad_norm": NOT_NEGATIVE,
-    "schedule.name": choice("warmup_cosine", "step"),
+    "optim.ema_decay": _FRACTION,
+    "schedule.name": choice("warmup_cosine", "warmup_linear", "step"),
     "schedule.restart_epochs": Field(
         tuple, lambda v: all(type(x) in (int, float) and is_finite(x) for x in v), "a tuple of finite numbers"
     ),
 }
+_ADAM: dict[str, Field] = {"optim.b1": _FRACTION, "optim.b2": _FRACTION, "optim.eps": _POSITIVE}
 OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
-    "adamw": {"optim.b1": _FRACTION, "optim.b2": _FRACTION, "optim.eps": _POSITIVE},
+    "adamw": _ADAM,
     "sgd": {"optim.momentum": _FRACTION, "optim.dampening": _FRACTION},
+    "nesterov": {"optim.momentum": _FRACTION},
+    "muon": {"optim.momentum": _FRACTION, "optim.adam_ratio": _POSITIVE} | _ADAM,
 }
+_WARMUP: dict[str, Field] = {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.min_ratio": _FRACTION}
 SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
-    "warmup_cosine": {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.min_ratio": _FRACTION},
+    "warmup_cosine": _WARMUP,
+    "warmup_linear": _WARMUP,
     "step": {
         "schedule.decay_every_epochs": _POSITIVE,
         "schedule.decay_factor": number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
@@ -200,12 +210,14 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
-def check_batch_size(batch_size: int, devices: int) -> None:
-    """Refuse a batch size that is not a multiple of the number of devices, and suggest the nearest multiples."""
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
-        raise UserError(f"config.batch_size {batch_size} is not divisible by {devices} devices: set it to {nearest}")
+def check_batch_size(config: ConfigDict, devices: int) -> None:
+    """Refuse a batch size that does not give each device the same share of each part, and suggest the nearest that do."""
+    size, parts = config.batch_size, config.accumulation_steps
+    if size % (shares := devices * parts):
+        below = size // shares * shares
+        nearest = " or ".join(str(size) for size in (below, below + shares) if size)
+        of = f" times {parts} parts (config.accumulation_steps)" if parts > 1 else ""
+        raise UserError(f"config.batch_size {size} is not divisible by {devices} devices{of}: set it to {nearest}")
 
 
 def replaced(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:

@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
         eval_step: from `steps.jit_eval_step`.
-        state: only `params` and `batch_stats` are read.
+        state: only its `variables` are read.
         split: the examples.
         batch_size: size of the global batch; at most the size of the split, rounded up to a multiple of the devices.
         mesh: the mesh of `eval_step`.

@@ -90,6 +90,10 @@ class ResNet(nn.Module):
         block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. In all stages
             but the first, the first block has stride 2.
         block: `BasicBlock` or `BottleneckBlock`.
+        downsample: how all stages but the first halve the size: "stride", in their first block, or "pool", a 3x3 conv, BN,
+            ReLU and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
+        global_pool: "mean" or "max" over the pixels of the last stage.
+        logit_scale: factor on the logits.
         stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
@@ -103,6 +107,9 @@ class ResNet(nn.Module):
     block_list: tuple[int, ...]
     block: type[BasicBlock] | type[BottleneckBlock] = BasicBlock
     stem: str = "cifar"
+    downsample: str = "stride"
+    global_pool: str = "mean"
+    logit_scale: float = 1.0
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -132,13 +139,24 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, (channels, blocks) in enumerate(zip(self.channel_list, self.block_list, strict=True)):
+            pools = i > 0 and self.downsample == "pool"
+            if pools:
+                x = conv(channels * self.block.expansion, (3, 3), padding=1, name=f"stage{i + 1}_conv")(x)
+                x = max_pool(layers.value(layers.relu(norm(name=f"stage{i + 1}_norm")(x))))
             for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
+                stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)
         at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work, so bfloat16 would only lose digits
-        x = jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
+        x = x.max(axis=(1, 2)) if self.global_pool == "max" else jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
         classifier = nn.Dense(self.num_classes, dtype=at_least_float32, param_dtype=self.param_dtype, name="classifier")
-        return classifier(x).astype(jnp.float32)
+        return (classifier(x) * self.logit_scale).astype(jnp.float32)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Take the maximum of each 2x2 pixels: [B, H, W, C] -> [B, H // 2, W // 2, C]."""
+    size, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(size, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 _IMAGENET_CHANNELS = (64, 128, 256, 512)
@@ -158,6 +176,9 @@ def from_config(config: ConfigDict, num_classes: int, layers: Layers | None = No
         block_list=tuple(config.block_list),
         block=BLOCKS[config.block],
         stem=config.stem,
+        downsample=config.downsample,
+        global_pool=config.global_pool,
+        logit_scale=config.logit_scale,
         batch_norm_momentum=config.batch_norm_momentum,
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),

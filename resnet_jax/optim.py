@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
@@ -17,6 +18,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
 
     - "warmup_cosine" (report, section 2d): eta * t / T_warmup while t < T_warmup, then
       eta_min + (eta - eta_min) / 2 * (1 + cos(pi * (t - T_warmup) / (T_total - T_warmup))), eta_min = min_ratio * eta.
+    - "warmup_linear": the same with a straight line instead of the cosine: a triangle.
     - "step": eta * decay_factor ** floor(t / decay_every_epochs).
 
     At each of `restart_epochs` it begins anew without warm-up (arXiv:1608.03983): t counts from there, T_total to the next.
@@ -33,8 +35,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
             return eta * schedule.decay_factor ** xp.floor(step / (schedule.decay_every_epochs * steps_per_epoch))
         warmup_steps, eta_min = warmup_epochs * steps_per_epoch, schedule.min_ratio * eta
         done = xp.clip((step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps), 0.0, 1.0)
-        cosine = eta_min + 0.5 * (eta - eta_min) * (1.0 + xp.cos(xp.pi * done))
-        return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), cosine)
+        decay = 1.0 - done if schedule.name == "warmup_linear" else 0.5 * (1.0 + xp.cos(xp.pi * done))
+        return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), eta_min + (eta - eta_min) * decay)
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         xp: Any = np if isinstance(step, int) else jnp  # on the host for the log, which must not wait for a device
@@ -53,6 +55,10 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     - "adamw" (arXiv:1711.05101): theta -= eta_t * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta).
     - "sgd", as in `torch.optim.SGD`: g += weight_decay * theta (coupled L2); the buffer is g at the first step and
       later momentum * buffer + (1 - dampening) * g; theta -= eta_t * buffer.
+    - "nesterov", as in `torch.optim.SGD` with `nesterov`: likewise without dampening; theta -= eta_t * (g + momentum * buffer).
+    - "muon" (Jordan, 2024): the momentum of each convolution's kernel but the stem's, orthogonalised as a matrix
+      [k * k * channels, channels out]; all other parameters are left to Adam with Nesterov's momentum, at eta_t * adam_ratio.
+      Weight decay as in "adamw".
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
     batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
@@ -64,6 +70,12 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm > 0 else optax.identity()
     if optim.name == "adamw":
         update = optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay)
+    elif optim.name == "nesterov":
+        update = optax.chain(decay, optax.trace(optim.momentum, nesterov=True))
+    elif optim.name == "muon":  # with rates of -1, because here the schedule changes the sign
+        adam = {"adam_b1": optim.b1, "adam_b2": optim.b2, "eps": optim.eps, "adam_learning_rate": -optim.adam_ratio}
+        muon = contrib.muon(-1.0, beta=optim.momentum, muon_weight_dimension_numbers=_hidden_convolutions, **adam)
+        update = optax.chain(muon, decay)
     else:
         # optax.trace has no dampening. Scaling all gradients but the first gives the same buffer as PyTorch.
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
@@ -73,6 +85,13 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
         steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
     return optax.chain(*steps)
+
+
+def _hidden_convolutions(params: optax.Params) -> optax.Params:
+    """The axes of the matrices that Muon orthogonalises; None for the parameters of Adam."""
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    axes = jax.tree.map(lambda p: matrix if p.ndim == 4 else None, params)
+    return axes | {"stem_conv": jax.tree.map(lambda p: None, params["stem_conv"])}
 
 
 def _kernels(params: optax.Params) -> optax.Params:

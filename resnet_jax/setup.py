@@ -56,7 +56,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     """
     cache.keep_programs()
     mesh = train_state.make_mesh(num_devices)
-    config_lib.check_batch_size(config.batch_size, mesh.size)
+    config_lib.check_batch_size(config, mesh.size)
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own
     shared = {name: value for name, value in config_lib.flatten(config).items() if name not in own_paths}
     processes.check_agreement("config", json.dumps(shared))

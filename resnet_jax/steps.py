@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from resnet_jax import kernels
-from resnet_jax.train_state import TrainMetrics, TrainState
+from resnet_jax.train_state import AveragedTrainState, TrainMetrics, TrainState
 
 Batch = Mapping[str, jax.Array]
 BuildBatch = Callable[[Batch, Batch], Batch]
@@ -40,10 +40,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def loss_and_gradient(
+def _of_part(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
-    """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss."""
+    """Return what `loss_and_gradient` does, from the whole of a batch, or a part, at once."""
     frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
@@ -59,6 +59,30 @@ def loss_and_gradient(
         return loss, (logits, updates["batch_stats"])
 
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+
+def loss_and_gradient(
+    state: TrainState, batch: Batch, config: ConfigDict
+) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
+    """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss.
+
+    The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts, i + 2 parts ..., so that each device keeps its examples. Batch norm normalises over a
+    part, and its running statistics take in each part.
+    """
+    parts = config.accumulation_steps
+    if parts == 1:
+        return _of_part(state, batch, config)
+
+    def one_part(sums: tuple[optax.Params, optax.Params], part: Batch) -> Any:
+        batch_stats, total = sums
+        (loss, (logits, batch_stats)), grads = _of_part(state.replace(batch_stats=batch_stats), part, config)
+        return (batch_stats, optax.tree.add(total, grads)), (loss, logits)
+
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    nothing = state.batch_stats, optax.tree.zeros_like(state.params)
+    (batch_stats, total), (loss, logits) = jax.lax.scan(one_part, nothing, split)
+    logits = logits.swapaxes(0, 1).reshape(-1, logits.shape[-1])
+    return (loss.mean(), (logits, batch_stats)), optax.tree.scale(1 / parts, total)
 
 
 class StepMetrics(NamedTuple):
@@ -102,6 +126,8 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
         opt_state=opt_state,
         metrics=since_row,
     )
+    if isinstance(after, AveragedTrainState):
+        after = after.averaged(config.optim.ema_decay)
     accepted = ~state.failed & jnp.isfinite(loss) & (grad_norm < (config.abort_grad_norm or jnp.inf))  # not if NaN
     state = jax.tree.map(partial(jnp.where, accepted), after, state).replace(failed=~accepted)
     return state, StepMetrics(since_row, ~accepted)
@@ -170,13 +196,12 @@ def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool
     """Evaluate a batch with the running statistics of batch norm.
 
     Args:
-        state: only `params` and `batch_stats` are read.
+        state: only its `variables` are read.
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; only the examples in `mask` count.
         config: the whole config; static.
         flip: as in `eval_logits`; static.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = eval_logits(state.apply_fn, variables, batch["images"], config.data, flip)
+    logits = eval_logits(state.apply_fn, state.variables, batch["images"], config.data, flip)
     labels, mask, num_classes = batch["labels"], batch["mask"], logits.shape[-1]
     loss = jnp.where(mask, cross_entropy(logits, labels), jnp.zeros_like(mask, jnp.float32)).sum()
     cell = labels * num_classes + jnp.argmax(logits, axis=-1)

@@ -50,6 +50,40 @@ class TrainState(flax.struct.PyTreeNode):
     apply_fn: Any = flax.struct.field(pytree_node=False)
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
 
+    @property
+    def variables(self) -> Any:
+        """The weights that are evaluated and exported: {"params", "batch_stats"}."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def with_variables(self, variables: Any) -> "TrainState":
+        """The state with other weights, from which training starts."""
+        return self.replace(**variables)
+
+
+class AveragedTrainState(TrainState):
+    """A state with the moving average of its weights and of batch norm's running statistics, as {"params", "batch_stats"}."""
+
+    average: Any
+
+    @property
+    def variables(self) -> Any:
+        """The average."""
+        return self.average
+
+    def with_variables(self, variables: Any) -> "AveragedTrainState":
+        """The state with other weights, which the average is too."""
+        return self.replace(**variables, average=variables)
+
+    def averaged(self, decay: float) -> "AveragedTrainState":
+        """The state with its weights taken into the average; `step` counts those that are.
+
+        After t steps, the decay is the lower one of `decay` and (1 + t) / (10 + t), so that the random weights of step 0 fade
+        soon, as in TensorFlow's `ExponentialMovingAverage`.
+        """
+        new = 1.0 - jnp.minimum(decay, (1.0 + self.step) / (10.0 + self.step))
+        now = {"params": self.params, "batch_stats": self.batch_stats}
+        return self.replace(average=jax.tree.map(lambda a, x: (a + new * (x - a)).astype(a.dtype), self.average, now))
+
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Return a mesh of the first `num_devices` devices, or of all devices of all processes, on one axis, "data".
@@ -88,7 +122,8 @@ def create(
     variables = model.lazy_init(jax.random.key(config.seed), image, train=False)
     tx = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))
     zero = jnp.zeros(())
-    state = TrainState(
+    average = {"average": dict(variables)} if config.optim.ema_decay else {}
+    state = (AveragedTrainState if average else TrainState)(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
@@ -97,6 +132,7 @@ def create(
         failed=jnp.zeros((), jnp.bool_),
         apply_fn=model.apply,
         tx=tx,
+        **average,
     )
     return jax.device_put(state, NamedSharding(mesh, P()))
 
@@ -108,7 +144,8 @@ def num_params(params: Any) -> int:
 
 def trained(state: TrainState) -> dict[str, Any]:
     """Return the part of a state that `state_digest` in `result.json` covers: no step, metrics or flag."""
-    return {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    average = {"average": state.average} if isinstance(state, AveragedTrainState) else {}
+    return {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state} | average
 
 
 def digest(tree: Any) -> str:

@@ -36,6 +36,7 @@ SHIPPED = {
 RANGES = {
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
     "init_from": (["", "runs/final"], []),
+    "accumulation_steps": ([1, 2], [0, -1]),
     "batch_size": ([1], [0, -1]),
     "num_epochs": ([5.1, 300], [0.0, -1.0]),
     "label_smoothing": ([0, 0.99], [-0.01, 1.0]),
@@ -64,6 +65,9 @@ RANGES = {
     "augment.policy": (["", "cifar10"], ["imagenet"]),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
+    "model.downsample": (["stride", "pool"], ["max"]),
+    "model.global_pool": (["mean", "max"], ["sum"]),
+    "model.logit_scale": ([0.125, 2], [0.0, -1]),
     "model.channel_list": ([(1, 1, 1, 1)], [(1, 1, 1, 0)]),
     "model.block_list": ([(1, 0, 0, 0)], [(1, 0, 0, -1)]),
     "model.batch_norm_momentum": ([0.0, 0.99], [-0.01, 1.0]),
@@ -77,6 +81,8 @@ RANGES = {
     "optim.decay_mask": (["all", "kernels"], ["none"]),
     "optim.max_grad_norm": ([0], [-0.01]),
     "optim.backbone_rate": ([0, 2.0], [-0.01]),
+    "optim.ema_decay": ([0, 0.999], [-0.01, 1.0]),
+    "optim.adam_ratio": ([0.1, 2], [0.0, -1]),
     "optim.b1": ([0.0, 0.99], [-0.01, 1.0]),
     "optim.b2": ([0.0, 0.9999], [-0.01, 1.0]),
     "optim.eps": ([1e-12], [0.0, -1e-8]),
@@ -112,9 +118,15 @@ WRONG_TYPE = {
 }
 
 
+def with_muon():
+    config = final.get_config()
+    config.optim.name, config.optim.momentum, config.optim.adam_ratio = "muon", 0.95, 1.0
+    return config
+
+
 def with_value(name, value):
     """A shipped config that has this field, with another value in it."""
-    shipped = final.get_config(), sgd.get_config(), search.get_config()
+    shipped = final.get_config(), sgd.get_config(), search.get_config(), with_muon()
     config = next(c for c in shipped if name in config_lib.flatten(c))
     put(config, name, value)
     return config

@@ -92,3 +92,43 @@ def test_batch_norm_follows_its_momentum_and_epsilon():
     head = variables["params"]["classifier"]
     expected = normalised.mean(axis=(1, 2)) @ head["kernel"] + np.reshape(head["bias"], (1, 2))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_max_pool_takes_each_stages_first_half():
+    model = models.ResNet(10, (8, 12, 16), (0, 1, 0), downsample="pool", global_pool="max", logit_scale=0.5)
+    logits, variables = shapes(model)
+    assert logits.shape == (2, 10)
+    params = variables["params"]
+    assert set(params) == {
+        *("stem_conv", "stem_norm", "stage2_conv", "stage2_norm", "stage2_block1", "stage3_conv", "stage3_norm"),
+        "classifier",
+    }
+    assert set(params["stage2_block1"]) == {"conv1", "conv2", "norm1", "norm2"}  # the identity is its shortcut
+    assert params["stage3_conv"]["kernel"].shape == (3, 3, 12, 16)
+
+
+def test_the_classifier_reads_the_maximum_of_each_channel_and_the_logits_are_scaled():
+    mean, largest, scaled = (
+        models.ResNet(10, (8,), (0,), **settings) for settings in ({}, {"global_pool": "max"}, {"logit_scale": 0.125})
+    )
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    variables = mean.init(jax.random.key(0), x, train=False)
+    plain, taken = mean.apply(
+        variables,
+        x,
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "stem_norm",
+        mutable=["intermediates"],
+    )
+    pixels = np.maximum(taken["intermediates"]["stem_norm"]["__call__"][0], 0)
+    classifier = variables["params"]["classifier"]
+    expected = pixels.max(axis=(1, 2)) @ classifier["kernel"] + classifier["bias"][None]
+    np.testing.assert_allclose(largest.apply(variables, x, train=False), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled.apply(variables, x, train=False), 0.125 * plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5)])
+def test_max_pool_takes_the_maximum_of_each_square(size):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    expected = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_array_equal(models.max_pool(x), expected)

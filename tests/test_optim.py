@@ -156,3 +156,67 @@ def test_a_factor_of_0_leaves_the_backbone_to_the_bit(config):
     after = jax.jit(optax.apply_updates)(params, updates)
     np.testing.assert_array_equal(after["stem_conv"]["kernel"], params["stem_conv"]["kernel"])
     assert (after["classifier"]["kernel"] != params["classifier"]["kernel"]).all()
+
+
+def with_optimizer(config, name, **fields):
+    """A config with another optimizer, whose own fields are these."""
+    shared = ("learning_rate", "backbone_rate", "weight_decay", "decay_mask", "max_grad_norm", "ema_decay")
+    config.optim = {field: config.optim[field] for field in shared} | {"name": name, **fields}
+    config_lib.validate(config)
+    return config
+
+
+def test_nesterov_is_pytorchs_formula(final_config):
+    """torch.optim.SGD: g += decay * theta; buffer = momentum * buffer + g; theta -= rate * (g + momentum * buffer)."""
+    tx = optim.make_optimizer(with_optimizer(final_config, "nesterov", momentum=0.85), lambda step: 0.1)
+    params = {"kernel": jnp.array(GOLDEN["initial"]["kernel"]), "bias": jnp.array(GOLDEN["initial"]["bias"])}
+    theta, buffer = jax.tree.map(np.asarray, params), jax.tree.map(np.zeros_like, params)
+    for ours in descend(tx, params, 5):
+        grads = jax.tree.map(np.asarray, jax.grad(loss)(theta))
+        for name, g in grads.items():
+            g = g + 0.001 * theta[name]
+            buffer[name] = 0.85 * buffer[name] + g
+            theta[name] = theta[name] - 0.1 * (g + 0.85 * buffer[name])
+            np.testing.assert_allclose(ours[name], theta[name], rtol=0, atol=1e-5)
+
+
+def orthogonalised(matrix):
+    """Five steps of Newton and Schulz with Jordan's coefficients, of a matrix that is at most as tall as wide."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam(final_config):
+    config = with_optimizer(final_config, "muon", momentum=0.9, adam_ratio=0.25, b1=0.8, b2=0.99, eps=1e-8)
+    tx, rate, decay = optim.make_optimizer(config, lambda step: 0.1), 0.1, 0.001
+    rng = np.random.default_rng(0)
+    shapes = {
+        "stem_conv": {"kernel": (3, 3, 3, 4)},
+        "block": {"conv1": {"kernel": (3, 3, 4, 8)}, "norm1": {"scale": (8,)}},
+        "classifier": {"kernel": (8, 5), "bias": (5,)},
+    }
+    params = jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+
+    g = grads["block"]["conv1"]["kernel"].reshape(36, 8).astype(np.float64)
+    expected = orthogonalised(g.T).T.reshape(3, 3, 4, 8)  # no matter how long the momentum is, and 8 <= 36
+    kernel = params["block"]["conv1"]["kernel"]
+    np.testing.assert_allclose(updates["block"]["conv1"]["kernel"], -rate * (expected + decay * kernel), atol=2e-5)
+    adam = {("stem_conv", "kernel"), ("classifier", "kernel"), ("classifier", "bias")}
+    for module, name in adam:
+        g, p = grads[module][name], params[module][name]
+        nesterov = 0.8 * (1 - 0.8) / (1 - 0.8**2) + 1  # of m_hat / (sqrt(v_hat) + eps), in units of the gradient's sign
+        np.testing.assert_allclose(updates[module][name], -rate * (0.25 * nesterov * np.sign(g) + decay * p), atol=2e-6)
+
+
+def test_a_linear_schedule_is_a_triangle(final_config):
+    final_config.schedule.name = "warmup_linear"
+    final_config.num_epochs, final_config.schedule.warmup_epochs, final_config.schedule.min_ratio = 10.0, 2.0, 0.1
+    schedule = optim.make_schedule(final_config, 100.0)
+    np.testing.assert_allclose([schedule(s) for s in (0, 100, 200, 600, 1000)], [0.0, 0.005, 0.01, 0.0055, 0.001])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from resnet_jax import steps
+from resnet_jax import steps, train_state
 
 SHAPE = (8, 8, 3)
 GOLDEN_LOSS = [2.5638033, 2.5034647, 2.4408014]  # means since step 1; jax 0.10.2 and 0.12.0.1 agree to 1e-7
@@ -158,3 +158,50 @@ def test_label_smoothing_reaches_the_training_loss_and_not_evaluation(tiny_confi
     (plain, plain_eval), (smooth, smooth_eval) = results
     assert plain != smooth
     assert plain_eval == smooth_eval
+
+
+def test_the_average_follows_weights_and_statistics_and_is_evaluated(tiny_config):
+    """TensorFlow's formula: average += (1 - min(decay, (1 + t) / (10 + t))) * (weights - average) after step t."""
+    tiny_config.optim.ema_decay = 0.2
+    mesh, step = mesh_of(2), steps.jit_train_step(tiny_config, mesh_of(2))
+    state = make_state(tiny_config, mesh)
+    average = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    for t in range(1, 4):
+        state, _ = step(state, steps.shard_batch(random_batch(16, t), mesh))
+        now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        new = 1 - min(0.2, (1 + t) / (10 + t))
+        average = jax.tree.map(lambda a, x, new=new: a + new * (x - a), average, now)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.average, average)
+    batch = steps.shard_batch(random_batch(16, mask=np.ones(16, bool)), mesh)
+    evaluated = steps.jit_eval_step(tiny_config, mesh)(state, batch)
+    tiny_config.optim.ema_decay = 0.0
+    plain = make_state(tiny_config, mesh).replace(**average)
+    expected = steps.jit_eval_step(tiny_config, mesh)(plain, batch)
+    np.testing.assert_allclose(evaluated.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_average_the_state_is_the_one_of_earlier_versions(tiny_config):
+    state = make_state(tiny_config, mesh_of(1))
+    assert type(state) is train_state.TrainState
+    assert "average" not in train_state.trained(state)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_parts_of_a_batch_give_the_mean_of_their_gradients(tiny_config, devices):
+    mesh, batch = mesh_of(devices), random_batch(24)
+    state = make_state(tiny_config, mesh)
+    of_part = jax.jit(functools.partial(steps.loss_and_gradient, config=tiny_config.copy_and_resolve_references()))
+    losses, gradients, logits, batch_stats = [], [], np.zeros((24, 10), np.float32), state.batch_stats
+    for part in range(3):
+        taken = {name: array[part::3] for name, array in batch.items()}
+        (loss, (logits[part::3], batch_stats)), grads = of_part(state.replace(batch_stats=batch_stats), taken)
+        losses.append(loss)
+        gradients.append(grads)
+    tiny_config.accumulation_steps = 3
+    whole = jax.jit(functools.partial(steps.loss_and_gradient, config=tiny_config))
+    (loss, (got_logits, got_stats)), got = whole(state, steps.shard_batch(batch, mesh))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(loss, np.mean(losses))
+    close(got_logits, logits)
+    jax.tree.map(close, got_stats, batch_stats)
+    jax.tree.map(lambda ours, *parts: close(ours, np.mean(parts, axis=0)), got, *gradients)

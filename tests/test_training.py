@@ -16,9 +16,11 @@ import pytest
 from helpers import ROOT, make_tiny_config, rows
 
 from configs import quickstart, sgd
-from resnet_jax import setup, steps, training
+from resnet_jax import setup, steps, train_state, training
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.errors import UserError
+from resnet_jax.inference import trained_model
+from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
 from resnet_jax.runs import preemption, stored_config
 
@@ -67,11 +69,14 @@ def die():
     raise Died
 
 
-@pytest.fixture(params=["adamw", "sgd", "device"])
+@pytest.fixture(params=["adamw", "sgd", "muon", "device"])
 def config(request, tiny_config):
-    """Either optimizer, and AdamW with the device pipeline in calls of 5 steps: 1..5 to 16..20, 21, 22..26 to 37..41."""
+    """Three optimizers, Muon with an average and a max-pool, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
     if request.param == "sgd":
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
+    if request.param == "muon":
+        tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon", 0.9, 0.5
+        tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
     if request.param == "device":
         tiny_config.pipeline, tiny_config.steps_per_call = "device", 5
     return tiny_config
@@ -442,6 +447,23 @@ def test_a_signal_before_the_first_step_stops_the_run_with_nothing_written(tmp_p
         training.train(tiny_config, tmp_path / "run")
     assert stop.value.exit_code == 130
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_average_is_evaluated_at_is_what_load_gives(tmp_path, tiny_config):
+    tiny_config.optim.ema_decay = 0.9
+    result = training.train(tiny_config, tmp_path)
+    start, state, step = restore_run(tiny_config, tmp_path, "best")
+    model = trained_model.load(tmp_path)
+    assert model.step == step
+    assert train_state.digest(model.variables) == train_state.digest(state.average) != train_state.digest(state.params)
+    labels = model.predict(start.dataset.test.images).labels
+    assert np.mean(labels == start.dataset.test.labels) == result.test_accuracy
+
+
+def test_a_batch_that_does_not_divide_into_parts_names_the_nearest_that_do(tmp_path, tiny_config):
+    tiny_config.batch_size, tiny_config.accumulation_steps = 64, 5
+    with pytest.raises(UserError, match=r"2 devices times 5 parts \(config.accumulation_steps\): set it to 60 or 70"):
+        training.train(tiny_config, tmp_path)
 
 
 def test_a_model_over_its_budget_is_refused(tmp_path, tiny_config):

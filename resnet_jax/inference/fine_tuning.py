@@ -17,7 +17,13 @@ from resnet_jax.setup import Setup
 from resnet_jax.train_state import TrainState
 
 _HEAD = "classifier"  # the rest of the network is its backbone
-_ARCHITECTURE = ("block", "stem", "channel_list", "block_list")  # the fields of `config.model` that shape the backbone
+_ARCHITECTURE = (
+    "block",
+    "stem",
+    "downsample",
+    "channel_list",
+    "block_list",
+)  # the fields of `config.model` that shape the backbone
 
 
 def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, Any]]:
@@ -36,7 +42,7 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
     Raises:
         UserError: if the weights cannot be loaded, or are those of another architecture.
     """
-    name, own = config.init_from, {"params": start.state.params, "batch_stats": start.state.batch_stats}
+    name, own = config.init_from, start.state.variables
     if jax.process_count() > 1 and Path(name).is_dir():  # Orbax would read it as a checkpoint of all of them
         raise UserError(
             f"config.init_from: several processes cannot load {name}: export it as a .safetensors, and give that"
@@ -69,7 +75,7 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
     if not same_classes:
         said = f"backbone {of}; the classifier is new: its class names differ"
     say(said, quiet=jax.process_index() > 0)
-    return start.state.replace(**steps.put(arrays, start.mesh, PartitionSpec())), origin
+    return start.state.with_variables(steps.put(arrays, start.mesh, PartitionSpec())), origin
 
 
 def _shapes(variables: Any) -> Any:

@@ -84,12 +84,18 @@ def build(model: "Model", fold: bool, opset: int) -> onnx.ModelProto:
     if imagenet:
         x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for i, blocks in enumerate(config.model.block_list, start=1):
+        pools = i > 1 and config.model.downsample == "pool"
+        if pools:
+            x = graph.add("Relu", graph.conv_norm(x, (), f"stage{i}_conv", f"stage{i}_norm", 1))
+            x = graph.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
         for j in range(1, blocks + 1):
-            x = graph.block(x, f"stage{i}_block{j}", 2 if i > 1 and j == 1 else 1)
-    x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
+            x = graph.block(x, f"stage{i}_block{j}", 2 if i > 1 and j == 1 and not pools else 1)
+    pool = {"mean": "GlobalAveragePool", "max": "GlobalMaxPool"}[config.model.global_pool]
+    x = graph.add("Flatten", graph.add(pool, x))
     classifier = graph.params["classifier"]
     kernel, bias = (graph.weight(f"classifier/{key}", classifier[key]) for key in ("kernel", "bias"))
-    graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], ["logits"]))
+    scale = {"alpha": config.model.logit_scale, "beta": config.model.logit_scale}
+    graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], ["logits"], **scale))
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
     graph_proto = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)

@@ -45,14 +45,20 @@ Weights = dict[str, np.ndarray]
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Return PyTorch's name: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight"."""
+    """Return PyTorch's name: ("params", "stage1_block2", "shortcut_norm", "scale") -> "layer1.1.shortcut.1.weight".
+
+    The convolution and batch norm before a stage's max-pool, "stage2_conv" and "stage2_norm", are "down2.0" and "down2.1".
+    """
     *modules, leaf = path[1:]
-    names = [
-        f"layer{stage[1]}.{int(stage[2]) - 1}"
-        if (stage := re.fullmatch(r"stage(\d+)_block(\d+)", module))
-        else _MODULES.get(module, module)
-        for module in modules
-    ]
+
+    def of_module(module: str) -> str:
+        if stage := re.fullmatch(r"stage(\d+)_block(\d+)", module):
+            return f"layer{stage[1]}.{int(stage[2]) - 1}"
+        if stage := re.fullmatch(r"stage(\d+)_(conv|norm)", module):
+            return f"down{stage[1]}.{('conv', 'norm').index(stage[2])}"
+        return _MODULES.get(module, module)
+
+    names = map(of_module, modules)
     return ".".join([*names, _LEAVES.get(leaf, leaf)])
 
 
@@ -219,10 +225,10 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     start = setup(config)
     config = start.config
     try:
-        variables = from_torch(weights, {"params": start.state.params, "batch_stats": start.state.batch_stats})
+        variables = from_torch(weights, start.state.variables)
     except UserError as error:
         raise UserError(f"{path} does not fit config.model: {error}") from error
-    state = start.state.replace(**variables)
+    state = start.state.with_variables(variables)
     workdir.check(directory, config)
     with files.atomic_directory(directory) as scratch, workdir.open_workdir(scratch, config, start.meta) as folder:
         folder.start_from(state, {"file": path.name, "sha256": _sha256(path)})

@@ -283,9 +283,8 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
         replicated = NamedSharding(mesh, PartitionSpec())
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
         state, _ = checkpoints.restore(step, like)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     temperatures = calibration.temperatures(directory, step)
-    return Model(config, tuple(meta["class_names"]), image_shape, variables, step, temperatures)
+    return Model(config, tuple(meta["class_names"]), image_shape, state.variables, step, temperatures)
 
 
 def _load_file(path: Path) -> Model:

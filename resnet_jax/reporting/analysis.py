@@ -82,13 +82,13 @@ def analyse(config: ConfigDict, state: TrainState, dataset: datasets.Dataset) ->
 
 
 def _ends_in_relu(module: nn.Module, method: str) -> bool:
-    """Whether a module's output is, or feeds, a ReLU: the stem's batch norm, a block, and a block's inner batch norms."""
+    """Whether a module's output is, or feeds, a ReLU: a block, its inner batch norms, and that of the stem or of a max-pool."""
     if method != "__call__":
         return False
     if isinstance(module, models.BottleneckBlock | models.BasicBlock):
         return True
     inner = ("norm1", "norm2") if isinstance(module.parent, models.BottleneckBlock) else ("norm1",)
-    return module.name in ("stem_norm", *inner)
+    return module.name in ("stem_norm", *inner) or bool(re.fullmatch(r"stage\d+_norm", module.name or ""))
 
 
 def _relus(network: Any, variables: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -104,7 +104,7 @@ def _activation_sums(
     state: TrainState, batch: steps.Batch, *, config: ConfigDict
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     """Logits of a batch, and sums over the examples that `mask` keeps, for each ReLU."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     logits, relus = _relus(state.apply_fn, variables, steps.normalize(batch["images"], config.data))
     mask = batch["mask"].astype(jnp.float32)[:, None, None, None]
 
@@ -137,7 +137,7 @@ def _stages(
         "rms": the root mean square of its last ReLU's output, "zeros": the share of all ReLU outputs that are 0, and
         "dead": the share of channels that are 0 everywhere on every image.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     _, outputs = jax.eval_shape(partial(_relus, state.apply_fn), variables, image)
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}
@@ -157,6 +157,8 @@ def _stages(
         if in_stage:
             last = max(in_stage, key=lambda output: (_block(output), "/" not in output))
             out_shape = list(outputs[last].shape[1:])
+            if last == f"{name}_norm" and name != "stem":  # a max-pool follows, and no block
+                out_shape = [out_shape[0] // 2, out_shape[1] // 2, out_shape[2]]
             sums = [relus[output] for output in in_stage]
             positive = np.concatenate([of_relu["positive"] for of_relu in sums])
             stage |= {

@@ -22,8 +22,13 @@ CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 # Fields added since the first version, each with the value that stands for its absence.
 LATER_FIELDS: dict[str, Any] = {
     "augment.policy": "",
+    "accumulation_steps": 1,
     "init_from": "",
+    "model.downsample": "stride",
+    "model.global_pool": "mean",
+    "model.logit_scale": 1.0,
     "optim.backbone_rate": 1.0,
+    "optim.ema_decay": 0.0,
     "schedule.restart_epochs": (),
 }
 

@@ -22,6 +22,16 @@ NETWORKS = {
     "final": ({}, 4_918_602),
     "resnet18": ({"block_list": (2, 2, 2, 2)}, 11_173_962),
     "bottleneck": ({"block": "bottleneck", "channel_list": (8, 16), "block_list": (2, 1)}, None),
+    "max-pools": (
+        {
+            "channel_list": (8, 12, 16),
+            "block_list": (0, 1, 0),
+            "downsample": "pool",
+            "global_pool": "max",
+            "logit_scale": 0.125,
+        },
+        None,
+    ),
     "imagenet stem": ({"stem": "imagenet", "channel_list": (8, 16), "block_list": (1, 2)}, None),
 }
 

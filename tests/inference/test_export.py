@@ -51,6 +51,13 @@ STRUCTURES = {
     "the report's, narrow": {"channel_list": (8, 16, 24, 32), "block_list": (3, 2, 1, 0)},
     "bottlenecks": {"channel_list": (4, 8), "block_list": (1, 2), "block": "bottleneck"},
     "imagenet's stem": {"channel_list": (8, 8), "block_list": (1, 1), "stem": "imagenet"},
+    "max-pools": {
+        "channel_list": (8, 12, 16),
+        "block_list": (0, 1, 0),
+        "downsample": "pool",
+        "global_pool": "max",
+        "logit_scale": 0.125,
+    },
     "no blocks": {"channel_list": (8,), "block_list": (0,)},
 }
 

@@ -52,6 +52,13 @@ def test_bottleneck_blocks_have_three_of_each():
     assert {"layer1.0.conv3.weight", "layer1.0.bn3.running_mean", "layer1.0.shortcut.0.weight"} <= names.keys()
 
 
+def test_what_is_before_a_max_pool_has_names_too():
+    names = torch_weights.to_torch(random_variables(models.ResNet(10, (4, 8), (0, 1), downsample="pool")), 0)
+    assert names["down2.0.weight"].shape == (8, 4, 3, 3)
+    assert names["down2.1.running_var"].shape == (8,)
+    assert "layer2.0.shortcut.0.weight" not in names
+
+
 def test_back_and_forth_is_the_same_to_the_bit(model, weights):
     variables = random_variables(model)
     back = torch_weights.from_torch(weights, variables)

@@ -15,6 +15,7 @@ NETWORKS = {
     "basic": {"channel_list": (16, 32), "block_list": (2, 1)},
     "bottleneck": {"channel_list": (16, 32), "block_list": (1, 1), "block": models.BottleneckBlock},
     "a stem for large images": {"channel_list": (16, 32), "block_list": (1, 1), "stem": "imagenet"},
+    "max-pools": {"channel_list": (16, 32), "block_list": (0, 1), "downsample": "pool", "global_pool": "max"},
     "channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1)},
 }
 
