@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.augment.saturation = 0.2
     config.batch_size = 128
     config.checkpoint_every_steps = 500
+    config.class_weights = ""
     config.data = ConfigDict()
     config.data.cache_dir = ""
     config.data.data_dir = ""

@@ -62,6 +62,19 @@ def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
     )
 
 
+def class_weights(text: str) -> tuple[float, ...]:
+    """Read `config.class_weights`: "1,2.5" -> (1.0, 2.5), one number per class; "" -> ()."""
+    return tuple(float(number) for number in text.split(",")) if text else ()
+
+
+def _are_class_weights(text: str) -> bool:
+    try:
+        numbers = class_weights("" if text == "balanced" else text)
+    except ValueError:
+        return False
+    return not numbers or (all(0 <= x <= sys.float_info.max for x in numbers) and max(numbers) > 0)
+
+
 _POSITIVE = number("a number > 0", lambda v: v > 0)
 NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
 _FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
@@ -74,6 +87,9 @@ FIELDS: dict[str, Field] = {
     "num_epochs": _POSITIVE,
     "accumulation_steps": integer(1, 2**20),
     "label_smoothing": _FRACTION,
+    "class_weights": Field(
+        str, _are_class_weights, "numbers >= 0 between commas, one per class and not all 0, or 'balanced', or ''"
+    ),
     "eval_batch_size": integer(1, 2**20),
     "eval_every_epochs": integer(1),
     "checkpoint_every_steps": integer(0),

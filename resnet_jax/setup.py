@@ -66,7 +66,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
-    config = datasets.computed(config, train)
+    config = datasets.computed(config, train, len(dataset.class_names))
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = math.ceil(config.num_epochs * steps_per_epoch)
     if total_steps >= 2**31:

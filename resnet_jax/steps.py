@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax import kernels
 from resnet_jax.train_state import AveragedTrainState, TrainMetrics, TrainState
 
@@ -40,6 +41,19 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def training_loss(logits: jax.Array, labels: jax.Array, config: ConfigDict) -> jax.Array:
+    """Return the mean loss, float32 [], of logits [B, num_classes] and labels [B].
+
+    With `config.class_weights`, it is that of `torch.nn.CrossEntropyLoss(weight, label_smoothing)`: each term of the
+    cross-entropy is weighted by its class, and the sum is divided by the sum of the weights of the labels.
+    """
+    weights = jnp.array(config_lib.class_weights(config.class_weights))
+    if not weights.size:
+        return cross_entropy(logits, labels, config.label_smoothing).mean()
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing) * weights[None]
+    return optax.softmax_cross_entropy(logits, targets).sum() / weights[labels].sum()
+
+
 def _of_part(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
@@ -55,7 +69,7 @@ def _of_part(
             train=not frozen,
             mutable=["batch_stats"],
         )
-        loss = cross_entropy(logits, batch["labels"], config.label_smoothing).mean()
+        loss = training_loss(logits, batch["labels"], config)
         return loss, (logits, updates["batch_stats"])
 
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)

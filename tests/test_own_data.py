@@ -19,9 +19,10 @@ from resnet_jax.runs import preemption, stored_config, workdir
 
 
 def short(config):
-    """A run of half an epoch, 11 steps, whose mean and standard deviation are computed."""
+    """A run of half an epoch, 11 steps, whose mean, standard deviation and class weights are computed."""
     config.num_epochs, config.schedule.warmup_epochs = 0.5, 0.1
     config.data.mean = config.data.std = ()
+    config.class_weights = "balanced"
     return config
 
 
@@ -48,6 +49,26 @@ def test_mean_and_std_are_those_of_the_training_images_in_every_file_of_the_run(
         assert json.loads((directory / "result.json").read_text())["config"]["data"][name] == numbers
         assert trained_model.load(directory).config.data[name] == tuple(numbers)
     assert own_config.data.mean == own_config.data.std == ()  # the caller's config is as it was
+
+
+def test_balanced_weights_give_each_class_the_same_sum_in_every_file_of_the_run(trained, own_config):
+    directory, result = trained
+    train, _ = datasets.validation_split(datasets.load(own_config.data), own_config.data)
+    counts = np.bincount(train.labels)
+    assert len(set(counts)) > 1  # else any weights would be equal
+    text = result.config["class_weights"]
+    np.testing.assert_allclose(config_lib.class_weights(text) * counts, len(train.labels) / 10, rtol=1e-12)
+    assert json.loads((directory / "config.json").read_text())["class_weights"] == text
+    assert trained_model.load(directory).config.class_weights == text
+
+
+def test_weights_must_be_one_per_class_and_balance_needs_an_image_of_each(own_config):
+    train = datasets.Split(np.zeros((4, 5, 7, 3), np.uint8), np.array([0, 0, 2, 2], np.int32))
+    with pytest.raises(UserError, match="'balanced', but class 1 has no training image: give numbers"):
+        datasets.computed(own_config, train, 3)
+    own_config.class_weights = "1,2"
+    with pytest.raises(UserError, match="class_weights has 2 numbers for 3 classes: give one per class"):
+        datasets.computed(own_config, train, 3)
 
 
 def test_a_run_with_computed_numbers_is_the_run_with_those_numbers(trained, tmp_path):
@@ -79,7 +100,7 @@ def test_either_can_be_computed_and_typed_on_the_command_line(trained, cache_dir
     config = short(make_tiny_config(cache_dir))
     config.data.mean = (0.5, 0.5, 0.5)
     dataset = datasets.load(config.data)
-    filled = datasets.computed(config, datasets.validation_split(dataset, config.data)[0])
+    filled = datasets.computed(config, datasets.validation_split(dataset, config.data)[0], len(dataset.class_names))
     assert filled.data.mean == (0.5, 0.5, 0.5)
     assert list(filled.data.std) == trained[1].config["data"]["std"]
 
@@ -98,9 +119,9 @@ def test_a_channel_with_one_value_needs_a_std(own_config):
     images[..., 2] = 9
     train = datasets.Split(images, np.arange(6, dtype=np.int32) % 2)
     with pytest.raises(UserError, match=r"channel 2 of the training images has one value only: give config\.data\.std"):
-        datasets.computed(own_config, train)
+        datasets.computed(own_config, train, 2)
     own_config.data.std = (0.2, 0.2, 0.2)
-    assert datasets.computed(own_config, train).data.mean[2] == round(9 / 255, 6)
+    assert datasets.computed(own_config, train, 2).data.mean[2] == round(9 / 255, 6)
 
 
 def coloured_folder(root):

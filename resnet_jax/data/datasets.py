@@ -171,12 +171,27 @@ def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray)
     return np.asarray(train[examples])
 
 
-def computed(config: ConfigDict, train: Split) -> ConfigDict:
-    """Return a run's config with numbers for a `data.mean` or `data.std` of (): those of its training images.
+def computed(config: ConfigDict, train: Split, num_classes: int) -> ConfigDict:
+    """Return a run's config with numbers for what is computed from its training images.
+
+    That is a `data.mean` or `data.std` of (), and `class_weights` of "balanced": N / (num_classes * images of the class), as
+    in scikit-learn's `compute_class_weight`.
 
     Raises:
-        UserError: if a channel has the same value in every pixel.
+        UserError: if a channel has the same value in every pixel, a class has no training image, or the weights given are not
+            one per class.
     """
+    if config.class_weights == "balanced":
+        counts = np.bincount(train.labels, minlength=num_classes)
+        if not counts.all():
+            raise UserError(
+                f"config.class_weights is 'balanced', but class {int(counts.argmin())} has no training image: give numbers"
+            )
+        weights = [float(weight) for weight in len(train.labels) / (num_classes * counts)]
+        config = config_lib.replaced(config, {"class_weights": ",".join(map(repr, weights))})
+    given = len(config_lib.class_weights(config.class_weights))
+    if given not in (0, num_classes):
+        raise UserError(f"config.class_weights has {given} numbers for {num_classes} classes: give one per class")
     wanted = [name for name in ("mean", "std") if not config.data[name]]
     if not wanted:
         return config

@@ -23,6 +23,7 @@ CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 LATER_FIELDS: dict[str, Any] = {
     "augment.policy": "",
     "accumulation_steps": 1,
+    "class_weights": "",
     "init_from": "",
     "model.downsample": "stride",
     "model.global_pool": "mean",
@@ -32,8 +33,9 @@ LATER_FIELDS: dict[str, Any] = {
     "schedule.restart_epochs": (),
 }
 
-# Fields that a run computes when it begins where they are (): its stored config has the numbers, and a resumed run takes them.
-COMPUTED_FIELDS = ("data.mean", "data.std")
+# Fields that a run computes when it begins, each with the value that asks for it: its stored config has the numbers, and a
+# resumed run takes them.
+COMPUTED_FIELDS: dict[str, Any] = {"data.mean": (), "data.std": (), "class_weights": "balanced"}
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -66,7 +68,9 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
 def with_computed(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
     """A config with the numbers that the run of a stored one computed."""
     values, known = flatten(config), flatten(dict(stored))
-    return replaced(config, {n: _tuples(known[n]) for n in COMPUTED_FIELDS if values[n] == () and n in known})
+    return replaced(
+        config, {n: _tuples(known[n]) for n, asks in COMPUTED_FIELDS.items() if values[n] == asks and n in known}
+    )
 
 
 def _tuples(value: Any) -> Any:
