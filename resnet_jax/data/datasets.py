@@ -120,10 +120,11 @@ def _read(config: ConfigDict) -> tuple[Arrays, str]:
         files, layout = sources.list_folder(folder)
         read = partial(sources.read_folder, files, config.image_size)
         return _cached(config, folder, [f.path for f in files], read), layout
-    builder = sources.prepared_tfds_builder(config.name, config.data_dir)
-    folder, splits = Path(builder.data_path), sources.tfds_splits(builder)
+    name, part = sources.tfds_name_and_part(config.name)
+    builder = sources.prepared_tfds_builder(name, config.data_dir)
+    folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part)
     read = partial(sources.read_tfds, builder, splits, config.image_size, config.num_threads)
-    return _cached(config, folder, folder.iterdir(), read), "splits " + ", ".join(splits.values())
+    return _cached(config, folder, folder.iterdir(), read, part), "splits " + ", ".join(splits.values())
 
 
 def _with_test(name: str, whole: Split) -> dict[str, Split]:
@@ -294,10 +295,15 @@ def _check_own(dataset: Dataset) -> None:
             )
 
 
-def _cached(config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date."""
+def _cached(
+    config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays], part: str = ""
+) -> Arrays:
+    """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date.
+
+    `part` names the part of the files that `read` returns; "" for all.
+    """
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    key = hashlib.sha256(repr((_DECODER, state, config.image_size)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_DECODER, state, config.image_size, *filter(None, [part]))).encode()).hexdigest()[:16]
     directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache.folder()
     if directory is None:
         return read()

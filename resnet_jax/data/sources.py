@@ -210,11 +210,22 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def tfds_splits(builder: Any) -> dict[str, str]:
+def tfds_name_and_part(name: str) -> tuple[str, str]:
+    """Split the name of a part of a TFDS set: "cifar10:train[:80%]" -> ("cifar10", "train[:80%]"); ("cifar10", "") without."""
+    before, bracket, inside = name.partition("[")
+    builder, colon, split = before.rpartition(":")
+    return (builder, f"{split}{bracket}{inside}") if colon and bracket and inside.endswith("]") else (name, "")
+
+
+def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
     """Return the split of each part of a TFDS set: its only one is "train"; without "test", "validation" is the test set.
 
+    Args:
+        builder: of the set.
+        training_part: the part of the training split to take, in TFDS's notation, "train[:80%]"; "" for all.
+
     Raises:
-        UserError: if a set of several splits has none for a part.
+        UserError: if a set of several splits has none for a part, or the training split has no such part.
     """
     there = list(builder.info.splits)
     splits = {"train": "train", "test": "test" if "test" in there else "validation"}
@@ -223,6 +234,16 @@ def tfds_splits(builder: Any) -> dict[str, str]:
     for split in splits.values():
         if split not in there:
             raise UserError(f"{builder.name} has the splits {', '.join(there)}: it lacks {split}")
+    if training_part:
+        example = f"give one such as {builder.name}:{splits['train']}[:80%]"
+        try:
+            images = builder.info.splits[training_part].num_examples
+        except (ValueError, AssertionError, KeyError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"config.data.name: {training_part} is no part of a split ({reason}): {example}") from error
+        if training_part.partition("[")[0] != splits["train"] or not images:
+            raise UserError(f"config.data.name: {training_part} holds no training image of {builder.name}: {example}")
+        splits["train"] = training_part
     return splits
 
 

@@ -15,7 +15,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -77,52 +78,78 @@ def listed(arguments: Sequence[str]) -> list[Path]:
     return files
 
 
-def read(files: Sequence[Path], as_batch: Callable[[Any], np.ndarray]) -> tuple[list[str], list[np.ndarray], int]:
-    """Read the images of files as batches; report each file that cannot be read on stderr.
+class Batches:
+    """The images of files, a batch at a time: however many files there are, one batch of them is in memory.
 
-    Returns:
-        The images' names ("cat.png", "images.npz[0]"), a batch from `as_batch` for each file, and the number of files
-        that could not be read.
+    Args:
+        files: to read; each that cannot be is reported on stderr and counted.
+        as_batch: makes an array [N, H, W, 3], uint8 or float32, of what a file holds.
+        size: the images of a batch; the images of one `.npz` stay together.
+
+    Attributes:
+        unreadable: the number of files that could not be read so far.
     """
-    names: list[str] = []
-    batches: list[np.ndarray] = []
-    unreadable = 0
-    for path in files:
-        try:
-            if path.suffix.lower() == ".npz":
-                batch = as_batch(read_npz(path))
-                names += [f"{path}[{i}]" for i in range(len(batch))]
-            else:
-                batch = as_batch(np.asarray(images.read(path)))
-                names.append(str(path))
-            batches.append(batch)
-        except Exception as error:  # a decoder can raise anything on hostile bytes
-            unreadable += 1
-            reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"warning: {path} cannot be read ({reason}): skipped", file=sys.stderr)
-    return names, batches, unreadable
+
+    def __init__(self, files: Sequence[Path], as_batch: Callable[[Any], np.ndarray], size: int) -> None:
+        self._files, self._as_batch, self._size = files, as_batch, size
+        self.unreadable = 0
+
+    def __iter__(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Yield the names of a batch's images ("cat.png", "images.npz[0]") and its array."""
+        names: list[str] = []
+        parts: list[np.ndarray] = []
+        shows = sys.stderr.isatty() and not sys.stdout.isatty() and len(self._files) > self._size
+        for done, path in enumerate(self._files):
+            try:
+                is_npz = path.suffix.lower() == ".npz"
+                part = self._as_batch(read_npz(path) if is_npz else np.asarray(images.read(path)))
+            except Exception as error:  # a decoder can raise anything on hostile bytes
+                self.unreadable += 1
+                reason = " ".join(str(error).split()) or type(error).__name__
+                _say(f"warning: {path} cannot be read ({reason}): skipped", end="\n")
+                continue
+            if parts and (len(names) >= self._size or part.dtype != parts[0].dtype):
+                yield names, np.concatenate(parts)
+                names, parts = [], []
+                if shows:
+                    _say(f"{done:,} of {len(self._files):,} files")
+            names += [f"{path}[{i}]" for i in range(len(part))] if is_npz else [str(path)]
+            parts.append(part)
+        if parts:
+            yield names, np.concatenate(parts)
+        if shows:
+            _say("")
 
 
-def write_table(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """Write one line per image: its most likely classes and their probabilities."""
-    width = max((len(name) for name, _ in rows), default=0)
+def _say(text: str, end: str = "") -> None:
+    """Print on stderr; on a terminal over the last line, which says how many files are done."""
+    print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
+
+
+Rows = Iterable[tuple[str, list[tuple[str, float]]]]  # an image's name; its most likely classes and their probabilities
+
+
+def write_table(out: IO[str], rows: Rows, width: int) -> None:
+    """Write one line per image, as it comes; the classes begin after `width` characters."""
     for name, top in rows:
         out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
 
 
-def write_csv(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """Write one line per image and class."""
+def write_csv(out: IO[str], rows: Rows, width: int) -> None:
+    """Write one line per image and class, as they come."""
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["file", "rank", "class", "probability"])
     table.writerows((name, i, *entry) for name, top in rows for i, entry in enumerate(top, start=1))
 
 
-def write_json(out: IO[str], rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
-    """Write a list of {"file", "predictions": [{"class", "probability"}]}."""
-    listed_rows = [
-        {"file": name, "predictions": [{"class": label, "probability": p} for label, p in top]} for name, top in rows
-    ]
-    out.write(json.dumps(listed_rows, indent=2) + "\n")
+def write_json(out: IO[str], rows: Rows, width: int) -> None:
+    """Write a list of {"file", "predictions": [{"class", "probability"}]}, one as it comes."""
+    between = "["
+    for name, top in rows:
+        row = {"file": name, "predictions": [{"class": label, "probability": p} for label, p in top]}
+        out.write(between + "\n" + textwrap.indent(json.dumps(row, indent=2), "  "))
+        between = ","
+    out.write("[]\n" if between == "[" else "\n]\n")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -180,7 +207,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print the most likely classes of image files.
+    """Print the most likely classes of image files, batch by batch.
 
     Raises:
         UserError: after printing, if some files could not be read.
@@ -190,11 +217,15 @@ def show(arguments: argparse.Namespace) -> None:
     from resnet_jax.inference import trained_model
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
-    names, batches, unreadable = read(files, partial(trained_model.as_batch, image_shape=model.image_shape))
-    rows = []
-    for name, row in zip(names, model.predict(batches, arguments.flip).probabilities, strict=True):
-        most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
-        rows.append((name, [(model.class_names[i], float(row[i])) for i in most_likely]))
-    arguments.write(sys.stdout, rows)
-    if unreadable:
-        raise UserError(f"{unreadable} of {len(files)} files could not be read: fix them, or leave them out")
+    as_batch = partial(trained_model.as_batch, image_shape=model.image_shape)
+    batches = Batches(files, as_batch, trained_model.LARGEST_BATCH)
+
+    def rows() -> Rows:
+        for names, batch in batches:
+            for name, row in zip(names, model.predict(batch, arguments.flip).probabilities, strict=True):
+                most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
+                yield name, [(model.class_names[i], float(row[i])) for i in most_likely]
+
+    arguments.write(sys.stdout, rows(), max(len(str(file)) for file in files))
+    if batches.unreadable:
+        raise UserError(f"{batches.unreadable} of {len(files)} files could not be read: fix them, or leave them out")

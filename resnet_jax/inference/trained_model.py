@@ -33,7 +33,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, shipped
 from resnet_jax.runs import metrics_log, stored_config
 
-_LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
+LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
 _ROUNDING = 1e-5  # by which floats may leave 0..1
 
 
@@ -130,8 +130,8 @@ class Model:
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
         logits = [np.zeros((0, len(self.class_names)), np.float32)]
-        for start in range(0, len(batch), _LARGEST_BATCH):
-            part = batch[start : start + _LARGEST_BATCH]
+        for start in range(0, len(batch), LARGEST_BATCH):
+            part = batch[start : start + LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
             logits.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])

@@ -844,6 +844,39 @@ def test_a_tfds_set_with_one_split_gives_a_fifth_of_each_class_to_the_test_set(d
         assert toy.layout == "splits full; the test images are a fifth of each class"
 
 
+def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(data, monkeypatch):
+    import toy_tfds
+
+    toy_tfds.ToyGrey(data_dir=data.data_dir).download_and_prepare()
+    whole, part = load(data, "toy_grey"), load(data, "toy_grey:train[:50%]")
+    assert np.array_equal(part.train.images, whole.train.images[:3])
+    assert np.array_equal(part.test.images, whole.test.images)
+    assert part.layout == "splits train[:50%], test"
+    assert part.fingerprint != whole.fingerprint
+    middle = load(data, "toy_grey:1.0.0:train[2:4]")
+    assert np.array_equal(middle.train.images, whole.train.images[2:4])
+    monkeypatch.setattr(sources, "read_tfds", forbid)
+    assert same(load(data, "toy_grey:train[:50%]"), part)
+    assert same(load(data, "toy_grey"), whole)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("trian[:2]", "trian[:2] is no part of a split"),
+        ("train[:x]", "train[:x] is no part of a split"),
+        ("train[:200%]", "train[:200%] is no part of a split"),
+        ("test[:2]", "test[:2] holds no training image"),
+        ("train[3:3]", "train[3:3] holds no training image"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(data, part, words):
+    import toy_tfds
+
+    toy_tfds.ToyGrey(data_dir=data.data_dir).download_and_prepare()
+    refusal(data, f"toy_grey:{part}", words, "give one such as toy_grey:train[:80%]")
+
+
 @contextmanager
 def server(status):
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -119,6 +119,45 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_shown(run, folde
     assert [row["file"][-5:] for row in json.loads(out)] == ["a.png", "b.JPG", "c.png"]
 
 
+def test_a_folder_of_many_files_is_read_and_written_a_batch_at_a_time(tmp_path):
+    events = []
+    paths = [tmp_path / f"{i}.png" for i in range(10)]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+
+    def as_batch(pixels):
+        events.append("read")
+        return pixels[None]
+
+    batches = predict.Batches([*paths[:5], tmp_path / "missing.png", *paths[5:]], as_batch, size=4)
+    for names, batch in batches:
+        assert batch.shape == (len(names), 8, 8, 3)
+        events.append([name[-5:] for name in names])
+    assert [e for e in events if e != "read"] == [
+        ["0.png", "1.png", "2.png", "3.png"],
+        ["4.png", "5.png", "6.png", "7.png"],
+        ["8.png", "9.png"],
+    ]
+    assert events.index(["0.png", "1.png", "2.png", "3.png"]) == 5  # nothing is read far ahead of what is written
+    assert batches.unreadable == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_that_is_written_as_it_comes_is_a_list(count):
+    out = io.StringIO()
+    rows = [(f"{i}.png", [("cat", 0.5), ("dog", 0.25)]) for i in range(count)]
+    predict.write_json(out, iter(rows), 5)
+    expected = [{"file": name, "predictions": [{"class": c, "probability": p} for c, p in top]} for name, top in rows]
+    assert out.getvalue() == json.dumps(expected, indent=2) + "\n"
+
+
+def test_how_many_files_are_done_is_shown_on_a_terminal(run, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(trained_model, "LARGEST_BATCH", 2)
+    tool("predict", run, folder / "photos", "--csv")
+    assert "\r\033[K2 of 3 files" in capsys.readouterr().err
+
+
 # Unlabelled images
 
 
