@@ -13,7 +13,10 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict()
     config.augment.brightness = 0.2
     config.augment.contrast = 0.2
+    config.augment.crop_fill = "black"
     config.augment.crop_padding = 2
+    config.augment.cutout = 0
+    config.augment.flip = "random"
     config.augment.flip_probability = 0.5
     config.augment.policy = ""
     config.augment.rotation_degrees = 15.0
@@ -67,4 +70,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# 20da4004d6d369e21af1dee36e0a6d74689e33f857b2bede24f4fa137ad16035, of the lines above: an edited file is not written over
+# 3998757090bbd28a2a8bbcb57f020178696bc93dbb2577d3416ceb97c49787f8, of the lines above: an edited file is not written over

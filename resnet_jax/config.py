@@ -65,6 +65,7 @@ def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
 _POSITIVE = number("a number > 0", lambda v: v > 0)
 NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
 _FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
+_FACTOR = number("a number > 0 and <= 1", lambda v: 0 < v <= 1)
 _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
@@ -90,12 +91,15 @@ FIELDS: dict[str, Field] = {
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.std": _channels("from 1e-6", lambda v: v >= 1e-6),
     "augment.flip_probability": number("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.flip": choice("random", "alternating"),
     "augment.crop_padding": integer(0, 1024),
+    "augment.crop_fill": choice("black", "reflect"),
     "augment.brightness": _FRACTION,
     "augment.contrast": _FRACTION,
     "augment.saturation": _FRACTION,
     "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
     "augment.policy": choice("", "cifar10"),
+    "augment.cutout": integer(0, 1024),
     "model.block": choice("basic", "bottleneck"),
     "model.stem": choice("cifar", "imagenet"),
     "model.channel_list": integers(1),
@@ -122,10 +126,7 @@ OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
 }
 SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
     "warmup_cosine": {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.min_ratio": _FRACTION},
-    "step": {
-        "schedule.decay_every_epochs": _POSITIVE,
-        "schedule.decay_factor": number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
-    },
+    "step": {"schedule.decay_every_epochs": _POSITIVE, "schedule.decay_factor": _FACTOR},
 }
 
 ALL_FIELDS = FIELDS | {

@@ -43,8 +43,9 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], and, if the config
-        has a policy, "operations": int32 [count, B, 2, 8]} with B = batch_size / process_count.
+        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], "operations": int32
+        [count, B, 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout} with
+        B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
     batch_size = config.batch_size
@@ -55,7 +56,29 @@ def train_draws(
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
         draws["operations"] = auto_augment.operations(*where, (height, width))
+    if config.augment.cutout:
+        draws["cutout"] = sampling.cutout_centres(*where, (height, width))
     return {name: drawn.reshape(count, batch_size, *drawn.shape[1:])[:, first:last] for name, drawn in draws.items()}
+
+
+def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
+    """Check that the config's pipeline and augmentation suit the training images, before anything is written.
+
+    Raises:
+        UserError: if the images do not fit in the devices' memory, or are too small for the augmentation.
+    """
+    if config.pipeline == "device":
+        check_fits(split, mesh)
+    smallest = min(split.images.shape[1:3])
+    if config.augment.crop_fill == "reflect" and config.augment.crop_padding >= smallest:
+        raise UserError(
+            f"config.augment.crop_padding {config.augment.crop_padding} is not less than the {smallest} pixels that "
+            "config.augment.crop_fill reflect mirrors: reduce it, or set crop_fill to black"
+        )
+    if config.augment.cutout > smallest:
+        raise UserError(
+            f"config.augment.cutout {config.augment.cutout} is larger than the images' {smallest} pixels: reduce it"
+        )
 
 
 def check_fits(split: Split, mesh: Mesh) -> None:

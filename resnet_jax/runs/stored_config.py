@@ -21,6 +21,9 @@ CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 
 # Fields added since the first version, each with the value that stands for its absence.
 LATER_FIELDS: dict[str, Any] = {
+    "augment.crop_fill": "black",
+    "augment.cutout": 0,
+    "augment.flip": "random",
     "augment.policy": "",
     "init_from": "",
     "optim.backbone_rate": 1.0,

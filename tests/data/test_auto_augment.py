@@ -135,7 +135,7 @@ def test_the_policy_comes_between_jitter_and_rotation(final_config):
     images, where = some_images((32, 32), 200), (0, 0, 200, 200)
     draws = sampling.augment_params(*where, final_config.augment, (32, 32))
     operations = auto_augment.operations(*where, (32, 32))
-    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws.flip, draws.crop, 4)
+    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws.flip, draws.crop, 4, "black")
     steps = augment_tf.jitter(steps, draws.jitter, draws.order)
     for place in range(2):
         steps = augment_tf.operate(steps, operations[:, place])

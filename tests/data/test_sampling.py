@@ -18,6 +18,8 @@ GOLDEN_ROTATION = [
     [65052, 7952, -82986, -7952, 65052, 163534],
     [65350, 4929, -40756, -4929, 65350, 112046],
 ]
+GOLDEN_ALTERNATING = "111110110101010001111110"
+GOLDEN_CENTRES = [[4, 6], [3, 6], [4, 9]]
 GOLDEN_SPLIT = [2, 22, 36, 37, 44]
 
 
@@ -129,6 +131,48 @@ def test_draws_are_independent_of_each_other_of_the_next_image_and_of_the_next_e
     assert np.abs(np.corrcoef(first.T, second.T)[:k, k:]).max() < limit
     # nor do they depend on which image they fall on
     assert np.abs(np.corrcoef(sampling.permutation(0, 0, n), first.T)[0, 1:]).max() < limit
+
+
+def test_alternating_flips_mirror_each_image_every_other_epoch(augment):
+    augment.flip, augment.flip_probability = "alternating", 0.3
+    n, epochs = 5000, 4
+    d = draws(augment, 0, epochs * n, num_examples=n)
+    of_image = np.empty((epochs, n), bool)
+    for epoch in range(epochs):
+        of_image[epoch, sampling.permutation(0, epoch, n)] = d.flip[epoch * n : (epoch + 1) * n]
+    assert abs(of_image[0].mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / n)
+    for epoch in range(1, epochs):
+        assert np.array_equal(of_image[epoch], ~of_image[epoch - 1])
+    assert not np.array_equal(of_image[0], draws(augment, 0, n, seed=1, num_examples=n).flip)
+
+
+def test_alternating_flips_depend_on_position_alone_and_leave_the_other_draws(augment):
+    before = draws(augment, 0, 2500)
+    augment.flip = "alternating"
+    whole = draws(augment, 0, 2500)
+    parts = [draws(augment, a, b).flip for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(whole.flip, np.concatenate(parts))
+    assert whole.flip[:24].tolist() == [bit == "1" for bit in GOLDEN_ALTERNATING]
+    for name in set(sampling.AugmentParams._fields) - {"flip"}:
+        assert np.array_equal(getattr(whole, name), getattr(before, name)), name
+
+
+def test_a_flip_probability_of_0_switches_alternating_flips_off(augment):
+    augment.flip, augment.flip_probability = "alternating", 0.0
+    assert not draws(augment, 0, 3 * N).flip.any()
+
+
+def test_the_centres_of_cutout_are_uniform_over_the_pixels_and_of_position_alone():
+    n, shape = 50_000, (8, 12)
+    whole = sampling.cutout_centres(0, 0, n, n, shape)
+    for axis, side in enumerate(shape):
+        counts = np.bincount(whole[:, axis], minlength=side)
+        assert len(counts) == side
+        assert np.abs(counts - n / side).max() < 5 * np.sqrt(n / side)
+    assert abs(np.corrcoef(whole.T)[0, 1]) < 5 / np.sqrt(n)
+    parts = [sampling.cutout_centres(0, a, b, N, shape) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(sampling.cutout_centres(0, 0, 2500, N, shape), np.concatenate(parts))
+    assert whole[:3].tolist() == GOLDEN_CENTRES
 
 
 def test_any_step_costs_one_epochs_permutation(augment):
