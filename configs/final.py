@@ -49,6 +49,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment.policy = ""  # "cifar10" for AutoAugment's, as in the authors' notebook; the report has none
     config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
     config.augment.cutout = 0  # side in pixels of a black square at a random place, arXiv:1708.04552; report: none
+    config.augment.mixup_alpha = 0.0  # of the Beta distribution of mixup's shares, arXiv:1710.09412; report: none
+    config.augment.cutmix_alpha = 0.0  # likewise of CutMix, arXiv:1905.04899; with both, each step draws one
 
     config.model = ConfigDict()
     config.model.block = "basic"  # or "bottleneck"; report, figure 6

@@ -15,9 +15,11 @@ def get_config() -> ConfigDict:
     config.augment.contrast = 0.2
     config.augment.crop_fill = "black"
     config.augment.crop_padding = 2
+    config.augment.cutmix_alpha = 0.0
     config.augment.cutout = 0
     config.augment.flip = "random"
     config.augment.flip_probability = 0.5
+    config.augment.mixup_alpha = 0.0
     config.augment.policy = ""
     config.augment.rotation_degrees = 15.0
     config.augment.saturation = 0.2
@@ -70,4 +72,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# 3998757090bbd28a2a8bbcb57f020178696bc93dbb2577d3416ceb97c49787f8, of the lines above: an edited file is not written over
+# cb8534b0d91c71ea26599aa1cfa77327a561b277eda1a664218a4596c8b5b661, of the lines above: an edited file is not written over

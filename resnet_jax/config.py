@@ -65,6 +65,7 @@ def _channels(words: str, accepts: Callable[[float], bool]) -> Field:
 _POSITIVE = number("a number > 0", lambda v: v > 0)
 NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
 _FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
+_ALPHA = number("0 or a number from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)
 _FACTOR = number("a number > 0 and <= 1", lambda v: 0 < v <= 1)
 _TEXT = Field(str, lambda v: True, "text")
 
@@ -94,12 +95,11 @@ FIELDS: dict[str, Field] = {
     "augment.flip": choice("random", "alternating"),
     "augment.crop_padding": integer(0, 1024),
     "augment.crop_fill": choice("black", "reflect"),
-    "augment.brightness": _FRACTION,
-    "augment.contrast": _FRACTION,
-    "augment.saturation": _FRACTION,
+    **dict.fromkeys(("augment.brightness", "augment.contrast", "augment.saturation"), _FRACTION),
     "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
     "augment.policy": choice("", "cifar10"),
     "augment.cutout": integer(0, 1024),
+    **dict.fromkeys(("augment.mixup_alpha", "augment.cutmix_alpha"), _ALPHA),
     "model.block": choice("basic", "bottleneck"),
     "model.stem": choice("cifar", "imagenet"),
     "model.channel_list": integers(1),

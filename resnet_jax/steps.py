@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,6 +39,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def mix(images: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mix each image with that at the mirrored place of the batch, by `sampling.mixing_weights`: float32 [B, H + W].
+
+    Return the mixed images, float32 [B, H, W, 3], and the other image's share of each: float32 [B].
+    """
+    rows, columns = jnp.split(weights, [images.shape[1]], axis=1)
+    share = rows[:, :, None, None] * columns[:, None, :, None]
+    return (1 - share) * images + share * images[::-1], share.mean(axis=(1, 2, 3))
+
+
 def loss_and_gradient(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
@@ -49,14 +58,16 @@ def loss_and_gradient(
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         if frozen:
             params = jax.lax.stop_gradient(params) | {"classifier": params["classifier"]}
+        images = normalize(batch["images"], config.data)
+        if "mix" in batch:
+            images, share = mix(images, batch["mix"])
         logits, updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            normalize(batch["images"], config.data),
-            train=not frozen,
-            mutable=["batch_stats"],
+            {"params": params, "batch_stats": state.batch_stats}, images, train=not frozen, mutable=["batch_stats"]
         )
-        loss = cross_entropy(logits, batch["labels"], config.label_smoothing).mean()
-        return loss, (logits, updates["batch_stats"])
+        loss = cross_entropy(logits, batch["labels"], config.label_smoothing)
+        if "mix" in batch:
+            loss += share * (cross_entropy(logits, batch["labels"][::-1], config.label_smoothing) - loss)
+        return loss.mean(), (logits, updates["batch_stats"])
 
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
@@ -82,7 +93,7 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
 
     Args:
         state: the state before the step.
-        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}, and "mix", as `mix` takes it, to mix the images.
         config: the whole config; static.
     """
     (loss, (logits, batch_stats)), grads = loss_and_gradient(state, batch, config)
@@ -205,13 +216,3 @@ def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **setti
     shardings, replicated = tuple(NamedSharding(mesh, spec) for spec in specs), NamedSharding(mesh, P())
     options = kernels.compiler_options(mesh)
     return jax.jit(function, in_shardings=shardings, out_shardings=replicated, compiler_options=options, **settings)
-
-
-def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
-    """Turn a tree of each process's arrays, or slices of arrays, into a tree of global arrays on the devices."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), arrays)
-
-
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Put each process's slice of a batch on its devices."""
-    return put(batch, mesh, P("data"))

@@ -18,7 +18,8 @@ def build_batch(
 ) -> dict[str, jax.Array]:
     """Take the examples draws["indices"], int32 [B], from `data` and augment them with the other draws."""
     images = augment(data["images"], draws["indices"], draws, config)
-    return {"images": images, "labels": data["labels"][draws["indices"]]}
+    mix = {"mix": draws["mix"]} if "mix" in draws else {}
+    return {"images": images, "labels": data["labels"][draws["indices"]], **mix}
 
 
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:

@@ -51,6 +51,8 @@ INGREDIENTS = [
     {"policy": "cifar10"},
     {"flip": "alternating", "crop_fill": "reflect"},
     {"cutout": 5},
+    {"mixup_alpha": 0.2},
+    {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
 ]
 every_ingredient = pytest.mark.parametrize("fields", INGREDIENTS, ids=str)
 
@@ -90,6 +92,22 @@ def test_images_too_small_for_the_augmentation_are_refused(split, config, fields
     with pytest.raises(UserError, match=message) as refused:
         pipelines.check(config, split, mesh=None)
     assert "\n" not in str(refused.value)
+
+
+def test_a_batch_of_one_image_cannot_be_mixed(split, config):
+    config.batch_size, config.augment.mixup_alpha = 1, 0.2
+    with pytest.raises(UserError, match="batch_size is 1, and mixup and CutMix mix two images"):
+        pipelines.check(config, split, mesh=None)
+
+
+@every_ingredient
+def test_the_shapes_of_a_batch_are_those_of_the_stream(split, config, fields):
+    config.augment.update(fields)
+    (batch,) = pipelines.train_batches(split, config, 0, 1)
+    shapes = pipelines.batch_shapes(split, config)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+    }
 
 
 def test_free_memory_is_that_of_the_fullest_device(split):

@@ -20,6 +20,12 @@ GOLDEN_ROTATION = [
 ]
 GOLDEN_ALTERNATING = "111110110101010001111110"
 GOLDEN_CENTRES = [[4, 6], [3, 6], [4, 9]]
+GOLDEN_MIXING = [
+    [0.0, 0.0, 0.0, 0.0],
+    [0.0, 4096.0, 0.0, 0.0],
+    [0.0, 0.0, 4096.0, 4096.0],
+    [2694.0, 2694.0, 4096.0, 4096.0],
+]  # times 4096
 GOLDEN_SPLIT = [2, 22, 36, 37, 44]
 
 
@@ -173,6 +179,58 @@ def test_the_centres_of_cutout_are_uniform_over_the_pixels_and_of_position_alone
     parts = [sampling.cutout_centres(0, a, b, N, shape) for a, b in ((0, 1), (1, 990), (990, 2500))]
     assert np.array_equal(sampling.cutout_centres(0, 0, 2500, N, shape), np.concatenate(parts))
     assert whole[:3].tolist() == GOLDEN_CENTRES
+
+
+def mixing(augment, start, count, seed=0, shape=(8, 12), **alphas):
+    augment.update(alphas)
+    weights = sampling.mixing_weights(seed, start, count, augment, shape)
+    assert weights.dtype == np.float32
+    return weights[:, : shape[0]], weights[:, shape[0] :]
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 100])
+def test_mixups_shares_are_of_the_beta_distribution(augment, alpha):
+    n = 20_000
+    rows, columns = mixing(augment, 0, n, mixup_alpha=alpha)
+    assert (columns == 1).all()
+    assert (rows == rows[:, :1]).all()
+    share = rows[:, 0].astype(float)
+    assert (share * 4096 == np.round(share * 4096)).all()
+    deviation = 1 / np.sqrt(4 * (2 * alpha + 1))
+    assert abs(share.mean() - 0.5) < 5 * deviation / np.sqrt(n)
+    assert abs(share.std() - deviation) < 0.02 * deviation
+    assert 0 <= share.min() < share.max() <= 1
+
+
+def test_cutmixs_box_is_that_of_the_papers_code(augment):
+    n, (height, width) = 2000, (8, 12)
+    rows, columns = mixing(augment, 0, n, cutmix_alpha=1.0)
+    shares, _ = mixing(augment, 0, n, mixup_alpha=1.0, cutmix_alpha=0.0)  # the same draws of the shares
+    bits = sampling.random_bits(0, "mix", 0, 0, 8 * n).reshape(n, 8)
+    y, x = sampling.below(bits[:, 2], height), sampling.below(bits[:, 3], width)
+    for i in range(n):
+        ratio = np.sqrt(np.float64(shares[i, 0]))
+        cut_height, cut_width = int(height * ratio), int(width * ratio)
+        box = np.zeros((height, width))
+        top, left = max(y[i] - cut_height // 2, 0), max(x[i] - cut_width // 2, 0)
+        box[top : y[i] + cut_height // 2, left : x[i] + cut_width // 2] = 1
+        assert np.array_equal(np.outer(rows[i], columns[i]), box)
+
+
+def test_with_mixup_and_cutmix_each_step_draws_one_of_them(augment):
+    n = 10_000
+    rows, columns = mixing(augment, 0, n, mixup_alpha=1.0, cutmix_alpha=1.0)
+    mixup = (columns == 1).all(axis=1) & (rows == rows[:, :1]).all(axis=1)
+    assert abs(mixup.mean() - 0.5) < 5 * 0.5 / np.sqrt(n) + 0.01  # of CutMix's boxes, few are the whole image
+    assert set(np.unique(rows[~mixup])) == {0, 1}
+
+
+def test_the_first_mixing_weights_are_pinned_and_of_the_step_alone(augment):
+    whole = np.concatenate(mixing(augment, 0, 100, mixup_alpha=0.2, cutmix_alpha=1.0), axis=1)
+    parts = [np.concatenate(mixing(augment, a, b - a), axis=1) for a, b in ((0, 1), (1, 37), (37, 100))]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert (whole[:4, [0, 7, 8, 19]] * 4096).tolist() == GOLDEN_MIXING
+    assert not np.array_equal(whole, np.concatenate(mixing(augment, 0, 100, seed=1), axis=1))
 
 
 def test_any_step_costs_one_epochs_permutation(augment):
