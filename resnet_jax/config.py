@@ -97,7 +97,7 @@ FIELDS: dict[str, Field] = {
     "augment.crop_fill": choice("black", "reflect"),
     **dict.fromkeys(("augment.brightness", "augment.contrast", "augment.saturation"), _FRACTION),
     "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
-    "augment.policy": choice("", "cifar10"),
+    "augment.policy": choice("", "cifar10", "trivial"),
     "augment.cutout": integer(0, 1024),
     **dict.fromkeys(("augment.mixup_alpha", "augment.cutmix_alpha"), _ALPHA),
     "model.block": choice("basic", "bottleneck"),

@@ -66,7 +66,7 @@ RANGES = {
     "augment.contrast": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.saturation": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.rotation_degrees": ([0, 180.0], [-0.01, 180.1]),
-    "augment.policy": (["", "cifar10"], ["imagenet"]),
+    "augment.policy": (["", "cifar10", "trivial"], ["imagenet"]),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
     "model.channel_list": ([(1, 1, 1, 1)], [(1, 1, 1, 0)]),

@@ -25,13 +25,13 @@ def build_batch(
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
     comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8];
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 or 2, 8];
             with Cutout also "cutout", int32 [B, 2].
         config: `config.augment`; static.
 

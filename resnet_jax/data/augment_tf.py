@@ -20,13 +20,13 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
     comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8];
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 or 2, 8];
             with Cutout also "cutout", int32 [B, 2].
         config: `config.augment`.
 
@@ -40,7 +40,7 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
     if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
         images = jitter(images, draws["jitter"], draws["order"])
     if config.policy:
-        for operation in tf.unstack(draws["operations"], 2, axis=1):
+        for operation in tf.unstack(draws["operations"], axis=1):
             images = operate(images, operation)
     if config.rotation_degrees > 0:
         images = rotate(images, draws["rotation"])

@@ -45,7 +45,7 @@ def train_draws(
 
     Returns:
         {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], "operations": int32
-        [count, B, 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout, and
+        [count, B, 1 or 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout, and
         "mix": float32 [count, B, H + W], `sampling.mixing_weights` of each example's step, if it mixes images}
         with B = batch_size / process_count.
     """
@@ -57,7 +57,7 @@ def train_draws(
     draws = sampling.augment_params(*where, config.augment, (height, width))._asdict()
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
-        draws["operations"] = auto_augment.operations(*where, (height, width))
+        draws["operations"] = auto_augment.POLICIES[config.augment.policy](*where, (height, width))
     if config.augment.cutout:
         draws["cutout"] = sampling.cutout_centres(*where, (height, width))
     if sampling.mixes(config.augment):

@@ -49,6 +49,7 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
 INGREDIENTS = [
     {},
     {"policy": "cifar10"},
+    {"policy": "trivial"},
     {"flip": "alternating", "crop_fill": "reflect"},
     {"cutout": 5},
     {"mixup_alpha": 0.2},
