@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from benchmarks import timing
 from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train_state, training
-from resnet_jax.data import augment_jax, pipelines
+from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
@@ -41,10 +41,9 @@ ROOT = Path(__file__).parent.parent
 
 def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.TrainState, steps.Batch]:
     """Return the jitted step, a state that it may consume, and a batch on the devices."""
-    images = next(pipelines.eval_batches(start.train, config.batch_size))
-    batch = {name: images[name] for name in ("images", "labels")}
+    batch, _ = feed.batch_of_step(config, start.train, start.mesh, 0)
     state = jax.tree.map(jnp.copy, start.state)
-    return steps.jit_train_step(config, start.mesh), state, steps.shard_batch(batch, start.mesh)
+    return steps.jit_train_step(config, start.mesh), state, batch
 
 
 def flops_per_image(config: ConfigDict, start: Setup) -> float:
@@ -52,8 +51,7 @@ def flops_per_image(config: ConfigDict, start: Setup) -> float:
 
     It counts XLA's convolutions, for one CPU: other backends do not count, and so the number is the same on every machine.
     """
-    images = jax.ShapeDtypeStruct((config.batch_size, *start.train.images.shape[1:]), jnp.uint8)
-    batch = {"images": images, "labels": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
+    batch = pipelines.batch_shapes(start.train, config)
     state = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), start.state)
     model = models.from_config(config.model, len(start.dataset.class_names))
     cpu = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
@@ -76,7 +74,7 @@ def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
 def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the eval step alone, on one batch in the devices' memory."""
     batch_size = -(-config.eval_batch_size // start.mesh.size) * start.mesh.size
-    batch = steps.shard_batch(next(pipelines.eval_batches(start.dataset.test, batch_size)), start.mesh)
+    batch = feed.shard_batch(next(pipelines.eval_batches(start.dataset.test, batch_size)), start.mesh)
     dispatch = partial(steps.jit_eval_step(config, start.mesh), start.state, batch)
     return partial(timing.throughput, dispatch, jax.block_until_ready, batch_size)
 
@@ -86,13 +84,13 @@ def pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
     if config.pipeline == "tf_data":
         stream = pipelines.train_batches(start.train, config, 0, 10**9)
         return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
-    data = steps.put(start.train._asdict(), start.mesh, P())
+    data = feed.put(start.train._asdict(), start.mesh, P())
     build = jax.jit(partial(augment_jax.build_batch, config=config.augment))
     step_numbers = itertools.count()
 
     def dispatch() -> steps.Batch:
         draws = pipelines.train_draws(start.train, config, next(step_numbers), 1)
-        return build(data, steps.put({name: drawn[0] for name, drawn in draws.items()}, start.mesh, P("data")))
+        return build(data, feed.put({name: drawn[0] for name, drawn in draws.items()}, start.mesh, P("data")))
 
     return partial(timing.throughput, dispatch, jax.block_until_ready, config.batch_size)
 

@@ -44,12 +44,17 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.augment = ConfigDict()  # report 2c, with torchvision's semantics; 0 switches one off
     config.augment.flip_probability = 0.5  # left to right
-    config.augment.crop_padding = 4  # black pixels on every side before the random crop
+    config.augment.flip = "random"  # or "alternating": each image every other epoch, arXiv:2404.00498
+    config.augment.crop_padding = 4  # pixels on every side before the random crop
+    config.augment.crop_fill = "black"  # what they hold; or "reflect": the image mirrored
     config.augment.brightness = 0.2  # factor uniform in 1 +- this
     config.augment.contrast = 0.2  # likewise
     config.augment.saturation = 0.2  # likewise; the three in random order
-    config.augment.policy = ""  # "cifar10" for AutoAugment's, as in the authors' notebook; the report has none
+    config.augment.policy = ""  # "cifar10": AutoAugment, as in the authors' notebook; "trivial"; report: none
     config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
+    config.augment.cutout = 0  # side in pixels of a black square at a random place, arXiv:1708.04552; report: none
+    config.augment.mixup_alpha = 0.0  # of the Beta distribution of mixup's shares, arXiv:1710.09412; report: none
+    config.augment.cutmix_alpha = 0.0  # likewise of CutMix, arXiv:1905.04899; with both, each step draws one
 
     config.model = ConfigDict()
     config.model.block = "basic"  # or "bottleneck"; report, figure 6

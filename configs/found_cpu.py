@@ -14,8 +14,13 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict()
     config.augment.brightness = 0.2
     config.augment.contrast = 0.2
+    config.augment.crop_fill = "black"
     config.augment.crop_padding = 2
+    config.augment.cutmix_alpha = 0.0
+    config.augment.cutout = 0
+    config.augment.flip = "random"
     config.augment.flip_probability = 0.5
+    config.augment.mixup_alpha = 0.0
     config.augment.policy = ""
     config.augment.rotation_degrees = 15.0
     config.augment.saturation = 0.2
@@ -73,4 +78,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# 20da4004d6d369e21af1dee36e0a6d74689e33f857b2bede24f4fa137ad16035, of the lines above: an edited file is not written over
+# 8b04b859b7327ff74f92d22aa81a30ec2a74f8bc5b9eee118e608b2e85a47662, of the lines above: an edited file is not written over

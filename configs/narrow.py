@@ -26,6 +26,7 @@ def get_config(variant: str = "adamw") -> ConfigDict:
         config.schedule.decay_every_epochs *= _SHARE
     if plain:
         for name, strength in config.augment.items():
-            config.augment[name] = type(strength)()
+            if not isinstance(strength, str):
+                config.augment[name] = type(strength)()
     config.model.channel_list = (16, 32, 64, 128)
     return config

@@ -78,6 +78,8 @@ def _are_class_weights(text: str) -> bool:
 _POSITIVE = number("a number > 0", lambda v: v > 0)
 NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
 _FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
+_ALPHA = number("0 or a number from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)
+_FACTOR = number("a number > 0 and <= 1", lambda v: 0 < v <= 1)
 _TEXT = Field(str, lambda v: True, "text")
 
 FIELDS: dict[str, Field] = {
@@ -107,12 +109,14 @@ FIELDS: dict[str, Field] = {
     "data.mean": _channels("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.std": _channels("from 1e-6", lambda v: v >= 1e-6),
     "augment.flip_probability": number("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.flip": choice("random", "alternating"),
     "augment.crop_padding": integer(0, 1024),
-    "augment.brightness": _FRACTION,
-    "augment.contrast": _FRACTION,
-    "augment.saturation": _FRACTION,
+    "augment.crop_fill": choice("black", "reflect"),
+    **dict.fromkeys(("augment.brightness", "augment.contrast", "augment.saturation"), _FRACTION),
     "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
-    "augment.policy": choice("", "cifar10"),
+    "augment.policy": choice("", "cifar10", "trivial"),
+    "augment.cutout": integer(0, 1024),
+    **dict.fromkeys(("augment.mixup_alpha", "augment.cutmix_alpha"), _ALPHA),
     "model.block": choice("basic", "bottleneck"),
     "model.stem": choice("cifar", "imagenet"),
     "model.channel_list": integers(1),
@@ -148,10 +152,7 @@ _WARMUP: dict[str, Field] = {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.m
 SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
     "warmup_cosine": _WARMUP,
     "warmup_linear": _WARMUP,
-    "step": {
-        "schedule.decay_every_epochs": _POSITIVE,
-        "schedule.decay_factor": number("a number > 0 and <= 1", lambda v: 0 < v <= 1),
-    },
+    "step": {"schedule.decay_every_epochs": _POSITIVE, "schedule.decay_factor": _FACTOR},
 }
 
 ALL_FIELDS = FIELDS | {

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax import steps
-from resnet_jax.data import pipelines
+from resnet_jax.data import feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.train_state import TrainState
 
@@ -58,7 +58,7 @@ def evaluate(
     batches = pipelines.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
     results: list[steps.EvalMetrics] = []
     for batch in batches:
-        on_devices = steps.shard_batch(batch, mesh)
+        on_devices = feed.shard_batch(batch, mesh)
         jax.block_until_ready(results[-1:])
         before_batch()
         results.append(eval_step(state, on_devices))

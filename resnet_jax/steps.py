@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,17 +40,38 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def training_loss(logits: jax.Array, labels: jax.Array, config: ConfigDict) -> jax.Array:
+def training_loss(
+    logits: jax.Array, labels: jax.Array, config: ConfigDict, share: jax.Array | None = None
+) -> jax.Array:
     """Return the mean loss, float32 [], of logits [B, num_classes] and labels [B].
 
     With `config.class_weights`, it is that of `torch.nn.CrossEntropyLoss(weight, label_smoothing)`: each term of the
-    cross-entropy is weighted by its class, and the sum is divided by the sum of the weights of the labels.
+    cross-entropy is weighted by its class, and the sum is divided by the sum of the weights of the labels. `share`, float32
+    [B], is the share of an image that `mix` took from the mirrored place of the batch, and so its label's.
     """
-    weights = jnp.array(config_lib.class_weights(config.class_weights))
-    if not weights.size:
-        return cross_entropy(logits, labels, config.label_smoothing).mean()
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing) * weights[None]
-    return optax.softmax_cross_entropy(logits, targets).sum() / weights[labels].sum()
+    class_weights = jnp.array(config_lib.class_weights(config.class_weights))
+
+    def losses_and_weights(labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not class_weights.size:
+            return cross_entropy(logits, labels, config.label_smoothing), jnp.ones(())
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets * class_weights[None]), class_weights[labels]
+
+    losses, weights = losses_and_weights(labels)
+    if share is not None:
+        others, their_weights = losses_and_weights(labels[::-1])
+        losses, weights = losses + share * (others - losses), weights + share * (their_weights - weights)
+    return losses.mean() / weights.mean()
+
+
+def mix(images: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mix each image with that at the mirrored place of the batch, by `sampling.mixing_weights`: float32 [B, H + W].
+
+    Return the mixed images, float32 [B, H, W, 3], and the other image's share of each: float32 [B].
+    """
+    rows, columns = jnp.split(weights, [images.shape[1]], axis=1)
+    share = rows[:, :, None, None] * columns[:, None, :, None]
+    return (1 - share) * images + share * images[::-1], share.mean(axis=(1, 2, 3))
 
 
 def _of_part(
@@ -63,14 +83,13 @@ def _of_part(
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         if frozen:
             params = jax.lax.stop_gradient(params) | {"classifier": params["classifier"]}
+        images, share = normalize(batch["images"], config.data), None
+        if "mix" in batch:
+            images, share = mix(images, batch["mix"])
         logits, updates = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            normalize(batch["images"], config.data),
-            train=not frozen,
-            mutable=["batch_stats"],
+            {"params": params, "batch_stats": state.batch_stats}, images, train=not frozen, mutable=["batch_stats"]
         )
-        loss = training_loss(logits, batch["labels"], config)
-        return loss, (logits, updates["batch_stats"])
+        return training_loss(logits, batch["labels"], config, share), (logits, updates["batch_stats"])
 
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
@@ -80,8 +99,9 @@ def loss_and_gradient(
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
     """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss.
 
-    The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts, i + 2 parts ..., so that each device keeps its examples. Batch norm normalises over a
-    part, and its running statistics take in each part.
+    The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts,
+    i + 2 parts and so on, so that each device keeps its own. Batch norm normalises over a part, and its running statistics
+    take in each part. An image is mixed with one of its part.
     """
     parts = config.accumulation_steps
     if parts == 1:
@@ -120,7 +140,7 @@ def train_step(state: TrainState, batch: Batch, *, config: ConfigDict) -> tuple[
 
     Args:
         state: the state before the step.
-        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}.
+        batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B]}, and "mix", as `mix` takes it, to mix the images.
         config: the whole config; static.
     """
     (loss, (logits, batch_stats)), grads = loss_and_gradient(state, batch, config)
@@ -244,13 +264,3 @@ def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **setti
     shardings, replicated = tuple(NamedSharding(mesh, spec) for spec in specs), NamedSharding(mesh, P())
     options = kernels.compiler_options(mesh)
     return jax.jit(function, in_shardings=shardings, out_shardings=replicated, compiler_options=options, **settings)
-
-
-def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
-    """Turn a tree of each process's arrays, or slices of arrays, into a tree of global arrays on the devices."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), arrays)
-
-
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Put each process's slice of a batch on its devices."""
-    return put(batch, mesh, P("data"))

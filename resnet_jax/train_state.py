@@ -75,10 +75,9 @@ class AveragedTrainState(TrainState):
         return self.replace(**variables, average=variables)
 
     def averaged(self, decay: float) -> "AveragedTrainState":
-        """The state with its weights taken into the average; `step` counts those that are.
+        """The state after step t with its weights taken into the average.
 
-        After t steps, the decay is the lower one of `decay` and (1 + t) / (10 + t), so that the random weights of step 0 fade
-        soon, as in TensorFlow's `ExponentialMovingAverage`.
+        The decay is at most (1 + t) / (10 + t), so that step 0 fades soon, as in TensorFlow's `ExponentialMovingAverage`.
         """
         new = 1.0 - jnp.minimum(decay, (1.0 + self.step) / (10.0 + self.step))
         now = {"params": self.params, "batch_stats": self.batch_stats}

@@ -76,8 +76,7 @@ def train(
         if config.init_from and not workdir.has_checkpoint(directory):
             assert initialise, "config.init_from needs a function that reads it"
             initial, origin = initialise(config, start)
-        if config.pipeline == "device":
-            pipelines.check_fits(start.train, start.mesh)
+        pipelines.check(config, start.train, start.mesh)
         for hook in hooks:
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step

@@ -58,12 +58,17 @@ RANGES = {
     "data.mean": ([(0, 0.5, 1), ()], [(-0.1, 0.5, 0.5), (0.5, 0.5, 127.5), (0.5, 0.5)]),
     "data.std": ([(0.1, 1, 2), ()], [(0.0, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)]),
     "augment.flip_probability": ([0, 1], [-0.01, 1.01]),
+    "augment.flip": (["random", "alternating"], ["always"]),
     "augment.crop_padding": ([0], [-1]),
+    "augment.crop_fill": (["black", "reflect"], ["white"]),
+    "augment.mixup_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
+    "augment.cutmix_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
+    "augment.cutout": ([0, 1024], [-1, 1025]),
     "augment.brightness": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.contrast": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.saturation": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.rotation_degrees": ([0, 180.0], [-0.01, 180.1]),
-    "augment.policy": (["", "cifar10"], ["imagenet"]),
+    "augment.policy": (["", "cifar10", "trivial"], ["imagenet"]),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
     "model.downsample": (["stride", "pool"], ["max"]),
@@ -177,7 +182,9 @@ def test_the_narrow_config_takes_no_other_variant_and_plain_ones_do_not_augment(
         narrow.get_config("fast")
     for variant in NARROW:
         config = narrow.get_config(variant)
-        assert any(config.augment.values()) == (not variant.endswith("_plain"))
+        strengths = [strength for strength in config.augment.values() if not isinstance(strength, str)]
+        assert any(strengths) == (not variant.endswith("_plain"))
+        assert config.augment.policy == ""
         assert config.optim.name == variant.removesuffix("_plain")
 
 
@@ -284,8 +291,8 @@ def test_a_config_read_from_json_is_the_one_that_was_written(name):
 
 def test_a_config_of_another_version_is_refused_when_read_from_json():
     stored = stored_config.to_json(final.get_config())
-    stored["augment"]["cutout"] = 8
-    with pytest.raises(UserError, match=r"config\.augment\.cutout is not a field"):
+    stored["augment"]["erase"] = 8
+    with pytest.raises(UserError, match=r"config\.augment\.erase is not a field"):
         stored_config.from_json(stored)
 
 
@@ -313,13 +320,13 @@ def test_a_changed_field_is_a_difference_unless_it_is_neutral(name):
 def test_differences_name_old_and_new_and_fields_that_only_one_has():
     stored = stored_config.to_json(final.get_config())
     del stored["augment"]["brightness"]
-    stored["augment"]["cutout"] = 8
+    stored["augment"]["erase"] = 8
     config = final.get_config()
     config.seed = 7
     config.model.block_list = (3, 5, 2, 0)
     assert stored_config.differences(config, stored) == [
         "augment.brightness: None -> 0.2",
-        "augment.cutout: 8 -> None",
+        "augment.erase: 8 -> None",
         "model.block_list: [3, 5, 3, 0] -> [3, 5, 2, 0]",
         "seed: 0 -> 7",
     ]

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from resnet_jax import steps, train_state
+from resnet_jax.data import feed, sampling
 
 SHAPE = (8, 8, 3)
 GOLDEN_LOSS = [2.5638033, 2.5034647, 2.4408014]  # means since step 1; jax 0.10.2 and 0.12.0.1 agree to 1e-7
@@ -33,7 +34,7 @@ def train(config, mesh, num_steps, batch_size=16):
     state, step = make_state(config, mesh), steps.jit_train_step(config, mesh)
     path = []
     for i in range(num_steps):
-        state, metrics = step(state, steps.shard_batch(random_batch(batch_size, i), mesh))
+        state, metrics = step(state, feed.shard_batch(random_batch(batch_size, i), mesh))
         path.append({name: float(value) for name, value in metrics.means.compute().items()})
     return state, path
 
@@ -52,6 +53,53 @@ def test_cross_entropy_is_its_formula(smoothing):
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
     np.testing.assert_allclose(steps.cross_entropy(logits, labels, smoothing), -(target * log_p).sum(axis=1), rtol=1e-5)
+
+
+def mixing(config, count, shape=SHAPE[:2]):
+    return sampling.mixing_weights(0, 0, count, config.augment, shape)
+
+
+def test_mix_is_the_formula_of_mixup_and_of_cutmix(tiny_config):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(6, *SHAPE)).astype(np.float32)
+    rows, columns = rng.random((1, 8), np.float32), (np.arange(8)[None] // 4 % 2).astype(np.float32)
+    for weights in ((rows[:, :1].repeat(8, 1), np.ones((1, 8), np.float32)), (columns, columns[:, ::-1])):
+        ours, share = steps.mix(images, np.concatenate(weights, axis=1).repeat(6, axis=0))
+        theirs = images.copy()
+        partner = weights[0][0, :, None, None] * weights[1][0, None, :, None]
+        for i in range(6):
+            theirs[i] = (1 - partner) * images[i] + partner * images[5 - i]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(share, np.full(6, partner.mean()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_mixed_batch_is_that_of_both_labels_by_their_shares(tiny_config, smoothing):
+    tiny_config.augment.cutmix_alpha, tiny_config.label_smoothing = 1.0, smoothing
+    state, batch = make_state(tiny_config, mesh_of(1)), random_batch(8)
+    weights = mixing(tiny_config, 1).repeat(8, axis=0)
+    (ours, (logits, _)), _ = steps.loss_and_gradient(state, batch | {"mix": weights}, tiny_config)
+    images, share = steps.mix(steps.normalize(batch["images"], tiny_config.data), weights)
+    expected, _ = state.apply_fn(
+        {"params": state.params, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    own, other = (steps.cross_entropy(logits, labels, smoothing) for labels in (batch["labels"], batch["labels"][::-1]))
+    assert 0 < share[0] < 1
+    np.testing.assert_allclose(ours, np.mean((1 - share) * own + share * other), rtol=1e-6)
+
+
+def test_a_mixed_step_is_the_same_on_one_device_and_on_two(tiny_config):
+    tiny_config.augment.mixup_alpha = 1.0
+    batch = random_batch(16, mix=mixing(tiny_config, 1).repeat(16, axis=0))
+    losses = []
+    for devices in (1, 2):
+        mesh = mesh_of(devices)
+        _, metrics = steps.jit_train_step(tiny_config, mesh)(
+            make_state(tiny_config, mesh), feed.shard_batch(batch, mesh)
+        )
+        losses.append(float(metrics.means.compute()["loss"]))
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_three_steps_have_their_golden_values(tiny_config):
@@ -84,7 +132,7 @@ def test_training_lowers_the_loss(tiny_config):
     mesh = mesh_of(2)
     tiny_config.schedule.warmup_epochs = 0.0
     state, step = make_state(tiny_config, mesh), steps.jit_train_step(tiny_config, mesh)
-    batch = steps.shard_batch(random_batch(16), mesh)
+    batch = feed.shard_batch(random_batch(16), mesh)
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch)
@@ -113,7 +161,7 @@ def test_sgd_takes_a_plain_step(tiny_config):
 
     grads = jax.jit(jax.grad(loss))(before.params)
     expected = jax.tree.map(lambda p, g: p - 0.01 * (g + 0.001 * p), before.params, grads)
-    after, _ = steps.jit_train_step(tiny_config, mesh)(make_state(tiny_config, mesh), steps.shard_batch(batch, mesh))
+    after, _ = steps.jit_train_step(tiny_config, mesh)(make_state(tiny_config, mesh), feed.shard_batch(batch, mesh))
     for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -123,7 +171,7 @@ def test_evaluation_counts_what_the_mask_keeps_and_nothing_else(tiny_config):
     state = make_state(tiny_config, mesh)
     mask = np.arange(16) < 11
     evaluate = steps.jit_eval_step(tiny_config, mesh)
-    masked = evaluate(state, steps.shard_batch(random_batch(16, mask=mask), mesh))
+    masked = evaluate(state, feed.shard_batch(random_batch(16, mask=mask), mesh))
     batch = random_batch(16)
     logits = state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats},
@@ -137,7 +185,7 @@ def test_evaluation_counts_what_the_mask_keeps_and_nothing_else(tiny_config):
     assert np.array_equal(masked.confusion, confusion)
     garbage = random_batch(16, mask=mask)
     garbage["images"][11:] = 255
-    again = evaluate(state, steps.shard_batch(garbage, mesh))
+    again = evaluate(state, feed.shard_batch(garbage, mesh))
     assert np.array_equal(masked.loss, again.loss)
     assert np.array_equal(masked.confusion, again.confusion)
     assert np.array_equal(masked.logits[:11], again.logits[:11])
@@ -145,7 +193,7 @@ def test_evaluation_counts_what_the_mask_keeps_and_nothing_else(tiny_config):
 
 def test_label_smoothing_reaches_the_training_loss_and_not_evaluation(tiny_config):
     mesh = mesh_of(1)
-    batch = steps.shard_batch(random_batch(16, mask=np.ones(16, bool)), mesh)
+    batch = feed.shard_batch(random_batch(16, mask=np.ones(16, bool)), mesh)
     state = make_state(tiny_config, mesh)
     results = []
     for smoothing in (0.0, 0.2):
@@ -167,12 +215,12 @@ def test_the_average_follows_weights_and_statistics_and_is_evaluated(tiny_config
     state = make_state(tiny_config, mesh)
     average = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     for t in range(1, 4):
-        state, _ = step(state, steps.shard_batch(random_batch(16, t), mesh))
+        state, _ = step(state, feed.shard_batch(random_batch(16, t), mesh))
         now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
         new = 1 - min(0.2, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, x, new=new: a + new * (x - a), average, now)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.average, average)
-    batch = steps.shard_batch(random_batch(16, mask=np.ones(16, bool)), mesh)
+    batch = feed.shard_batch(random_batch(16, mask=np.ones(16, bool)), mesh)
     evaluated = steps.jit_eval_step(tiny_config, mesh)(state, batch)
     tiny_config.optim.ema_decay = 0.0
     plain = make_state(tiny_config, mesh).replace(**average)
@@ -199,7 +247,7 @@ def test_the_parts_of_a_batch_give_the_mean_of_their_gradients(tiny_config, devi
         gradients.append(grads)
     tiny_config.accumulation_steps = 3
     whole = jax.jit(functools.partial(steps.loss_and_gradient, config=tiny_config))
-    (loss, (got_logits, got_stats)), got = whole(state, steps.shard_batch(batch, mesh))
+    (loss, (got_logits, got_stats)), got = whole(state, feed.shard_batch(batch, mesh))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     close(loss, np.mean(losses))
     close(got_logits, logits)

@@ -375,10 +375,16 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_state_before_it_saved(t
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == failed - 1
 
 
+# Every ingredient of `config.augment` that is not in the report, with which both pipelines mix the same images.
+MODERN = {"flip": "alternating", "crop_fill": "reflect", "cutout": 3, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+
+
 @pytest.mark.parametrize("pipeline", ["tf_data", "device"])
+@pytest.mark.parametrize("augment", [{}, MODERN], ids=["report", "modern"])
 def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit_goes_on_exactly(
-    tmp_path, tiny_config, pipeline
+    tmp_path, tiny_config, pipeline, augment
 ):
+    tiny_config.augment.update(augment)
     tiny_config.pipeline = pipeline
     tiny_config.log_every_steps = 1
     whole = training.train(tiny_config, tmp_path / "whole")

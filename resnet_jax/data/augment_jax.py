@@ -1,4 +1,4 @@
-"""The report's augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, rotation; AutoAugment.
+"""The augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, AutoAugment, rotation, Cutout.
 
 Each transform has the same name in `augment_tf.py` and gives the same pixels: all arithmetic is on integers.
 """
@@ -18,25 +18,28 @@ def build_batch(
 ) -> dict[str, jax.Array]:
     """Take the examples draws["indices"], int32 [B], from `data` and augment them with the other draws."""
     images = augment(data["images"], draws["indices"], draws, config)
-    return {"images": images, "labels": data["labels"][draws["indices"]]}
+    mix = {"mix": draws["mix"]} if "mix" in draws else {}
+    return {"images": images, "labels": data["labels"][draws["indices"]], **mix}
 
 
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8].
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 or 2, 8];
+            with Cutout also "cutout", int32 [B, 2].
         config: `config.augment`; static.
 
     Returns:
         uint8 [B, H, W, 3].
     """
     if config.flip_probability > 0 or config.crop_padding > 0:
-        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding)
+        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
         images = images[indices]
     if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
@@ -46,18 +49,23 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
             images = operate(images, operation)
     if config.rotation_degrees > 0:
         images = rotate(images, draws["rotation"])
+    if config.cutout > 0:
+        images = cutout(images, draws["cutout"], config.cutout)
     return images
 
 
-def flip_and_crop(images: jax.Array, indices: jax.Array, flip: jax.Array, crop: jax.Array, padding: int) -> jax.Array:
-    """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
+def flip_and_crop(
+    images: jax.Array, indices: jax.Array, flip: jax.Array, crop: jax.Array, padding: int, fill: str
+) -> jax.Array:
+    """Mirror left to right where `flip`, pad with `padding` pixels, and cut out H x W pixels at `crop`.
 
     Args:
         images: uint8 [N, H, W, 3].
         indices: int32 [B].
         flip: bool [B].
         crop: int32 [B, 2], row and column of the cut in the padded image.
-        padding: pixels on every side.
+        padding: pixels on every side; less than H and W if they reflect.
+        fill: what they hold: "black", or "reflect": the image mirrored at its outermost pixels.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -66,6 +74,8 @@ def flip_and_crop(images: jax.Array, indices: jax.Array, flip: jax.Array, crop: 
     y = jnp.arange(height)[None] + crop[:, :1] - padding  # [B, H]
     x = jnp.arange(width)[None] + crop[:, 1:] - padding  # [B, W]
     x = jnp.where(flip[:, None], width - 1 - x, x)
+    if fill == "reflect":
+        y, x = (side - 1 - jnp.abs(side - 1 - jnp.abs(place)) for side, place in ((height, y), (width, x)))
     return _take_pixels(images, indices, y[:, :, None], x[:, None, :])
 
 
@@ -85,6 +95,25 @@ def rotate(images: jax.Array, rotation: jax.Array) -> jax.Array:
     source_x = (a * x + b * y + c) >> 16
     source_y = (d * x + e * y + f) >> 16
     return _take_pixels(images, jnp.arange(size), source_y, source_x)
+
+
+def cutout(images: jax.Array, centres: jax.Array, side: int) -> jax.Array:
+    """Blacken a square of each image; the part of it that is outside the image is lost (arXiv:1708.04552).
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        centres: int32 [B, 2], row and column of each square's centre.
+        side: pixels of the square's side.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    _, height, width, _ = images.shape
+    first = centres - side // 2
+    y = jnp.arange(height)[None] - first[:, :1]  # [B, H], from the square's corner
+    x = jnp.arange(width)[None] - first[:, 1:]  # [B, W], likewise
+    inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None]
+    return jnp.where(inside[..., None], jnp.uint8(0), images)
 
 
 def _take_pixels(images: jax.Array, indices: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:

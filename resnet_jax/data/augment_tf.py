@@ -1,4 +1,4 @@
-"""The report's augmentation in TensorFlow, batched: flip, crop, colour jitter, rotation; AutoAugment.
+"""The augmentation in TensorFlow, batched: flip, crop, colour jitter, AutoAugment, rotation, Cutout.
 
 With the same draws, each transform gives exactly the pixels of torchvision on Pillow images. All arithmetic is on
 integers, so the result does not depend on the order of operations, the batch size or the machine. Images stay
@@ -20,41 +20,48 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    AutoAugment is not in the report. It is applied between jitter and rotation, as in the authors' notebook.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 2, 8].
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 or 2, 8];
+            with Cutout also "cutout", int32 [B, 2].
         config: `config.augment`.
 
     Returns:
         uint8 [B, H, W, 3].
     """
     if config.flip_probability > 0 or config.crop_padding > 0:
-        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding)
+        images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
         images = tf.gather(images, indices)
     if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
         images = jitter(images, draws["jitter"], draws["order"])
     if config.policy:
-        for operation in tf.unstack(draws["operations"], 2, axis=1):
+        for operation in tf.unstack(draws["operations"], axis=1):
             images = operate(images, operation)
     if config.rotation_degrees > 0:
         images = rotate(images, draws["rotation"])
+    if config.cutout > 0:
+        images = cutout(images, draws["cutout"], config.cutout)
     return images
 
 
 @_compiled
-def flip_and_crop(images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: tf.Tensor, padding: int) -> tf.Tensor:
-    """Mirror left to right where `flip`, pad with `padding` black pixels, and cut out H x W pixels at `crop`.
+def flip_and_crop(
+    images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: tf.Tensor, padding: int, fill: str
+) -> tf.Tensor:
+    """Mirror left to right where `flip`, pad with `padding` pixels, and cut out H x W pixels at `crop`.
 
     Args:
         images: uint8 [N, H, W, 3].
         indices: int32 or int64 [B].
         flip: bool [B].
         crop: int32 [B, 2], row and column of the cut in the padded image.
-        padding: pixels on every side.
+        padding: pixels on every side; less than H and W if they reflect.
+        fill: what they hold: "black", or "reflect": the image mirrored at its outermost pixels.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -63,6 +70,8 @@ def flip_and_crop(images: tf.Tensor, indices: tf.Tensor, flip: tf.Tensor, crop: 
     y = tf.range(height)[tf.newaxis] + crop[:, :1] - padding  # [B, H]
     x = tf.range(width)[tf.newaxis] + crop[:, 1:] - padding  # [B, W]
     x = tf.where(flip[:, tf.newaxis], width - 1 - x, x)
+    if fill == "reflect":
+        y, x = (side - 1 - tf.abs(side - 1 - tf.abs(place)) for side, place in ((height, y), (width, x)))
     return _take_pixels(images, indices, y[:, :, tf.newaxis], x[:, tf.newaxis, :])
 
 
@@ -83,6 +92,26 @@ def rotate(images: tf.Tensor, rotation: tf.Tensor) -> tf.Tensor:
     source_x = tf.bitwise.right_shift(a * x + b * y + c, 16)
     source_y = tf.bitwise.right_shift(d * x + e * y + f, 16)
     return _take_pixels(images, tf.range(tf.shape(images)[0]), source_y, source_x)
+
+
+@_compiled
+def cutout(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
+    """Blacken a square of each image; the part of it that is outside the image is lost (arXiv:1708.04552).
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        centres: int32 [B, 2], row and column of each square's centre.
+        side: pixels of the square's side.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    _, height, width, _ = images.shape
+    first = centres - side // 2
+    y = tf.range(height)[tf.newaxis] - first[:, :1]  # [B, H], from the square's corner
+    x = tf.range(width)[tf.newaxis] - first[:, 1:]  # [B, W], likewise
+    inside = ((y >= 0) & (y < side))[:, :, tf.newaxis] & ((x >= 0) & (x < side))[:, tf.newaxis]
+    return tf.where(inside[..., tf.newaxis], tf.constant(0, tf.uint8), images)
 
 
 def _take_pixels(images: tf.Tensor, indices: tf.Tensor, y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

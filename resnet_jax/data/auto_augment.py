@@ -1,8 +1,12 @@
-"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) in integers: the two operations of each example.
+"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) and TrivialAugment, in integers.
 
-Each example draws one of 25 pairs of operations. Each of the two is applied with its own probability, in one of two
-directions if it has a direction. Magnitudes are the paper's 0..9 and divide its ranges evenly. The rest is as in
-torchvision: translations are whole pixels, and the area outside the image is black.
+AutoAugment: each example draws one of 25 pairs of operations. Each of the two is applied with its own probability, in
+one of two directions if it has a direction. Magnitudes are the paper's 0..9 and divide its ranges evenly.
+
+TrivialAugment (arXiv:2103.10158, its wide ranges): each example draws one of 14 operations, one of 31 magnitudes and a
+direction, each uniformly.
+
+The rest is as in torchvision: translations are whole pixels, and the area outside the image is black.
 """
 
 import enum
@@ -57,6 +61,24 @@ _PAIRS: tuple[tuple[_Operation, _Operation], ...] = (
     (("equalize", 0.8, 0), ("invert", 0.1, 0)),
     (("translate_y", 0.7, 9), ("auto_contrast", 0.9, 0)),
 )
+# TrivialAugment's 14 operations, each with the largest value of its wide range, as `_integers` takes it.
+_TRIVIAL = {
+    "identity": 0.0,
+    "shear_x": 0.99,
+    "shear_y": 0.99,
+    "translate_x": 32,
+    "translate_y": 32,
+    "rotate": 135.0,
+    "brightness": 0.99,
+    "color": 0.99,
+    "contrast": 0.99,
+    "sharpness": 0.99,
+    "posterize": 6,
+    "solarize": 255,
+    "auto_contrast": 0.0,
+    "equalize": 0.0,
+}
+_BINS = 31  # of TrivialAugment's magnitudes
 _PROBABILITY = np.array([[probability for _, probability, _ in pair] for pair in _PAIRS])
 _STILL = (65536, 0, 32768, 0, 65536, 32768)  # the map of the identity
 _NOTHING = np.array([Kind.GEOMETRY, 0, *_STILL], np.int32)
@@ -78,27 +100,71 @@ def operation(name: str, magnitude: int, direction: int, height: int, width: int
     """
     level = magnitude / 9
     match name:
-        case "shear_x" | "shear_y":  # up to 0.3 pixels per pixel, from the upper left corner
-            shear = direction * 0.3 * level
-            along, offset = (math.floor(value * 65536 + 0.5) for value in (shear, 0.5 + shear * 0.5))
+        case "shear_x" | "shear_y":
+            value = direction * 0.3 * level
+        case "translate_x" | "translate_y":  # up to 150 pixels of 331
+            value = direction * int(150 / 331 * (width if name == "translate_x" else height) * level)
+        case "rotate":
+            value = direction * 30 * level
+        case "brightness" | "contrast" | "color" | "sharpness":  # factors up to 0.1 and 1.9
+            value = direction * 0.9 * level
+        case "posterize":  # 8 bits down to 4
+            value = round(4 * level)
+        case "solarize":  # above 255 down to 0
+            value = 255 * magnitude // 9
+        case _:
+            value = 0
+    return _integers(name, value, height, width)
+
+
+def trivial_operation(name: str, magnitude: int, direction: int, height: int, width: int) -> tuple[int, ...]:
+    """Return one of TrivialAugment's operations, as `operation` does; its magnitude is 0..30, also if it has none."""
+    value = _TRIVIAL[name] * magnitude / (_BINS - 1)
+    match name:
+        case "posterize":  # 8 bits down to 2
+            value = round(value)
+        case "solarize":
+            value = math.floor(value)
+        case "translate_x" | "translate_y":
+            value = direction * int(value)
+        case _:
+            value = direction * value
+    return _integers(name, value, height, width)
+
+
+def _integers(name: str, value: float, height: int, width: int) -> tuple[int, ...]:
+    """Return an operation as `operation` does.
+
+    Args:
+        name: as `operation` takes it, or "identity".
+        value: of a shear, pixels per pixel from the upper left corner; of a translation, whole pixels; of a rotation,
+            degrees; of "brightness", "contrast", "color" and "sharpness", the factor - 1; of "posterize", the bits that
+            are lost; of "solarize", 255 - the lowest value that is inverted; else ignored.
+        height: H.
+        width: W.
+    """
+    match name:
+        case "identity":
+            return Kind.GEOMETRY, 0, *_STILL
+        case "shear_x" | "shear_y":
+            along, offset = (math.floor(v * 65536 + 0.5) for v in (value, 0.5 + value * 0.5))
             a, b, c, d, e, f = _STILL
             sheared = (a, along, offset, d, e, f) if name == "shear_x" else (a, b, c, along, e, offset)
             return Kind.GEOMETRY, 0, *sheared
-        case "translate_x" | "translate_y":  # up to 150 pixels of 331
-            x, y = (width, 0) if name == "translate_x" else (0, height)
-            x, y = (direction * int(150 / 331 * side * level) for side in (x, y))
+        case "translate_x" | "translate_y":
+            x, y = (int(value), 0) if name == "translate_x" else (0, int(value))
             a, b, c, d, e, f = _STILL
             return Kind.GEOMETRY, 0, a, b, c - x * 65536, d, e, f - y * 65536
-        case "rotate":  # up to 30 degrees
-            turned = sampling.rotation_map(np.array([direction * 30 * level]), height, width)
+        case "rotate":
+            turned = sampling.rotation_map(np.array([value]), height, width)
             return Kind.GEOMETRY, 0, *map(int, turned[0])
-        case "brightness" | "contrast" | "color" | "sharpness":  # factors up to 0.1 and 1.9
-            factor = round((1 + direction * 0.9 * level) * 2**sampling.JITTER_BITS)
+        case "brightness" | "contrast" | "color" | "sharpness":
+            factor = round((1 + value) * 2**sampling.JITTER_BITS)
             return Kind[name.upper()], factor, *_STILL
-        case "posterize":  # 8 bits down to 4
-            return Kind.POSTERIZE, 256 - 2 ** round(4 * level), *_STILL
-        case "solarize":  # above 255 down to 0
-            return Kind.SOLARIZE, 255 - 255 * magnitude // 9, *_STILL
+        case "posterize":
+            return Kind.POSTERIZE, 256 - 2 ** int(value), *_STILL
+        case "solarize":
+            return Kind.SOLARIZE, 255 - int(value), *_STILL
         case "invert":
             return Kind.SOLARIZE, 0, *_STILL
         case "auto_contrast" | "equalize":
@@ -116,6 +182,25 @@ def _table(height: int, width: int) -> np.ndarray:
         ],
         np.int32,
     )
+
+
+@lru_cache(maxsize=4)
+def _trivial_table(height: int, width: int) -> np.ndarray:
+    """All operations of TrivialAugment: int32 [14, 31, 2, 8], by operation, magnitude and direction (1, -1)."""
+    return np.array(
+        [
+            [[trivial_operation(name, magnitude, way, height, width) for way in (1, -1)] for magnitude in range(_BINS)]
+            for name in _TRIVIAL
+        ],
+        np.int32,
+    )
+
+
+def trivial_operations(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:
+    """Draw TrivialAugment's operation of each position, as `operations` does: int32 [stop - start, 1, 8]."""
+    words = sampling.words(seed, "policy", start, stop, num_examples)
+    place = (sampling.below(words[:, column], n) for column, n in enumerate((len(_TRIVIAL), _BINS, 2)))
+    return _trivial_table(*image_shape)[tuple(place)][:, None]
 
 
 def operations(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:
@@ -137,3 +222,7 @@ def operations(seed: int, start: int, stop: int, num_examples: int, image_shape:
     chosen = _table(*image_shape)[pair[:, None], np.arange(2), backwards]
     applied = sampling.uniform(words[:, 1:3]) < _PROBABILITY[pair]
     return np.where(applied[:, :, None], chosen, _NOTHING)
+
+
+# The function that draws the operations of each of `config.augment.policy`.
+POLICIES = {"cifar10": operations, "trivial": trivial_operations}

@@ -1,9 +1,10 @@
 """Build the function that takes training steps: a pipeline and the compiled step that it feeds."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,30 +51,26 @@ def _tf_data(
 ) -> tuple[StepFn, int]:
     here = jax.process_index(), jax.process_count()
     batches = pipelines.train_batches(train, config, first_step, total_steps, *here)
-    sharded = NamedSharding(mesh, P("data"))
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *array.shape[1:]), array.dtype, sharding=sharded)
-        for name, array in train._asdict().items()
-    }
+    batch = pipelines.batch_shapes(train, config, NamedSharding(mesh, P("data")))
     with ThreadPoolExecutor(1) as executor:  # TensorFlow is imported while XLA compiles
         first_batch = executor.submit(next, batches)
         train_step = steps.jit_train_step(config, mesh).lower(state, batch).compile()
         batches = itertools.chain([first_batch.result()], batches)
 
     def step_fn(state: TrainState, step: int, count: int) -> tuple[TrainState, StepMetrics]:
-        return train_step(state, steps.shard_batch(next(batches), mesh))
+        return train_step(state, shard_batch(next(batches), mesh))
 
     return step_fn, 1
 
 
 def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
     here = jax.process_index(), jax.process_count()
-    data = steps.put(train._asdict(), mesh, P())
+    data = put(train._asdict(), mesh, P())
     train_steps = steps.jit_train_steps(config, mesh, partial(augment_jax.build_batch, config=config.augment))
 
     def step_fn(state: TrainState, step: int, count: int) -> tuple[TrainState, StepMetrics]:
         draws = pipelines.train_draws(train, config, step, count, *here)
-        return train_steps(state, data, steps.put(draws, mesh, P(None, "data")))
+        return train_steps(state, data, put(draws, mesh, P(None, "data")))
 
     return step_fn, config.steps_per_call or (1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL)
 
@@ -86,4 +83,14 @@ def batch_of_step(config: ConfigDict, train: Split, mesh: Mesh, step: int) -> tu
     draws["indices"] = np.arange(len(data["labels"]))
     batch = jax.jit(partial(augment_jax.build_batch, config=config.augment))(data, draws)
     (examples,) = pipelines.train_draws(train, config, step, 1)["indices"]
-    return steps.shard_batch(jax.device_get(batch), mesh), examples
+    return shard_batch(jax.device_get(batch), mesh), examples
+
+
+def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
+    """Turn a tree of each process's arrays, or slices of arrays, into a tree of global arrays on the devices."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), arrays)
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> steps.Batch:
+    """Put each process's slice of a batch on its devices."""
+    return put(batch, mesh, P("data"))

@@ -9,9 +9,10 @@ them.
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import psutil
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from resnet_jax.data import auto_augment, sampling
@@ -43,8 +44,10 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], and, if the config
-        has a policy, "operations": int32 [count, B, 2, 8]} with B = batch_size / process_count.
+        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], "operations": int32
+        [count, B, 1 or 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout, and
+        "mix": float32 [count, B, H + W], `sampling.mixing_weights` of each example's step, if it mixes images}
+        with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
     batch_size = config.batch_size
@@ -54,8 +57,48 @@ def train_draws(
     draws = sampling.augment_params(*where, config.augment, (height, width))._asdict()
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
-        draws["operations"] = auto_augment.operations(*where, (height, width))
+        draws["operations"] = auto_augment.POLICIES[config.augment.policy](*where, (height, width))
+    if config.augment.cutout:
+        draws["cutout"] = sampling.cutout_centres(*where, (height, width))
+    if sampling.mixes(config.augment):
+        weights = sampling.mixing_weights(config.seed, start_step, count, config.augment, (height, width))
+        draws["mix"] = np.repeat(weights, batch_size, axis=0)
     return {name: drawn.reshape(count, batch_size, *drawn.shape[1:])[:, first:last] for name, drawn in draws.items()}
+
+
+def batch_shapes(
+    split: Split, config: ConfigDict, sharding: NamedSharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of a global training batch."""
+    shapes = {name: (array.shape[1:], array.dtype) for name, array in split._asdict().items()}
+    if sampling.mixes(config.augment):
+        shapes["mix"] = ((sum(split.images.shape[1:3]),), np.dtype(np.float32))
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
+    """Check that the config's pipeline and augmentation suit the training images, before anything is written.
+
+    Raises:
+        UserError: if the images do not fit in the devices' memory, or are too small for the augmentation.
+    """
+    if config.pipeline == "device":
+        check_fits(split, mesh)
+    smallest = min(split.images.shape[1:3])
+    if config.augment.crop_fill == "reflect" and config.augment.crop_padding >= smallest:
+        raise UserError(
+            f"config.augment.crop_padding {config.augment.crop_padding} is not less than the {smallest} pixels that "
+            "config.augment.crop_fill reflect mirrors: reduce it, or set crop_fill to black"
+        )
+    if config.augment.cutout > smallest:
+        raise UserError(
+            f"config.augment.cutout {config.augment.cutout} is larger than the images' {smallest} pixels: reduce it"
+        )
+    if sampling.mixes(config.augment) and config.batch_size == 1:
+        raise UserError("config.batch_size is 1, and mixup and CutMix mix two images of a batch: set it to 2 or more")
 
 
 def check_fits(split: Split, mesh: Mesh) -> None:
@@ -97,7 +140,8 @@ def train_batches(
         process_count: how many slices there are.
 
     Yields:
-        {"images": uint8 [B, H, W, 3], "labels": int32 [B]} with B = batch_size / process_count.
+        {"images": uint8 [B, H, W, 3], "labels": int32 [B]}, and "mix": float32 [B, H + W] if the config mixes images,
+        with B = batch_size / process_count.
     """
     tf = import_tensorflow(config.data.num_threads)
     from resnet_jax.data import augment_tf
@@ -111,7 +155,8 @@ def train_batches(
     @tf.autograph.experimental.do_not_convert
     def build(draws: Any) -> Any:
         augmented = augment_tf.augment(images, draws["indices"], draws, config.augment)
-        return {"images": augmented, "labels": tf.gather(labels, draws["indices"])}
+        mix = {"mix": draws["mix"]} if "mix" in draws else {}
+        return {"images": augmented, "labels": tf.gather(labels, draws["indices"]), **mix}
 
     signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
     stream = tf.data.Dataset.from_generator(lambda: map(draw, range(start_step, stop_step)), output_signature=signature)

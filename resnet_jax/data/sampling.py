@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3}  # never renumber: it would change every run
+# Never renumber: it would change every run.
+STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3, "flip": 4, "cutout": 5, "mix": 6}
 
 _WORDS = 8  # 64-bit words that each position draws: two Philox blocks
 JITTER_BITS = 12  # factors are multiples of 1/4096, so that integer arithmetic can apply them
@@ -109,13 +110,72 @@ def augment_params(
     strength = np.array([augment.brightness, augment.contrast, augment.saturation])
     factors = 1.0 + strength * (2.0 * uniform(bits[:, 3:6]) - 1.0)
     degrees = augment.rotation_degrees * (2.0 * uniform(bits[:, 7]) - 1.0)
+    flip = uniform(bits[:, 0]) < augment.flip_probability
+    if augment.flip == "alternating" and augment.flip_probability > 0:
+        flip = alternating_flip(seed, start, stop, num_examples, augment.flip_probability)
     return AugmentParams(
-        flip=uniform(bits[:, 0]) < augment.flip_probability,
+        flip=flip,
         crop=below(bits[:, 1:3], 2 * augment.crop_padding + 1),
         jitter=(np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32),
         order=JITTER_ORDERS[below(bits[:, 6], len(JITTER_ORDERS))],
         rotation=rotation_map(degrees, *image_shape),
     )
+
+
+def alternating_flip(seed: int, start: int, stop: int, num_examples: int, probability: float) -> np.ndarray:
+    """Draw the flips of global positions [start, stop) as arXiv:2404.00498 does: bool [stop - start].
+
+    Epoch 0 mirrors each image with `probability`, and each later epoch mirrors the images that the one before did not.
+    """
+    odd_epoch = np.arange(start, stop) // num_examples % 2 == 1
+    first = _first_flips(seed, num_examples, probability)
+    return first[indices(seed, start, stop, num_examples)] ^ odd_epoch
+
+
+@lru_cache(maxsize=4)
+def _first_flips(seed: int, num_examples: int, probability: float) -> np.ndarray:
+    """Whether epoch 0 mirrors each example, by its index: bool [num_examples]."""
+    return uniform(random_bits(seed, "flip", 0, 0, num_examples)) < probability
+
+
+def cutout_centres(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:
+    """Draw the row and column of the centre of Cutout's square, uniform over the pixels: int32 [stop - start, 2]."""
+    bits = words(seed, "cutout", start, stop, num_examples)
+    return np.stack([below(bits[:, axis], side) for axis, side in enumerate(image_shape)], axis=1)
+
+
+def mixes(augment: ConfigDict) -> bool:
+    """Whether a config mixes the images of a batch."""
+    return bool(augment.mixup_alpha > 0 or augment.cutmix_alpha > 0)
+
+
+def mixing_weights(
+    seed: int, start_step: int, count: int, augment: ConfigDict, image_shape: tuple[int, int]
+) -> np.ndarray:
+    """Draw how steps [start_step, start_step + count) mix each image with its partner.
+
+    A step draws its method, if both are on, and the image's own share from Beta(alpha, alpha), which is rounded to a
+    multiple of 1/4096, so that SciPy's version does not matter. Mixup (arXiv:1710.09412) gives the partner the rest in
+    every pixel. CutMix (arXiv:1905.04899) gives it the whole of a box, whose area is the rest where the box is inside
+    the image.
+
+    Returns:
+        float32 [count, H + W]: the partner's weight in a pixel is that of its row, of H, times that of its column, of W.
+    """
+    from scipy import special
+
+    bits = random_bits(seed, "mix", 0, start_step * _WORDS, count * _WORDS).reshape(count, _WORDS)
+    cut = (augment.mixup_alpha == 0) | ((augment.cutmix_alpha > 0) & (below(bits[:, 0], 2) == 1))
+    alpha = np.where(cut, augment.cutmix_alpha, augment.mixup_alpha)
+    rest = 1.0 - np.round(special.betaincinv(alpha, alpha, uniform(bits[:, 1])) * 4096) / 4096
+    weights = []
+    for axis, side in enumerate(image_shape):
+        half = np.floor(side * np.sqrt(rest) / 2)
+        from_centre = np.arange(side) - below(bits[:, 2 + axis], side)[:, None]
+        in_box = (from_centre >= -half[:, None]) & (from_centre < half[:, None])
+        everywhere = rest if axis == 0 else np.ones(count)
+        weights.append(np.where(cut[:, None], in_box, everywhere[:, None]))
+    return np.concatenate(weights, axis=1).astype(np.float32)
 
 
 def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from resnet_jax import steps, train_state
+from resnet_jax import train_state
+from resnet_jax.data import feed
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 from resnet_jax.runs import processes
@@ -75,7 +76,7 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
     if not same_classes:
         said = f"backbone {of}; the classifier is new: its class names differ"
     say(said, quiet=jax.process_index() > 0)
-    return start.state.with_variables(steps.put(arrays, start.mesh, PartitionSpec())), origin
+    return start.state.with_variables(feed.put(arrays, start.mesh, PartitionSpec())), origin
 
 
 def _shapes(variables: Any) -> Any:

@@ -21,6 +21,11 @@ CHANGEABLE_FIELDS = RESUMABLE_FIELDS | {"data.name"}
 
 # Fields added since the first version, each with the value that stands for its absence.
 LATER_FIELDS: dict[str, Any] = {
+    "augment.crop_fill": "black",
+    "augment.cutmix_alpha": 0.0,
+    "augment.cutout": 0,
+    "augment.flip": "random",
+    "augment.mixup_alpha": 0.0,
     "augment.policy": "",
     "accumulation_steps": 1,
     "class_weights": "",

@@ -34,13 +34,24 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("padding", [0, 1, 4, 40])
-def test_flip_and_crop(final_config, shape, padding):
+@pytest.mark.parametrize(
+    ("padding", "fill"), [(0, "black"), (1, "black"), (4, "black"), (40, "black"), (1, "reflect"), (7, "reflect")]
+)
+def test_flip_and_crop(final_config, shape, padding, fill):
+    padding = min(padding, min(shape) - 1) if fill == "reflect" else padding
     final_config.augment.crop_padding = padding
     images, draws, indices = some_images(shape), draws_for(final_config, shape), np.arange(B)[::-1].copy()
-    jitted = jax.jit(augment_jax.flip_and_crop, static_argnums=4)
-    ours = jitted(images, indices.astype(np.int32), draws.flip, draws.crop, padding)
-    assert_same(ours, augment_tf.flip_and_crop(tf.constant(images), indices, draws.flip, draws.crop, padding))
+    jitted = jax.jit(augment_jax.flip_and_crop, static_argnums=(4, 5))
+    ours = jitted(images, indices.astype(np.int32), draws.flip, draws.crop, padding, fill)
+    assert_same(ours, augment_tf.flip_and_crop(tf.constant(images), indices, draws.flip, draws.crop, padding, fill))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", [1, 5, 8])
+def test_cutout(shape, side):
+    images, centres = some_images(shape), sampling.cutout_centres(0, 0, B, 1000, shape)
+    ours = jax.jit(augment_jax.cutout, static_argnums=2)(images, centres, side)
+    assert_same(ours, augment_tf.cutout(tf.constant(images), centres, side))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

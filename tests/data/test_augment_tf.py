@@ -30,8 +30,12 @@ def each(images, transform):
     return np.stack([np.asarray(transform(i, Image.fromarray(image))) for i, image in enumerate(images)])
 
 
-def pillow_flip_and_crop(image, flip, crop, padding):
-    image = ImageOps.expand(ImageOps.mirror(image) if flip else image, padding)
+def pillow_flip_and_crop(image, flip, crop, padding, fill="black"):
+    image = ImageOps.mirror(image) if flip else image
+    if fill == "black":
+        image = ImageOps.expand(image, padding)
+    else:
+        image = Image.fromarray(np.pad(image, ((padding,) * 2, (padding,) * 2, (0, 0)), fill))
     top, left = map(int, crop)
     return image.crop((left, top, left + 32, top + 32))
 
@@ -42,13 +46,35 @@ def pillow_jitter(image, factors, order):
     return image
 
 
-@pytest.mark.parametrize("padding", [0, 1, 4])
-def test_flip_and_crop_equal_pillow(images, draws, padding):
-    indices = np.arange(B)[::-1].copy()
-    crop = np.minimum(draws.crop, 2 * padding)
-    ours = augment_tf.flip_and_crop(tf.constant(images), tf.constant(indices), draws.flip, crop, padding)
-    theirs = each(images[indices], lambda i, image: pillow_flip_and_crop(image, draws.flip[i], crop[i], padding))
+@pytest.mark.parametrize(
+    ("padding", "fill"), [(0, "black"), (1, "black"), (4, "black"), (1, "reflect"), (4, "reflect"), (31, "reflect")]
+)
+def test_flip_and_crop_equal_pillow_and_numpy(images, final_config, padding, fill):
+    final_config.augment.crop_padding = padding
+    draws = sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
+    indices, crop = np.arange(B)[::-1].copy(), draws.crop
+    ours = augment_tf.flip_and_crop(tf.constant(images), tf.constant(indices), draws.flip, crop, padding, fill)
+    theirs = each(images[indices], lambda i, image: pillow_flip_and_crop(image, draws.flip[i], crop[i], padding, fill))
     assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("side", [2, 7, 16, 32])
+def test_cutout_is_that_of_the_papers_code(images, side):
+    centres = sampling.cutout_centres(0, 0, B, B, (32, 32))
+    ours = augment_tf.cutout(tf.constant(images), centres, side)
+    theirs = images.copy()
+    for image, (y, x) in zip(theirs, centres - side // 2, strict=True):
+        image[max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)] = 0
+    assert np.array_equal(ours, theirs)
+
+
+def test_cutout_comes_last(images, final_config):
+    augment = final_config.augment
+    draws = sampling.augment_params(0, 0, B, B, augment, (32, 32))._asdict()
+    before = augment_tf.augment(tf.constant(images), tf.range(B), draws, augment)
+    augment.cutout, draws["cutout"] = 9, sampling.cutout_centres(0, 0, B, B, (32, 32))
+    ours = augment_tf.augment(tf.constant(images), tf.range(B), draws, augment)
+    assert np.array_equal(ours, augment_tf.cutout(before, draws["cutout"], 9))
 
 
 def test_jitter_equals_pillow(images, draws):

@@ -25,6 +25,7 @@ GOLDEN_OPERATIONS = [
     [[8, 0], [7, 0]],
     [[7, 0], [6, 170]],
 ]  # kind and amount, of examples 2 to 4
+GOLDEN_TRIVIAL = [[1, 2068], [2, 5988], [0, 0], [1, 5177]]  # likewise, of examples 0 to 3
 
 
 def some_images(shape, count=48):
@@ -91,6 +92,66 @@ def test_each_operation_equals_pillow(name, shape):
                 assert np.array_equal(ours, np.stack(theirs)), (module, magnitude, direction)
 
 
+def pillow_trivial(image, name, magnitude, direction):
+    """torchvision's TrivialAugmentWide on a Pillow image; `magnitude` is a bin of 31."""
+
+    def moved(*matrix):
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+    signed = {"shear": 0.99, "trans": 32.0, "rotat": 135.0}.get(name[:5], 0.99)
+    value = direction * float(np.linspace(0.0, signed, 31)[magnitude])
+    if name == "identity":
+        return image
+    if name == "shear_x":
+        return moved(1, value, 0, 0, 1, 0)
+    if name == "shear_y":
+        return moved(1, 0, 0, value, 1, 0)
+    if name == "translate_x":
+        return moved(1, 0, -int(value), 0, 1, 0)
+    if name == "translate_y":
+        return moved(1, 0, 0, 0, 1, -int(value))
+    if name == "rotate":
+        return image.rotate(value)
+    if name in ENHANCERS:
+        return ENHANCERS[name](image).enhance(round((1 + value) * 4096) / 4096)
+    if name == "posterize":
+        return ImageOps.posterize(image, 8 - round(magnitude / (30 / 6)))
+    if name == "solarize":
+        return ImageOps.solarize(image, float(np.linspace(255.0, 0.0, 31)[magnitude]))
+    return WITHOUT_MAGNITUDE[name](image)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("name", sorted(set(auto_augment._TRIVIAL) - {"auto_contrast"}))
+def test_each_operation_of_trivial_augment_equals_pillow(name, shape):
+    images = some_images(shape, 12)
+    for magnitude in range(31):
+        for direction in (1, -1):
+            theirs = [pillow_trivial(Image.fromarray(image), name, magnitude, direction) for image in images]
+            operation = auto_augment.trivial_operation(name, magnitude, direction, *shape)
+            for module in (augment_tf, augment_jax):
+                assert np.array_equal(operate(module, images, operation), np.stack(theirs)), (magnitude, direction)
+
+
+def test_trivial_augment_draws_operations_magnitudes_and_directions_uniformly():
+    """If the pinned draws fail, every run with the policy changes: do not update them without saying so in the release."""
+    n = 100_000
+    drawn = auto_augment.trivial_operations(0, 0, n, n, (32, 32))
+    assert drawn.shape == (n, 1, 8)
+    wanted = collections.Counter()
+    for name in auto_augment._TRIVIAL:
+        for magnitude in range(31):
+            for direction in (1, -1):
+                wanted[auto_augment.trivial_operation(name, magnitude, direction, 32, 32)] += 1 / (14 * 31 * 2)
+    found = collections.Counter(map(tuple, drawn[:, 0].tolist()))
+    for operation in wanted | found:
+        share = wanted[operation]
+        assert abs(found[operation] / n - share) <= 5 * np.sqrt(share * (1 - share) / n), operation
+    parts = [auto_augment.trivial_operations(0, a, b, 1000, (32, 32)) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(auto_augment.trivial_operations(0, 0, 2500, 1000, (32, 32)), np.concatenate(parts))
+    assert drawn[:4, 0, :2].tolist() == GOLDEN_TRIVIAL
+
+
 @pytest.mark.parametrize("module", [augment_tf, augment_jax])
 def test_auto_contrast_is_pillows_rounded_down_exactly(module):
     """Pillow computes in float64, which falls just short of some whole numbers: there, and only there, it is one lower."""
@@ -135,7 +196,7 @@ def test_the_policy_comes_between_jitter_and_rotation(final_config):
     images, where = some_images((32, 32), 200), (0, 0, 200, 200)
     draws = sampling.augment_params(*where, final_config.augment, (32, 32))
     operations = auto_augment.operations(*where, (32, 32))
-    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws.flip, draws.crop, 4)
+    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws.flip, draws.crop, 4, "black")
     steps = augment_tf.jitter(steps, draws.jitter, draws.order)
     for place in range(2):
         steps = augment_tf.operate(steps, operations[:, place])

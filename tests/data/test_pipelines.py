@@ -45,10 +45,23 @@ def test_a_batch_holds_the_sampled_examples_augmented(split, config):
     assert_equal(batch, {"images": expected.numpy(), "labels": split.labels[chosen]})
 
 
+# Every ingredient that is not in the report, as fields of `config.augment`.
+INGREDIENTS = [
+    {},
+    {"policy": "cifar10"},
+    {"policy": "trivial"},
+    {"flip": "alternating", "crop_fill": "reflect"},
+    {"cutout": 5},
+    {"mixup_alpha": 0.2},
+    {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
+]
+every_ingredient = pytest.mark.parametrize("fields", INGREDIENTS, ids=str)
+
+
 @pytest.mark.parametrize("start", [0, 3, 11])  # steps 4, 8 and 12 end an epoch, 96 of whose 100 examples they begin in
-@pytest.mark.parametrize("policy", ["", "cifar10"])
-def test_both_pipelines_give_the_same_batches(split, config, start, policy):
-    config.augment.policy = policy
+@every_ingredient
+def test_both_pipelines_give_the_same_batches(split, config, start, fields):
+    config.augment.update(fields)
     streamed = list(pipelines.train_batches(split, config, start, start + 6))
     build_batch = jax.jit(functools.partial(augment_jax.build_batch, config=config.augment))
     draws = pipelines.train_draws(split, config, start, 6)
@@ -58,10 +71,44 @@ def test_both_pipelines_give_the_same_batches(split, config, start, policy):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, processes):
+@every_ingredient
+def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, processes, fields):
+    config.augment.update(fields)
     whole = pipelines.train_draws(split, config, 2, 5)
     parts = [pipelines.train_draws(split, config, 2, 5, i, processes) for i in range(processes)]
     assert_equal({name: np.concatenate([part[name] for part in parts], axis=1) for name in whole}, whole)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop_padding": 16, "crop_fill": "reflect"}, "crop_padding 16 is not less than the 16 pixels that"),
+        ({"cutout": 17}, "cutout 17 is larger than the images' 16 pixels: reduce it"),
+    ],
+)
+def test_images_too_small_for_the_augmentation_are_refused(split, config, fields, message):
+    config.augment.update({"crop_padding": 15, "crop_fill": "reflect", "cutout": 16})
+    pipelines.check(config, split, mesh=None)
+    config.augment.update(fields)
+    with pytest.raises(UserError, match=message) as refused:
+        pipelines.check(config, split, mesh=None)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_batch_of_one_image_cannot_be_mixed(split, config):
+    config.batch_size, config.augment.mixup_alpha = 1, 0.2
+    with pytest.raises(UserError, match="batch_size is 1, and mixup and CutMix mix two images"):
+        pipelines.check(config, split, mesh=None)
+
+
+@every_ingredient
+def test_the_shapes_of_a_batch_are_those_of_the_stream(split, config, fields):
+    config.augment.update(fields)
+    (batch,) = pipelines.train_batches(split, config, 0, 1)
+    shapes = pipelines.batch_shapes(split, config)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+    }
 
 
 def test_free_memory_is_that_of_the_fullest_device(split):
@@ -76,7 +123,9 @@ def test_free_memory_is_that_of_the_fullest_device(split):
         pipelines.check_fits(split, mesh(0, 22_801))
 
 
-def test_a_step_is_the_same_wherever_the_stream_starts(split, config):
+@every_ingredient
+def test_a_step_is_the_same_wherever_the_stream_starts(split, config, fields):
+    config.augment.update(fields)
     whole = list(pipelines.train_batches(split, config, 0, 12))
     assert len(whole) == 12
     for start in (1, 4, 5, 11):
@@ -85,7 +134,9 @@ def test_a_step_is_the_same_wherever_the_stream_starts(split, config):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_slices_of_processes_make_up_the_batch(split, config, processes):
+@every_ingredient
+def test_the_slices_of_processes_make_up_the_batch(split, config, processes, fields):
+    config.augment.update(fields)
     whole = list(pipelines.train_batches(split, config, 3, 6))
     parts = [list(pipelines.train_batches(split, config, 3, 6, i, processes)) for i in range(processes)]
     for step, batch in enumerate(whole):

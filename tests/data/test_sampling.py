@@ -18,6 +18,14 @@ GOLDEN_ROTATION = [
     [65052, 7952, -82986, -7952, 65052, 163534],
     [65350, 4929, -40756, -4929, 65350, 112046],
 ]
+GOLDEN_ALTERNATING = "111110110101010001111110"
+GOLDEN_CENTRES = [[4, 6], [3, 6], [4, 9]]
+GOLDEN_MIXING = [
+    [0.0, 0.0, 0.0, 0.0],
+    [0.0, 4096.0, 0.0, 0.0],
+    [0.0, 0.0, 4096.0, 4096.0],
+    [2694.0, 2694.0, 4096.0, 4096.0],
+]  # times 4096
 GOLDEN_SPLIT = [2, 22, 36, 37, 44]
 
 
@@ -129,6 +137,100 @@ def test_draws_are_independent_of_each_other_of_the_next_image_and_of_the_next_e
     assert np.abs(np.corrcoef(first.T, second.T)[:k, k:]).max() < limit
     # nor do they depend on which image they fall on
     assert np.abs(np.corrcoef(sampling.permutation(0, 0, n), first.T)[0, 1:]).max() < limit
+
+
+def test_alternating_flips_mirror_each_image_every_other_epoch(augment):
+    augment.flip, augment.flip_probability = "alternating", 0.3
+    n, epochs = 5000, 4
+    d = draws(augment, 0, epochs * n, num_examples=n)
+    of_image = np.empty((epochs, n), bool)
+    for epoch in range(epochs):
+        of_image[epoch, sampling.permutation(0, epoch, n)] = d.flip[epoch * n : (epoch + 1) * n]
+    assert abs(of_image[0].mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / n)
+    for epoch in range(1, epochs):
+        assert np.array_equal(of_image[epoch], ~of_image[epoch - 1])
+    assert not np.array_equal(of_image[0], draws(augment, 0, n, seed=1, num_examples=n).flip)
+
+
+def test_alternating_flips_depend_on_position_alone_and_leave_the_other_draws(augment):
+    before = draws(augment, 0, 2500)
+    augment.flip = "alternating"
+    whole = draws(augment, 0, 2500)
+    parts = [draws(augment, a, b).flip for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(whole.flip, np.concatenate(parts))
+    assert whole.flip[:24].tolist() == [bit == "1" for bit in GOLDEN_ALTERNATING]
+    for name in set(sampling.AugmentParams._fields) - {"flip"}:
+        assert np.array_equal(getattr(whole, name), getattr(before, name)), name
+
+
+def test_a_flip_probability_of_0_switches_alternating_flips_off(augment):
+    augment.flip, augment.flip_probability = "alternating", 0.0
+    assert not draws(augment, 0, 3 * N).flip.any()
+
+
+def test_the_centres_of_cutout_are_uniform_over_the_pixels_and_of_position_alone():
+    n, shape = 50_000, (8, 12)
+    whole = sampling.cutout_centres(0, 0, n, n, shape)
+    for axis, side in enumerate(shape):
+        counts = np.bincount(whole[:, axis], minlength=side)
+        assert len(counts) == side
+        assert np.abs(counts - n / side).max() < 5 * np.sqrt(n / side)
+    assert abs(np.corrcoef(whole.T)[0, 1]) < 5 / np.sqrt(n)
+    parts = [sampling.cutout_centres(0, a, b, N, shape) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(sampling.cutout_centres(0, 0, 2500, N, shape), np.concatenate(parts))
+    assert whole[:3].tolist() == GOLDEN_CENTRES
+
+
+def mixing(augment, start, count, seed=0, shape=(8, 12), **alphas):
+    augment.update(alphas)
+    weights = sampling.mixing_weights(seed, start, count, augment, shape)
+    assert weights.dtype == np.float32
+    return weights[:, : shape[0]], weights[:, shape[0] :]
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 100])
+def test_mixups_shares_are_of_the_beta_distribution(augment, alpha):
+    n = 20_000
+    rows, columns = mixing(augment, 0, n, mixup_alpha=alpha)
+    assert (columns == 1).all()
+    assert (rows == rows[:, :1]).all()
+    share = rows[:, 0].astype(float)
+    assert (share * 4096 == np.round(share * 4096)).all()
+    deviation = 1 / np.sqrt(4 * (2 * alpha + 1))
+    assert abs(share.mean() - 0.5) < 5 * deviation / np.sqrt(n)
+    assert abs(share.std() - deviation) < 0.02 * deviation
+    assert 0 <= share.min() < share.max() <= 1
+
+
+def test_cutmixs_box_is_that_of_the_papers_code(augment):
+    n, (height, width) = 2000, (8, 12)
+    rows, columns = mixing(augment, 0, n, cutmix_alpha=1.0)
+    shares, _ = mixing(augment, 0, n, mixup_alpha=1.0, cutmix_alpha=0.0)  # the same draws of the shares
+    bits = sampling.random_bits(0, "mix", 0, 0, 8 * n).reshape(n, 8)
+    y, x = sampling.below(bits[:, 2], height), sampling.below(bits[:, 3], width)
+    for i in range(n):
+        ratio = np.sqrt(np.float64(shares[i, 0]))
+        cut_height, cut_width = int(height * ratio), int(width * ratio)
+        box = np.zeros((height, width))
+        top, left = max(y[i] - cut_height // 2, 0), max(x[i] - cut_width // 2, 0)
+        box[top : y[i] + cut_height // 2, left : x[i] + cut_width // 2] = 1
+        assert np.array_equal(np.outer(rows[i], columns[i]), box)
+
+
+def test_with_mixup_and_cutmix_each_step_draws_one_of_them(augment):
+    n = 10_000
+    rows, columns = mixing(augment, 0, n, mixup_alpha=1.0, cutmix_alpha=1.0)
+    mixup = (columns == 1).all(axis=1) & (rows == rows[:, :1]).all(axis=1)
+    assert abs(mixup.mean() - 0.5) < 5 * 0.5 / np.sqrt(n) + 0.01  # of CutMix's boxes, few are the whole image
+    assert set(np.unique(rows[~mixup])) == {0, 1}
+
+
+def test_the_first_mixing_weights_are_pinned_and_of_the_step_alone(augment):
+    whole = np.concatenate(mixing(augment, 0, 100, mixup_alpha=0.2, cutmix_alpha=1.0), axis=1)
+    parts = [np.concatenate(mixing(augment, a, b - a), axis=1) for a, b in ((0, 1), (1, 37), (37, 100))]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert (whole[:4, [0, 7, 8, 19]] * 4096).tolist() == GOLDEN_MIXING
+    assert not np.array_equal(whole, np.concatenate(mixing(augment, 0, 100, seed=1), axis=1))
 
 
 def test_any_step_costs_one_epochs_permutation(augment):

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import final, sgd
 from resnet_jax import steps, train_state
-from resnet_jax.data import augment_jax, pipelines
+from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
 
 STEPS = 10
@@ -43,12 +43,12 @@ def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS, 32, 8, 8, 3)) // np.repeat([1, 2, 4, 8], 8)[:, None, None, None]
     split = Split(images.reshape(-1, 8, 8, 3).astype(np.uint8), rng.integers(0, 10, STEPS * 32, np.int32))
-    data = steps.put(split._asdict(), mesh, P())
+    data = feed.put(split._asdict(), mesh, P())
     for number in range(STEPS):
         draws = pipelines.train_draws(split, config, number, 1)
         in_order = np.arange(number * 32, (number + 1) * 32, dtype=np.int32)  # so that devices' means differ
         draws["indices"] = in_order[None]
-        state, metrics = step(state, data, steps.put(draws, mesh, P(None, "data")))
+        state, metrics = step(state, data, feed.put(draws, mesh, P(None, "data")))
         found["losses"].append(float(jax.tree.map(lambda values: values[0], metrics.means).compute()["loss"]))
         if number == 0:
             found["batch_stats after one step"] = jax.device_get(state.batch_stats)
