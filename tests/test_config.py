@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from ml_collections import ConfigDict
 
-from configs import final, finetune, found_cpu, narrow, quickstart, search, sgd
+from configs import best, final, finetune, found_cpu, narrow, quickstart, search, sgd
 from resnet_jax import config as config_lib
 from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
@@ -22,6 +22,8 @@ SHIPPED = {
     "final:full": lambda: final.get_config("full"),
     "final:smoke": lambda: final.get_config("smoke"),
     "sgd": sgd.get_config,
+    "best": best.get_config,
+    "best:tune": lambda: best.get_config("tune"),
     "finetune": finetune.get_config,
     "finetune:scratch": lambda: finetune.get_config("scratch"),
     "quickstart": quickstart.get_config,

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import best
 from resnet_jax import models
 
 
@@ -36,6 +37,11 @@ def test_parameters_are_counted_exactly(model, size):
 
 def test_config_builds_the_preset(final_config):
     assert models.from_config(final_config.model, 10) == models.final(10)
+
+
+def test_the_best_config_has_fewer_than_5_million_parameters():
+    _, variables = shapes(models.from_config(best.get_config().model, 10))
+    assert count(variables) == 4_894_282
 
 
 def test_a_stage_without_blocks_is_the_identity():
