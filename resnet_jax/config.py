@@ -72,7 +72,7 @@ def _are_class_weights(text: str) -> bool:
         numbers = class_weights("" if text == "balanced" else text)
     except ValueError:
         return False
-    return not numbers or (all(0 <= x <= sys.float_info.max for x in numbers) and max(numbers) > 0)
+    return all(1e-6 <= x <= 1e6 for x in numbers)
 
 
 _POSITIVE = number("a number > 0", lambda v: v > 0)
@@ -90,7 +90,7 @@ FIELDS: dict[str, Field] = {
     "accumulation_steps": integer(1, 2**20),
     "label_smoothing": _FRACTION,
     "class_weights": Field(
-        str, _are_class_weights, "numbers >= 0 between commas, one per class and not all 0, or 'balanced', or ''"
+        str, _are_class_weights, "numbers from 1e-6 to 1e6 between commas, one per class, or 'balanced', or ''"
     ),
     "eval_batch_size": integer(1, 2**20),
     "eval_every_epochs": integer(1),
@@ -189,7 +189,7 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
         if name not in values:
             chooser = f"{name.split('.')[0]}.name"
             because = "" if name in always else f", which config.{chooser} {values[chooser]!r} needs"
-            raise UserError(f"config.{name} is missing{because}: add it, as in the files in configs/")
+            raise UserError(f"config.{name} is missing{because}: add it in a config file, as those in configs/ do")
     for name, value in values.items():
         check_name(name, fields)
         _check(name, value, fields[name])

@@ -39,7 +39,7 @@ RANGES = {
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
     "init_from": (["", "runs/final"], []),
     "accumulation_steps": ([1, 2], [0, -1]),
-    "class_weights": (["", "balanced", "1,0,2.5"], ["balance", "1,,2", "0,0", "-1,1", "nan,1", "1e999,1"]),
+    "class_weights": (["", "balanced", "1e-6,1,1e6"], ["balance", "1,,2", "0,1", "-1,1", "nan,1", "1e7,1"]),
     "batch_size": ([1], [0, -1]),
     "num_epochs": ([5.1, 300], [0.0, -1.0]),
     "label_smoothing": ([0, 0.99], [-0.01, 1.0]),

@@ -258,10 +258,10 @@ def test_the_parts_of_a_batch_give_the_mean_of_their_gradients(tiny_config, devi
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_are_pytorchs_formula(final_config, smoothing):
     """sum over i and c of -w_c t_ic log p_ic, divided by the sum over i of w of label i, as torch.nn.CrossEntropyLoss says."""
-    final_config.class_weights, final_config.label_smoothing = "0.5,2,1,0", smoothing
+    final_config.class_weights, final_config.label_smoothing = "0.5,2,1,4", smoothing
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(5, 4)).astype(np.float32), np.array([0, 3, 1, 1, 2], np.int32)
-    weights = np.array([0.5, 2, 1, 0])
+    weights = np.array([0.5, 2, 1, 4])
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
     expected = -(weights * target * log_p).sum() / weights[labels].sum()

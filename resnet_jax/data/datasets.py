@@ -107,7 +107,9 @@ def _load(config: ConfigDict) -> tuple[dict[str, Split], tuple[str, ...], str, s
 
 def _read(config: ConfigDict) -> tuple[Arrays, str]:
     """Return the arrays of a source, perhaps with their fingerprint, and its layout in words."""
-    source, _, path = config.name.partition(":")
+    source, colon, path = config.name.partition(":")
+    if (source in ("npz", "folder") and not path.strip()) or (source == "digits" and colon):
+        raise UserError(f"config.data.name is {config.name!r}: give npz:FILE, folder:DIR or digits, which has no parts")
     if config.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
     if config.name == "digits":

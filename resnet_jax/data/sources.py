@@ -191,9 +191,10 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))])
+        reason = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))]).strip()
+        reason = reason or "TFDS knows no such name."
         raise UserError(
-            f"config.data.name {name!r}: {reason} Give a TFDS name such as cifar10, or digits, npz:FILE or folder:DIR"
+            f"config.data.name {name!r}: {reason} Give a TFDS name such as cifar10 or cifar10:train[:80%], or digits, npz:FILE or folder:DIR"
         ) from error
     features = dict(getattr(builder.info.features, "items", dict)())
     image, label = features.get("image"), features.get("label")
@@ -235,14 +236,19 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
         if split not in there:
             raise UserError(f"{builder.name} has the splits {', '.join(there)}: it lacks {split}")
     if training_part:
+        pieces = [piece.strip().partition("[")[0] for piece in training_part.split("+")]
         example = f"give one such as {builder.name}:{splits['train']}[:80%]"
         try:
             images = builder.info.splits[training_part].num_examples
         except (ValueError, AssertionError, KeyError) as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"config.data.name: {training_part} is no part of a split ({reason}): {example}") from error
-        if training_part.partition("[")[0] != splits["train"] or not images:
-            raise UserError(f"config.data.name: {training_part} holds no training image of {builder.name}: {example}")
+        if others := sorted({piece for piece in pieces if piece != splits["train"]}):
+            raise UserError(
+                f"config.data.name: {training_part} is not of the training images alone ({others[0]}): {example}"
+            )
+        if not images:
+            raise UserError(f"config.data.name: {training_part} holds no image: {example}")
         splits["train"] = training_part
     return splits
 

@@ -132,6 +132,7 @@ Rows = Iterable[tuple[str, list[tuple[str, float]]]]  # an image's name; its mos
 def write_table(out: IO[str], rows: Rows, width: int) -> None:
     """Write one line per image, as it comes; the classes begin after `width` characters."""
     for name, top in rows:
+        name = name if name.isprintable() else ascii(name)[1:-1]  # a line break in a name would look like another file
         out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
 
 

@@ -776,7 +776,12 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifarr10", "cifar10:9.9.9", "cifar10/nothing", "a b"])
 def test_a_name_that_tfds_does_not_know_is_refused_saying_what_would_do(data, offline, name):
-    refusal(data, name, repr(name), "Give a TFDS name such as cifar10, or digits, npz:FILE or folder:DIR")
+    refusal(
+        data,
+        name,
+        repr(name),
+        "Give a TFDS name such as cifar10 or cifar10:train[:80%], or digits, npz:FILE or folder:DIR",
+    )
 
 
 def test_a_set_that_cannot_be_downloaded_says_so_soon_and_names_two_remedies(data, offline):
@@ -853,6 +858,8 @@ def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(dat
     assert np.array_equal(part.test.images, whole.test.images)
     assert part.layout == "splits train[:50%], test"
     assert part.fingerprint != whole.fingerprint
+    both = load(data, "toy_grey:train[:1]+train[4:]")
+    assert np.array_equal(both.train.images, whole.train.images[[0, 4, 5]])
     middle = load(data, "toy_grey:1.0.0:train[2:4]")
     assert np.array_equal(middle.train.images, whole.train.images[2:4])
     monkeypatch.setattr(sources, "read_tfds", forbid)
@@ -866,8 +873,9 @@ def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(dat
         ("trian[:2]", "trian[:2] is no part of a split"),
         ("train[:x]", "train[:x] is no part of a split"),
         ("train[:200%]", "train[:200%] is no part of a split"),
-        ("test[:2]", "test[:2] holds no training image"),
-        ("train[3:3]", "train[3:3] holds no training image"),
+        ("test[:2]", "test[:2] is not of the training images alone (test)"),
+        ("train[:2]+test[:2]", "train[:2]+test[:2] is not of the training images alone (test)"),
+        ("train[3:3]", "train[3:3] holds no image"),
     ],
 )
 def test_a_part_that_is_none_is_refused(data, part, words):
@@ -875,6 +883,11 @@ def test_a_part_that_is_none_is_refused(data, part, words):
 
     toy_tfds.ToyGrey(data_dir=data.data_dir).download_and_prepare()
     refusal(data, f"toy_grey:{part}", words, "give one such as toy_grey:train[:80%]")
+
+
+@pytest.mark.parametrize("name", ["folder:", "npz: ", "npz", "digits:train[:10%]"])
+def test_a_name_without_its_path_or_with_one_too_many_is_refused(data, name):
+    refusal(data, name, repr(name), "give npz:FILE, folder:DIR or digits, which has no parts")
 
 
 @contextmanager

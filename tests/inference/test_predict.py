@@ -142,6 +142,12 @@ def test_a_folder_of_many_files_is_read_and_written_a_batch_at_a_time(tmp_path):
     assert batches.unreadable == 1
 
 
+def test_a_name_with_a_line_break_is_one_line_of_the_table():
+    out = io.StringIO()
+    predict.write_table(out, iter([("a\nb.png", [("cat", 0.5)]), ("é.png", [("dog", 1.0)])]), 8)
+    assert out.getvalue() == "a\\nb.png  cat 50.0%\né.png     dog 100.0%\n"
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_json_that_is_written_as_it_comes_is_a_list(count):
     out = io.StringIO()
