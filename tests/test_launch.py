@@ -32,7 +32,7 @@ MISTAKES = {
     ),
     "a config of no name": (
         ["--config=finale"],
-        ["--config finale is not a file: did you mean final?", "or one of final"],
+        ["--config finale is not a file: did you mean final?", "or one of best, final"],
     ),
     "a shipped config's unknown variant": (["--config=final:fast"], ["final.py takes :full or :smoke, not :fast"]),
     "unknown field": ([FINAL, "--config.batchsize=3"], ["batchsize", "did you mean", "batch_size"]),
@@ -193,7 +193,7 @@ DEEPER_MISTAKES = {
         None,
         ["--config.data.name=cifarr10"],
         {},
-        ["'cifarr10'", "such as cifar10, or digits"],
+        ["'cifarr10'", "such as cifar10 or cifar10:train[:80%], or digits"],
     ),
     "a version that TFDS has not": (
         None,

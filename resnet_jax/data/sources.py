@@ -247,10 +247,25 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
             raise UserError(
                 f"config.data.name: {training_part} is not of the training images alone ({others[0]}): {example}"
             )
+        if _overlap(builder, training_part):
+            raise UserError(f"config.data.name: {training_part} names an image twice: {example}")
         if not images:
             raise UserError(f"config.data.name: {training_part} holds no image: {example}")
         splits["train"] = training_part
     return splits
+
+
+def _overlap(builder: Any, part: str) -> bool:
+    """Whether the pieces of a part of one TFDS split, "train[:9]+train[5:]", have an image in common."""
+    import tensorflow_datasets as tfds
+
+    end = 0
+    pieces = tfds.core.ReadInstruction.from_spec(part).to_absolute(builder.info.splits)
+    for piece in sorted(pieces, key=lambda piece: piece.from_ or 0):
+        if (piece.from_ or 0) < end:
+            return True
+        end = builder.info.splits[piece.splitname].num_examples if piece.to is None else piece.to
+    return False
 
 
 def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads: int) -> Arrays:

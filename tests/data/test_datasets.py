@@ -876,6 +876,8 @@ def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(dat
         ("test[:2]", "test[:2] is not of the training images alone (test)"),
         ("train[:2]+test[:2]", "train[:2]+test[:2] is not of the training images alone (test)"),
         ("train[3:3]", "train[3:3] holds no image"),
+        ("train[:50%]+train[2:]", "train[:50%]+train[2:] names an image twice"),
+        ("train[4:]+train[:5]", "names an image twice"),
     ],
 )
 def test_a_part_that_is_none_is_refused(data, part, words):
