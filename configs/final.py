@@ -19,9 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.accumulation_steps = 1  # parts of a batch, one after another, whose gradients are averaged: less memory
     config.num_epochs = 50.0  # passes over the training images; report 3b
     config.label_smoothing = 0.0  # share of the target spread over all classes; not in the report
-    config.class_weights = (
-        ""  # of the training loss: "1,2.5,..." for each class, or "balanced" by the number of its images
-    )
+    config.class_weights = ""  # in the training loss: "1,2.5,..." by class, or "balanced" by its number of images
     config.eval_batch_size = 500  # images; changes only speed and memory
     config.eval_every_epochs = 1  # epochs between evaluations on validation, each with a save
     config.checkpoint_every_steps = 500  # also save every so many steps; 0 for never

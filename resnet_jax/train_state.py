@@ -80,8 +80,8 @@ class AveragedTrainState(TrainState):
         The decay is at most (1 + t) / (10 + t), so that step 0 fades soon, as in TensorFlow's `ExponentialMovingAverage`.
         """
         new = 1.0 - jnp.minimum(decay, (1.0 + self.step) / (10.0 + self.step))
-        now = {"params": self.params, "batch_stats": self.batch_stats}
-        return self.replace(average=jax.tree.map(lambda a, x: (a + new * (x - a)).astype(a.dtype), self.average, now))
+        average = jax.tree.map(lambda a, x: (a + new * (x - a)).astype(a.dtype), self.average, super().variables)
+        return self.replace(average=average)
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

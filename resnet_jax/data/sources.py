@@ -1,6 +1,7 @@
 """The readers of `datasets.load`: each reads one kind of source into arrays of the same names."""
 
 import http.client
+import itertools
 import os
 import threading
 import unicodedata
@@ -236,36 +237,29 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
         if split not in there:
             raise UserError(f"{builder.name} has the splits {', '.join(there)}: it lacks {split}")
     if training_part:
-        pieces = [piece.strip().partition("[")[0] for piece in training_part.split("+")]
-        example = f"give one such as {builder.name}:{splits['train']}[:80%]"
-        try:
-            images = builder.info.splits[training_part].num_examples
-        except (ValueError, AssertionError, KeyError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"config.data.name: {training_part} is no part of a split ({reason}): {example}") from error
-        if others := sorted({piece for piece in pieces if piece != splits["train"]}):
-            raise UserError(
-                f"config.data.name: {training_part} is not of the training images alone ({others[0]}): {example}"
-            )
-        if _overlap(builder, training_part):
-            raise UserError(f"config.data.name: {training_part} names an image twice: {example}")
-        if not images:
-            raise UserError(f"config.data.name: {training_part} holds no image: {example}")
+        _check_part(builder, training_part, splits["train"])
         splits["train"] = training_part
     return splits
 
 
-def _overlap(builder: Any, part: str) -> bool:
-    """Whether the pieces of a part of one TFDS split, "train[:9]+train[5:]", have an image in common."""
+def _check_part(builder: Any, part: str, split: str) -> None:
+    """Refuse a part, "train[:9]+train[20:]", that is not of this split alone, names an image twice, or holds none."""
     import tensorflow_datasets as tfds
 
-    end = 0
-    pieces = tfds.core.ReadInstruction.from_spec(part).to_absolute(builder.info.splits)
-    for piece in sorted(pieces, key=lambda piece: piece.from_ or 0):
-        if (piece.from_ or 0) < end:
-            return True
-        end = builder.info.splits[piece.splitname].num_examples if piece.to is None else piece.to
-    return False
+    example = f"give one such as {builder.name}:{split}[:80%]"
+    try:
+        pieces = tfds.core.ReadInstruction.from_spec(part).to_absolute(builder.info.splits)
+    except (ValueError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"config.data.name: {part} is no part of a split ({reason}): {example}") from error
+    if others := sorted({piece.splitname for piece in pieces} - {split}):
+        raise UserError(f"config.data.name: {part} is not of the training images alone ({others[0]}): {example}")
+    size = builder.info.splits[split].num_examples
+    spans = sorted((piece.from_ or 0, size if piece.to is None else piece.to) for piece in pieces)
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise UserError(f"config.data.name: {part} names an image twice: {example}")
+    if all(start == end for start, end in spans):
+        raise UserError(f"config.data.name: {part} holds no image: {example}")
 
 
 def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads: int) -> Arrays:

@@ -18,13 +18,8 @@ from resnet_jax.setup import Setup
 from resnet_jax.train_state import TrainState
 
 _HEAD = "classifier"  # the rest of the network is its backbone
-_ARCHITECTURE = (
-    "block",
-    "stem",
-    "downsample",
-    "channel_list",
-    "block_list",
-)  # the fields of `config.model` that shape the backbone
+# The fields of `config.model` that shape the backbone.
+_ARCHITECTURE = ("block", "stem", "downsample", "channel_list", "block_list")
 
 
 def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, Any]]:
