@@ -1,5 +1,6 @@
 """The one reader of image files, for training, evaluation, prediction and the page: all see the same pixels."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's other readers start programs or are rarely fuzzed
 NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
@@ -16,23 +17,32 @@ MAX_RATIO = 1000  # of an image's sides: scaled to cover a square, a narrower on
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def read(source: Path | IO[bytes]) -> Image.Image:
+def read(source: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file as people see it, in RGB: turned as its camera says, on white where it is transparent.
 
-    Of several frames it reads the first. 16 bits are rounded to 8.
+    Of several frames it reads the first. 16 bits are rounded to 8. Reading takes up to 25 bytes of memory a pixel.
 
     Raises:
         OSError, ValueError, SyntaxError: if it cannot be read, is of another format, or has too many pixels or too narrow a shape.
     """
     with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
         width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"it has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+        if width * height > max_pixels:
+            raise ValueError(f"it has {width} x {height} pixels, more than the limit of {max_pixels:,}")
+        if _tile_pixels(opened) > max_pixels:
+            raise ValueError(f"it has tiles of more than {max_pixels:,} pixels")
         if max(width, height) > MAX_RATIO * min(width, height):
             raise ValueError(
                 f"it has {width} x {height} pixels: one side may be at most {MAX_RATIO} times as long as the other"
             )
         return to_rgb(opened)
+
+
+def _tile_pixels(opened: Image.Image) -> int:
+    """Return the pixels of a tile of a TIFF, which is decoded as a whole, even if it is larger than the image."""
+    tags = getattr(opened, "tag_v2", {})
+    sides = [tags.get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
+    return math.prod(side if isinstance(side, int) else 0 for side in sides)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

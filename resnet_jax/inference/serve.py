@@ -6,9 +6,11 @@ Programs can use it as well: `curl --data-binary @cat.jpg http://127.0.0.1:8000/
 """
 
 import base64
+import ctypes
 import io
 import ipaddress
 import logging
+import secrets
 import signal
 import socket
 import sys
@@ -16,6 +18,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -27,10 +30,25 @@ from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
     import flask
+    from werkzeug.datastructures import Headers
 
     from resnet_jax.inference.trained_model import Model
 
 MAX_BYTES = 10_000_000  # of an upload
+MAX_PIXELS = 25_000_000  # of an upload: reading it takes up to 25 bytes of memory a pixel
+_IDLE_SECONDS = 10  # after which a connection that sends nothing is closed
+MAX_CONNECTIONS = 500  # fewer than the 1,024 files that a process may usually open
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _TOP = 5
 _SAMPLES = 12  # fill 2, 3, 4 or 6 columns evenly
 
@@ -85,10 +103,10 @@ def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     from resnet_jax.inference import trained_model
 
     try:
-        return trained_model.as_batch(np.asarray(images.read(io.BytesIO(upload))), image_shape)
+        return trained_model.as_batch(np.asarray(images.read(io.BytesIO(upload), MAX_PIXELS)), image_shape)
     except Exception as error:  # a decoder can raise anything on hostile bytes
         if isinstance(error, Image.DecompressionBombError):
-            raise ValueError(f"This image cannot be used: it has more than {images.MAX_PIXELS:,} pixels.") from error
+            raise ValueError(f"This image cannot be used: it has more than {MAX_PIXELS:,} pixels.") from error
         if isinstance(error, ValueError):
             raise ValueError(f"This image cannot be used: {error}.") from error
         raise ValueError(f"This file cannot be read. Use an image: {images.NAMES}.") from error
@@ -115,24 +133,56 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
 
-def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | None = None) -> "flask.Flask":
+def _is_of_another_site(headers: "Headers") -> bool:
+    """Whether a page of another site sent a request through its user's browser, as the browser's headers tell."""
+    if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        return True
+    origin = headers.get("Origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("Host")  # a proxy may change the scheme
+
+
+def _free_memory() -> None:
+    """Give memory that is no longer used back to the system; glibc, unlike other C libraries, keeps much of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def make_app(model: "Model", name: str, shown: list[Sample], hosts: set[str] | None = None) -> "flask.Flask":
     """Build the web application: the page, its test images and its predictions.
 
     Args:
         model: a model with variables.
         name: the run's name.
         shown: test images to click.
-        hosts: host names that requests may use, so that pages of other sites cannot send any; None for any name.
+        hosts: host names that requests may use, so that no other name leads a browser here; None for any name.
     """
     import flask
 
     app = flask.Flask(__name__, static_folder=None, template_folder=str(host.TEMPLATES))
-    app.config["TRUSTED_HOSTS"] = hosts
     one_at_a_time = threading.Lock()  # an image can take hundreds of MB until it is resized
 
+    @app.before_request
+    def refuse_other_sites() -> None:
+        request = flask.request
+        if hosts is not None and urlsplit(f"//{request.host}").hostname not in hosts:
+            flask.abort(400, "This page has another address.")
+        if request.method == "POST" and _is_of_another_site(request.headers):
+            flask.abort(403, "Pages of other sites may not post here.")
+
+    @app.after_request
+    def protect(response: flask.Response) -> flask.Response:
+        for header, value in _HEADERS.items():
+            response.headers.setdefault(header, value)
+        return response
+
     @app.get("/")
-    def page() -> str:
-        return flask.render_template("serve.html", model=model, name=name, samples=shown, max_bytes=MAX_BYTES)
+    def page() -> flask.Response:
+        nonce = secrets.token_urlsafe(16)
+        text = flask.render_template(
+            "serve.html", model=model, name=name, samples=shown, max_bytes=MAX_BYTES, nonce=nonce
+        )
+        return flask.Response(text, headers={"Content-Security-Policy": _PAGE_POLICY.format(nonce=nonce)})
 
     @app.get("/samples/<int:index>.png")
     def sample(index: int) -> flask.Response:
@@ -142,12 +192,13 @@ def make_app(model: "Model", name: str, shown: list[Sample], hosts: list[str] | 
 
     @app.post("/predict")
     def of_upload() -> tuple[dict[str, object], int]:
-        upload = flask.request.get_data()
         with one_at_a_time:
             try:
-                batch = picture(upload, model.image_shape)
+                batch = picture(flask.request.get_data(cache=False), model.image_shape)
             except ValueError as error:
                 return {"error": str(error)}, 400
+            finally:
+                _free_memory()
             return answer(model, batch), 200
 
     return app
@@ -202,12 +253,19 @@ def main(argv: Sequence[str]) -> None:
         shown = [] if arguments.no_samples else samples(model)
         address, port = listening.getsockname()[:2]
         shown_address = f"[{address}]" if ":" in address else address
-        hosts: list[str] | None = ["localhost", shown_address]
+        hosts: set[str] | None = {"localhost", address}
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             print(f"warning: {address} can be reached by other machines, and the page has no password", file=sys.stderr)
             hosts = None  # the machine's names are not known here
         app = make_app(model, arguments.run.resolve().name, shown, hosts)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a warning for each request that waits
-        server = waitress.create_server(app, sockets=[listening], max_request_body_size=MAX_BYTES + 1)
+        server = waitress.create_server(
+            app,
+            sockets=[listening],
+            max_request_body_size=MAX_BYTES + 1,
+            connection_limit=MAX_CONNECTIONS,
+            channel_timeout=_IDLE_SECONDS,
+            cleanup_interval=1,
+        )
         print(f"http://{shown_address}:{port} (press Ctrl-C to stop)", flush=True)
         server.run()

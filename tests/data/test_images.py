@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,14 @@ def test_formats_that_start_programs_are_not_read_whatever_their_name(tmp_path):
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     assert images.find(tmp_path) == ([], 1)
+
+
+def test_a_tiff_of_tiles_that_would_fill_the_memory_is_refused(tmp_path):
+    tags = {256: 9, 257: 9, 258: 8, 259: 8, 262: 1, 277: 1, 322: 20_000, 323: 20_000, 324: 8, 325: 9}  # 9 x 9 pixels
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    (tmp_path / "tiles.tif").write_bytes(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4))
+    with pytest.raises(ValueError, match="it has tiles of more than 100,000,000 pixels"):
+        images.read(tmp_path / "tiles.tif")
 
 
 @pytest.mark.parametrize(("size", "why"), [((20_000, 5_001), "more than the limit"), ((1, 1001), "1000 times as long")])
