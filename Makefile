@@ -42,11 +42,12 @@ report: $(VENV)/installed ## the page of the runs in results/, with the report's
 	$(BIN)/python -m reproduction.report $(wildcard results/*-seed*.json results/final-f32-*.json results/final-autoaugment-*.json) \
 		$(addprefix --resnet18=,$(lastword $(wildcard results/resnet18-*.json))) --output report
 
-lint: $(VENV)/installed ## ruff, mypy, and which package may import which
+lint: $(VENV)/installed ## ruff, mypy, which package may import which, and whether requirements.txt is current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/check_dependencies.py
 
 # The package itself, again whenever its C++ changes; without a compiler, it is installed without the C++.
 $(VENV)/installed: $(VENV)/dependencies pyproject.toml setup.py $(wildcard resnet_jax/kernels/convolution*)

@@ -1,7 +1,9 @@
 """The files that surround the code: each parses, points at what is there, and agrees with the others."""
 
+import copy
 import datetime
 import fnmatch
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import resnet_jax
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION = resnet_jax.__version__
-REQUIREMENTS = (ROOT / "requirements.txt").read_text().splitlines()
+REQUIREMENTS = (ROOT / "requirements.txt").read_text()
 PYTHONS = {"3.11", "3.12", "3.13"}
 
 
@@ -73,17 +75,52 @@ def test_ruff_has_one_pin():
     (hook,) = [repo for repo in load_yaml(".pre-commit-config.yaml")["repos"] if "ruff" in repo["repo"]]
     assert {entry["id"] for entry in hook["hooks"]} == {"ruff-check", "ruff-format"}
     (in_extra,) = re.findall(r"ruff==(\S+)", " ".join(PROJECT["project"]["optional-dependencies"]["test"]))
-    (in_requirements,) = [line.partition("==")[2] for line in REQUIREMENTS if line.startswith("ruff==")]
+    (in_requirements,) = re.findall(r"^ruff==(\S+)", REQUIREMENTS, re.MULTILINE)
     assert hook["rev"].removeprefix("v") == in_extra == in_requirements
 
 
-def test_every_dependency_of_a_checkout_is_pinned_and_no_index_is_named():
-    declared = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]
-    names = {re.match(r"[\w.-]+", entry)[0].lower().replace("_", "-") for entry in declared}
-    pinned = {line.partition("==")[0] for line in REQUIREMENTS}
-    assert names <= pinned
-    assert all(re.fullmatch(r"[a-z0-9.-]+==\S+( ; .+)?", line) for line in REQUIREMENTS)
-    assert sorted(REQUIREMENTS) == REQUIREMENTS
+@pytest.fixture(scope="module")
+def dependencies():
+    """The check of `make lint`."""
+    spec = importlib.util.spec_from_file_location("check_dependencies", ROOT / ".ci" / "check_dependencies.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_pinned_by_hash(dependencies):
+    project = PROJECT["project"]
+    assert [*dependencies.undeclared(ROOT, project), *dependencies.outdated(REQUIREMENTS, project)] == []
+    assert ".ci/check_dependencies.py" in make_prints("lint", "PYTHON=python3")
+
+
+def test_a_dependency_that_is_not_declared_or_not_pinned_is_found(dependencies):
+    project = copy.deepcopy(PROJECT["project"])
+    project["dependencies"].remove("sqlalchemy>=2.0")
+    (line,) = dependencies.undeclared(ROOT, project)
+    assert line == "resnet_jax/search/studies.py imports sqlalchemy: add sqlalchemy to pyproject.toml"
+    project["dependencies"] += ["sqlalchemy>=99", "numpy-of-another-name ; python_version < '3.12'"]
+    lines = set(dependencies.outdated(REQUIREMENTS, project))
+    assert (
+        'requirements.txt has nothing for numpy-of-another-name; python_version < "3.12" on Python 3.11, linux x86_64'
+        in lines
+    )
+    assert sum("for sqlalchemy>=99 on Python 3.13, darwin arm64" in line for line in lines) == 1
+    assert len(lines) == 3 + 9
+    for damage in (
+        re.sub(r"^ruff==.*\n(    --hash.*\n)+", "ruff==0.17.6\n", REQUIREMENTS, flags=re.MULTILINE),
+        "--index-url https://example.org/simple\n" + REQUIREMENTS,
+    ):
+        assert any(
+            "each line must be a pin with hashes" in line for line in dependencies.outdated(damage, PROJECT["project"])
+        )
+
+
+def test_the_licence_of_each_dependency_is_documented():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    documented = dict(re.findall(r"^\| `([\w.-]+)` \| ([^|]+) \|", text.partition("## Dependencies")[2], re.MULTILINE))
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    assert documented.keys() == {re.match(r"[\w.-]+", entry)[0] for group in groups for entry in group}
 
 
 def test_the_workflow_runs_the_check_on_every_supported_python():

@@ -30,7 +30,6 @@ from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
     import flask
-    from werkzeug.datastructures import Headers
 
     from resnet_jax.inference.trained_model import Model
 
@@ -133,8 +132,9 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
 
-def _is_of_another_site(headers: "Headers") -> bool:
+def _is_of_another_site(request: "flask.Request") -> bool:
     """Whether a page of another site sent a request through its user's browser, as the browser's headers tell."""
+    headers = request.headers
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         return True
     origin = headers.get("Origin")
@@ -167,7 +167,7 @@ def make_app(model: "Model", name: str, shown: list[Sample], hosts: set[str] | N
         request = flask.request
         if hosts is not None and urlsplit(f"//{request.host}").hostname not in hosts:
             flask.abort(400, "This page has another address.")
-        if request.method == "POST" and _is_of_another_site(request.headers):
+        if request.method == "POST" and _is_of_another_site(request):
             flask.abort(403, "Pages of other sites may not post here.")
 
     @app.after_request
