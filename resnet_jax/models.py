@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
-        return add_relu(norm(name="norm2")(y), _shortcut(self, x, y.shape))
+        return add_relu(norm(name="norm2")(y), _shortcut(self, x, y.shape[-1]))
 
 
 class BottleneckBlock(nn.Module):
@@ -67,14 +67,14 @@ class BottleneckBlock(nn.Module):
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
         y = relu(norm(name="norm2")(y))
         y = conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
-        return add_relu(norm(name="norm3")(y), _shortcut(self, x, y.shape))
+        return add_relu(norm(name="norm3")(y), _shortcut(self, x, y.shape[-1]))
 
 
-def _shortcut(block: Any, x: jax.Array, shape: tuple[int, ...]) -> Any:
-    """Apply the identity, or a 1x1 conv and BN if the block changes the shape (He et al., section 3.3, option B)."""
-    if x.shape == shape:
+def _shortcut(block: Any, x: jax.Array, channels: int) -> Any:
+    """Apply the identity, or a 1x1 conv and BN if the block has a stride or other channels (He et al., section 3.3, option B)."""
+    if block.stride == 1 and x.shape[-1] == channels:
         return x
-    x = block.layers.conv(shape[-1], (1, 1), block.stride, name="shortcut_conv")(x)
+    x = block.layers.conv(channels, (1, 1), block.stride, name="shortcut_conv")(x)
     return block.layers.norm(name="shortcut_norm")(x)
 
 

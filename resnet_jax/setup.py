@@ -1,7 +1,6 @@
 """Set up training and evaluation: load the data, make the mesh and the state of step 0."""
 
 import json
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import train_state
 from resnet_jax.data import cache, datasets
 from resnet_jax.errors import UserError
-from resnet_jax.runs import model_size, processes, stored_config
+from resnet_jax.runs import model_size, plan, processes, stored_config
 from resnet_jax.runs.progress import say, waiting
 
 
@@ -68,7 +67,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
     config = datasets.computed(config, train, len(dataset.class_names))
     steps_per_epoch = len(train.labels) / config.batch_size
-    total_steps = math.ceil(config.num_epochs * steps_per_epoch)
+    total_steps = plan.total_steps(config, len(train.labels))
     if total_steps >= 2**31:
         raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce them below 2**31")
     image_shape = train.images.shape[1:]

@@ -100,6 +100,12 @@ def test_batch_norm_follows_its_momentum_and_epsilon():
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_with_a_stride_has_a_shortcut_convolution_even_if_it_changes_no_shape():
+    _, variables = shapes(models.ResNet(10, (8, 8, 8), (1, 1, 1)), size=2)  # 2 x 2 pixels, 1 x 1, and 1 x 1
+    has_one = ["shortcut_conv" in variables["params"][f"stage{i}_block1"] for i in (1, 2, 3)]
+    assert has_one == [False, True, True]
+
+
 def test_a_max_pool_takes_each_stages_first_half():
     model = models.ResNet(10, (8, 12, 16), (0, 1, 0), downsample="pool", global_pool="max", logit_scale=0.5)
     logits, variables = shapes(model)

@@ -221,4 +221,5 @@ def _grey(pixels: jax.Array) -> jax.Array:
 def _mean(grey: jax.Array) -> jax.Array:
     """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
     count = grey.shape[1] * grey.shape[2]
-    return (2 * jnp.sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)
+    mean, rest = jnp.divmod(jnp.sum(grey, axis=(1, 2), keepdims=True, dtype=jnp.uint32), jnp.uint32(count))
+    return (mean + (2 * rest >= count)).astype(jnp.int32)

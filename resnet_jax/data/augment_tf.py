@@ -225,4 +225,5 @@ def _grey(pixels: tf.Tensor) -> tf.Tensor:
 def _mean(grey: tf.Tensor) -> tf.Tensor:
     """The mean of each image, rounded half up: int32 [B, H, W] -> [B, 1, 1]."""
     count = grey.shape[1] * grey.shape[2]
-    return (2 * tf.reduce_sum(grey, axis=(1, 2), keepdims=True) + count) // (2 * count)
+    total = tf.reduce_sum(tf.cast(grey, tf.int64), axis=(1, 2), keepdims=True)
+    return tf.cast((2 * total + count) // (2 * count), tf.int32)

@@ -61,7 +61,7 @@ def _private(path: Path) -> Path:
 def _remove_torn(programs: Path) -> None:
     """Remove incomplete programs, such as those of a killed process, which JAX would neither read nor replace.
 
-    Programs that have not changed since the last check are not read again.
+    Programs unchanged since the last check are not read again.
     """
     checked, now = programs / ".checked", programs / f".checked-{os.getpid()}"
     now.touch()  # the time of the file system, which dates the programs too

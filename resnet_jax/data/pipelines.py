@@ -22,6 +22,14 @@ from resnet_jax.errors import UserError
 from resnet_jax.host import usable_cores
 
 Batch = dict[str, np.ndarray]
+_IN_INT32 = (
+    "brightness",
+    "contrast",
+    "saturation",
+    "policy",
+    "rotation_degrees",
+)  # with sums and coordinates of 32 bits
+_MAX_SIDE = 4096  # of their images
 
 
 def process_slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
@@ -83,11 +91,17 @@ def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
     """Check that the config's pipeline and augmentation suit the training images, before anything is written.
 
     Raises:
-        UserError: if the images do not fit in the devices' memory, or are too small for the augmentation.
+        UserError: if the images do not fit in the devices' memory, or are too small or too large for the augmentation.
     """
     if config.pipeline == "device":
         check_fits(split, mesh)
-    smallest = min(split.images.shape[1:3])
+    smallest, largest = sorted(split.images.shape[1:3])
+    in_int32 = [name for name in _IN_INT32 if config.augment[name]]
+    if in_int32 and largest > _MAX_SIDE:
+        raise UserError(
+            f"the training images have a side of {largest} pixels, and config.augment.{in_int32[0]} takes up to {_MAX_SIDE}: "
+            "set config.data.image_size, or switch it off"
+        )
     if config.augment.crop_fill == "reflect" and config.augment.crop_padding >= smallest:
         raise UserError(
             f"config.augment.crop_padding {config.augment.crop_padding} is not less than the {smallest} pixels that "

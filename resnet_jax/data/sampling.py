@@ -204,8 +204,8 @@ def stratified_split(labels: np.ndarray, ratio: float, seed: int) -> tuple[np.nd
 
     Args:
         labels: int [N], in the source's own order.
-        ratio: share of the second part, which gets round(ratio * N) examples, and of each class its share to within
-            one example.
+        ratio: share of the second part, >= 0 and < 1: it gets round(ratio * N) examples, and of each class its share to
+            within one example. Each class keeps an example in the first part, so the second may get fewer.
         seed: seed of the split.
 
     Returns:
@@ -215,7 +215,8 @@ def stratified_split(labels: np.ndarray, ratio: float, seed: int) -> tuple[np.nd
     share = counts * ratio
     quota = np.floor(share).astype(np.int64)
     short = round(len(labels) * ratio) - quota.sum()
-    quota[np.argsort(quota - share, kind="stable")[:short]] += 1  # largest remainders first
+    largest_remainders_first = np.argsort(quota - share, kind="stable")
+    quota[[label for label in largest_remainders_first if counts[label] - quota[label] > 1][:short]] += 1
     chosen = np.zeros(len(labels), bool)
     for label, (count, size) in enumerate(zip(counts, quota, strict=True)):
         members = np.flatnonzero(labels == label)

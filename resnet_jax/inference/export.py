@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnet_jax import config as config_lib
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
 from resnet_jax.host import __version__
@@ -39,12 +40,13 @@ _CHECKED_ON = (1, 2, 17)  # batch sizes of the comparison
 
 
 def metadata(model: "Model") -> dict[str, Any]:
-    """Return the metadata of an export as JSON values."""
+    """Return the metadata of an export as JSON values; of paths only the last name."""
     from resnet_jax import train_state
     from resnet_jax.inference import calibration
 
+    without_paths = stored_config.without_paths(config_lib.flatten(model.config))
     return {
-        "config": stored_config.to_json(model.config),
+        "config": stored_config.to_json(config_lib.replaced(model.config, without_paths)),
         "class_names": list(model.class_names),
         "image_shape": list(model.image_shape),
         "checkpoint_step": model.step,

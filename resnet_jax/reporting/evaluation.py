@@ -147,18 +147,19 @@ def _describe(
 ) -> dict[str, Any]:
     """Return the report of a split: the result of `evaluate`, the accuracy by class, and the calibration.
 
+    The accuracy of a class without images is None.
     Balanced accuracy is the mean of the accuracies by class, and macro-F1 the mean of 2 TP / (2 TP + FP + FN), over the
     classes that have images.
     """
     correct, labelled, predicted = np.diag(result.confusion), result.confusion.sum(axis=1), result.confusion.sum(axis=0)
-    per_class = correct / np.maximum(labelled, 1)
     seen = labelled > 0
+    per_class = [int(hits) / int(count) if count else None for hits, count in zip(correct, labelled, strict=True)]
     described = {
         "loss": result.loss,
         "accuracy": result.accuracy,
-        "balanced_accuracy": float(per_class[seen].mean()),
+        "balanced_accuracy": float((correct[seen] / labelled[seen]).mean()),
         "macro_f1": float((2 * correct / np.maximum(labelled + predicted, 1))[seen].mean()),
-        "accuracy_per_class": dict(zip(names, per_class.tolist(), strict=True)),
+        "accuracy_per_class": dict(zip(names, per_class, strict=True)),
         "confusion": result.confusion.tolist(),
         "calibration": calibration.calibration_report(result.logits, labels),
     }
@@ -197,5 +198,6 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
     lines.append(f"\n{'test':<{width}}  accuracy  {confusion}")
     for name, row in zip(names, report["test"]["confusion"], strict=True):
         accuracy = report["test"]["accuracy_per_class"][name]
-        lines.append(f"{name:<{width}}  {accuracy:>8.2%}  " + "".join(f"{n:>{cell}}" for n in row if matrix))
+        shown = "-" if accuracy is None else f"{accuracy:.2%}"
+        lines.append(f"{name:<{width}}  {shown:>8}  " + "".join(f"{n:>{cell}}" for n in row if matrix))
     return "\n".join(lines)

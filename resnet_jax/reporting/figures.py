@@ -260,7 +260,7 @@ def draw_per_class(groups: Sequence[Group]) -> Figure:
     figure, axes = new_axes("Test accuracy by class", (_SIZE[0], max(_SIZE[1], 0.34 * len(names) + 1.2)))
     for group, offset in _side_by_side(groups):
         confusion = _confusion(group)
-        accuracies = np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1)
+        accuracies = _shares(confusion).diagonal()  # nan is not drawn
         axes.plot(
             accuracies,
             np.arange(len(names)) + offset,
@@ -281,11 +281,17 @@ def _confusion(group: Group) -> np.ndarray:
     return np.sum([run["analysis"]["confusion"] for run in group.runs], axis=0)
 
 
+def _shares(confusion: np.ndarray) -> np.ndarray:
+    """Each row of counts divided by its sum; nan for a class without images."""
+    totals = confusion.sum(axis=1, keepdims=True)
+    return np.divide(confusion, totals, out=np.full(confusion.shape, np.nan), where=totals > 0)
+
+
 def draw_confusion(group: Group) -> Figure:
     """The confusion matrix of a group, in per cent of each label's images, in the group's colour."""
     names = group.runs[0]["analysis"]["class_names"]
     confusion = _confusion(group)
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shares = _shares(confusion)
     figure, axes = new_axes(f"Confusion, %: {group.name}", (_SIZE[0], _SIZE[0]))
     shades = [to_rgba(group.colour, 0), to_rgba(group.colour, _DEEPEST)]
     axes.imshow(shares, cmap=LinearSegmentedColormap.from_list(group.name, shades), vmin=0, vmax=1)
@@ -294,7 +300,7 @@ def draw_confusion(group: Group) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
         for (i, j), share in np.ndenumerate(shares):
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+            axes.text(j, i, "-" if np.isnan(share) else f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class")
     return figure
 

@@ -28,12 +28,6 @@ from resnet_jax.runs.result import RunResult
 _CONFUSIONS = 5  # listed under "Limits"
 
 
-def _name_of_data(name: str) -> str:
-    """The name of a data set without the path of its folder: "folder:/home/me/birds" -> "folder:birds"."""
-    kind, colon, path = name.partition(":")
-    return f"{kind}:{Path(path).name}" if colon else name
-
-
 def _escaped(text: object) -> str:
     """Text on one line, escaped for Markdown."""
     return re.sub(r"([\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(str(text).split()))
@@ -52,8 +46,8 @@ def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
         test: the "test" part of `eval.json`.
 
     Returns:
-        [{"name", "count": test images, "accuracy", "confused_with": a class or None, "confused": share of the class's images
-        that are predicted as that}], the highest accuracy first.
+        [{"name", "count": test images, "accuracy": None without test images, "confused_with": a class or None, "confused":
+        share of the class's images that are predicted as that}], the highest accuracy first.
     """
     names, confusion = list(test["accuracy_per_class"]), np.array(test["confusion"])
     classes = []
@@ -67,12 +61,12 @@ def by_class(test: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "count": count,
-                "accuracy": row[i] / max(count, 1),
+                "accuracy": row[i] / count if count else None,
                 "confused_with": other,
                 "confused": share,
             }
         )
-    return sorted(classes, key=lambda entry: -entry["accuracy"])
+    return sorted(classes, key=lambda entry: (not entry["count"], -(entry["accuracy"] or 0)))
 
 
 def card(directory: Path, shipped_as: str | None = None) -> str:
@@ -112,9 +106,7 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
     to_json = partial(json.dumps, ensure_ascii=False)
     templates.filters |= {"md": _escaped, "json": to_json, "code": _code, "percent": "{:.2%}".format}
     try:
-        test, config = evaluation["test"], stored_config.deciding(result.config)
-        config["data.name"] = _name_of_data(config["data.name"])
-        config["init_from"] = Path(config["init_from"]).name
+        test, config = evaluation["test"], stored_config.without_paths(stored_config.deciding(result.config))
         classes = by_class(test)
         confusion = np.array(test["confusion"])
         count, correct = int(confusion.sum()), int(np.trace(confusion))

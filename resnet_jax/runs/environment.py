@@ -71,13 +71,18 @@ def _cpu() -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit of the code and whether files differ from it; None outside a git repository."""
-    here = Path(__file__).parent
+    """The commit of the code and whether files differ from it; None unless a git repository holds the package at its root.
+
+    The repository around a copy, or around the environment that the package is installed in, has commits of other code.
+    """
+    root = host.CHECKOUT
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,9 +1,16 @@
 """What a run does after which step: pure arithmetic, decided before the first step is taken."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 from ml_collections import ConfigDict
+
+
+def total_steps(config: ConfigDict, num_examples: int) -> int:
+    """Return ceil(num_epochs * num_examples / batch_size), exactly: 1.1 epochs are 11/10, as they are written."""
+    return math.ceil(Fraction(str(config.num_epochs)) * num_examples / config.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

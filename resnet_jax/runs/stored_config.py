@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -87,6 +88,20 @@ def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that change the result, flat, of a config as JSON: {"optim.eps": 1e-8}."""
     later = json.loads(json.dumps(LATER_FIELDS))
     return {k: v for k, v in (later | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
+
+
+def without_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config that can leave this machine: of its data and of `init_from` only the names, "folder:birds", and no folders."""
+    kind, _, path = flat["data.name"].partition(":")
+    names = {
+        "init_from": Path(flat["init_from"]).name,
+        **{n: "" for n in ("data.data_dir", "data.cache_dir") if n in flat},
+    }
+    return {
+        **flat,
+        **names,
+        "data.name": f"{kind}:{Path(path).name}" if kind in ("folder", "npz") else flat["data.name"],
+    }
 
 
 def extended(config: ConfigDict, num_epochs: float) -> ConfigDict:

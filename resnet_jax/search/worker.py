@@ -6,7 +6,6 @@ without a lock was left by a worker that ended, and another worker resumes it.
 """
 
 import contextlib
-import math
 import secrets
 import shutil
 import sys
@@ -24,7 +23,7 @@ from optuna.trial import TrialState
 from resnet_jax import training
 from resnet_jax.data import datasets
 from resnet_jax.errors import TrainingDiverged, UserError, is_out_of_memory
-from resnet_jax.runs import environment, metrics_log, preemption, stored_config
+from resnet_jax.runs import environment, metrics_log, plan, preemption, stored_config
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.result import RunResult
 from resnet_jax.search import check_folder, cost, space, stages, studies
@@ -109,7 +108,7 @@ class Worker:
         train_split, _ = datasets.validation_split(dataset, config.data)
         self.num_classes, self.image_shape = len(dataset.class_names), train_split.images.shape[1:]
         self.num_examples = len(train_split.labels)
-        self.num_steps = math.ceil(config.num_epochs * self.num_examples / config.batch_size)
+        self.num_steps = plan.total_steps(config, self.num_examples)
         if self.num_steps < 2:
             raise UserError("a trial has only one step: raise config.num_epochs, or lower config.batch_size")
         if config.log_every_steps >= self.num_steps:

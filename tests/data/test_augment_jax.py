@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image, ImageEnhance
 
 from resnet_jax.data import augment_jax, augment_tf, sampling
 from resnet_jax.data.sampling import JITTER_ORDERS
@@ -79,6 +80,22 @@ def test_jitter_in_each_order_at_every_value_of_a_pixel(order):
     orders = np.tile(np.array(order, np.int32), (B, 1))
     ours = jax.jit(augment_jax.jitter)(images, factors, orders)
     assert_same(ours, augment_tf.jitter(tf.constant(images), factors, orders))
+
+
+def test_the_contrast_of_large_images_is_pillows_in_both():
+    """2,100 x 2,100 pixels of 250: twice the sum of their greys is above 2**31."""
+    images = np.full((1, 2100, 2100, 3), 250, np.uint8)
+    images[:, :2] = 0
+    factors, order = np.array([[1, 0.5, 1]], np.float32), np.array([[0, 1, 2]], np.int32)
+    theirs = np.asarray(ImageEnhance.Contrast(Image.fromarray(images[0])).enhance(0.5))[None]
+    assert np.array_equal(augment_tf.jitter(tf.constant(images), factors, order), theirs)
+    assert np.array_equal(jax.jit(augment_jax.jitter)(images, factors, order), theirs)
+
+
+def test_the_mean_of_the_largest_images_that_are_augmented_is_exact():
+    grey = np.full((1, 4096, 4096), 255, np.int32)
+    assert np.array_equal(augment_jax._mean(grey), [[[255]]])
+    assert np.array_equal(augment_tf._mean(tf.constant(grey)), [[[255]]])
 
 
 @pytest.mark.parametrize("off", ["nothing", "flip_probability", "crop_padding", "jitter", "rotation_degrees", "all"])

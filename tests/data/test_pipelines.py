@@ -95,6 +95,21 @@ def test_images_too_small_for_the_augmentation_are_refused(split, config, fields
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", pipelines._IN_INT32)
+def test_images_too_large_for_the_augmentation_are_refused(config, name):
+    def check(side):
+        images = np.broadcast_to(np.uint8(0), (2, 8, side, 3))
+        pipelines.check(config, Split(images, np.zeros(2, np.int32)), mesh=None)
+
+    for other in pipelines._IN_INT32:
+        config.augment[other] = type(config.augment[other])()
+    check(4097)
+    config.augment[name] = "trivial" if name == "policy" else 0.5
+    check(4096)
+    with pytest.raises(UserError, match=rf"a side of 4097 pixels, and config.augment.{name} takes up to 4096: set"):
+        check(4097)
+
+
 def test_a_batch_of_one_image_cannot_be_mixed(split, config):
     config.batch_size, config.augment.mixup_alpha = 1, 0.2
     with pytest.raises(UserError, match="batch_size is 1, and mixup and CutMix mix two images"):

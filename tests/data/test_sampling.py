@@ -266,6 +266,14 @@ def test_the_split_is_stratified_and_complete(ratio):
     assert np.array_equal(second, np.sort(second))
 
 
+def test_the_split_leaves_each_class_an_example_in_the_first_part():
+    labels = np.array([0, 1, 2, 2, 3, 3, 3, 3])
+    for ratio in (0.2, 0.5, 0.7, 0.9):
+        first, second = sampling.stratified_split(labels, ratio, seed=0)
+        assert set(labels[first]) == {0, 1, 2, 3}
+        assert len(second) == min(round(ratio * 8), 4)  # of classes 0 and 1 none, of 2 one, of 3 three
+
+
 def test_the_split_depends_on_its_seed_and_on_nothing_else():
     labels = np.arange(1000) % 10
     a, b, c = (sampling.stratified_split(labels, 0.1, seed)[1] for seed in (0, 0, 1))

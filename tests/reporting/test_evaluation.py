@@ -69,6 +69,11 @@ def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn():
     assert described["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predictions))
     assert described["macro_f1"] == pytest.approx(metrics.f1_score(labels, predictions, average="macro"))
     assert described["balanced_accuracy"] < described["accuracy"]
+    accuracies = described["accuracy_per_class"]
+    assert accuracies["d"] is None  # it has no image
+    assert np.mean([accuracies[name] for name in "abc"]) == pytest.approx(described["balanced_accuracy"])
+    report = {"checkpoint": "best", "checkpoint_step": 1, "flip": False, "test": described}
+    assert evaluation._as_text(report, tuple("abcd")).splitlines()[-1].split() == ["d", "-", "0", "0", "0", "0"]
 
 
 def test_a_step_is_chosen_by_number(finished):

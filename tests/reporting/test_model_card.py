@@ -96,11 +96,11 @@ def test_every_class_is_in_it_the_worst_last(evaluated):
 
 
 def test_classes_that_nothing_is_known_of_are_shown():
-    test = {"accuracy_per_class": {"a": 1.0, "b": 0.0, "c": 0.0}, "confusion": [[3, 0, 0], [0, 0, 0], [1, 1, 2]]}
+    test = {"accuracy_per_class": {"a": 1.0, "b": None, "c": 0.5}, "confusion": [[3, 0, 0], [0, 0, 0], [1, 1, 2]]}
     assert model_card.by_class(test) == [
         {"name": "a", "count": 3, "accuracy": 1.0, "confused_with": None, "confused": 0.0},
         {"name": "c", "count": 4, "accuracy": 0.5, "confused_with": "a", "confused": 0.25},
-        {"name": "b", "count": 0, "accuracy": 0.0, "confused_with": None, "confused": 0.0},
+        {"name": "b", "count": 0, "accuracy": None, "confused_with": None, "confused": 0.0},
     ]
     one = {"accuracy_per_class": {"only": 1.0}, "confusion": [[7]]}
     assert model_card.by_class(one)[0]["confused_with"] is None

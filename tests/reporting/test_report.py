@@ -292,6 +292,18 @@ def test_the_accuracy_figure_shows_the_rows_of_the_runs(three_groups):
     assert [float(xy[-1, 1]) for xy in tests] == [run["test_accuracy"] for run in group.runs]
 
 
+def test_a_class_without_test_images_has_no_accuracy(three_groups):
+    group = three_groups[0]
+    for run in group.runs:
+        run["analysis"]["confusion"] = [
+            [0] * 10 if i == 3 else row for i, row in enumerate(run["analysis"]["confusion"])
+        ]
+    (line,) = figures.draw_per_class([group]).axes[0].lines
+    assert np.flatnonzero(np.isnan(line.get_xdata())).tolist() == [3]
+    texts = [text.get_text() for text in figures.draw_confusion(group).axes[0].texts]
+    assert [i // 10 for i, text in enumerate(texts) if text == "-"] == [3] * 10
+
+
 def test_shares_are_shown_in_per_cent(three_groups):
     drawn = {p.name: p.draw().axes[0] for p in report.pictures(three_groups) if p.name[:4] in ("opti", "accu", "relu")}
     assert len(drawn) == 3

@@ -1,5 +1,6 @@
 """What `environment.json` says of the machine."""
 
+import subprocess
 from pathlib import Path
 
 from resnet_jax.runs import environment
@@ -18,3 +19,16 @@ def test_without_proc_the_system_says_which_processor(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.setattr(environment.platform, "processor", lambda: "arm")
     assert environment._cpu() == "arm"
+
+
+def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
+    def git(*arguments):
+        as_somebody = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *as_somebody, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "--message=other code")
+    for root, known in ((tmp_path, True), (tmp_path / "vendored", False)):
+        (root / "resnet_jax").mkdir(parents=True)
+        monkeypatch.setattr(environment.host, "CHECKOUT", root)
+        assert (environment._git_state() is not None) == known

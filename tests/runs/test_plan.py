@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
-from resnet_jax.runs.plan import Call, Plan
+from resnet_jax.runs.plan import Call, Plan, total_steps
 
 PLAN = Plan(
     total_steps=41,
@@ -31,6 +32,20 @@ def test_too_few_images_or_steps_are_warned_of_with_the_numbers():
     assert "a batch holds 64 images, and there are only 63" in few
     (short,) = plan(total_steps=9).warnings()
     assert "takes only 9 steps of 64 images" in short
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "batch_size", "num_examples", "steps"),
+    [
+        (11.0, 264, 45_000, 1875),  # 45,000 / 264 * 11 is 1875.0000000000002 in floats
+        (1.1, 100, 1000, 11),  # and so is 1.1 * 10 more than 11
+        (2.0, 64, 1294, 41),
+        (1e-9, 64, 1294, 1),
+        (1e300, 1, 3, 3 * 10**300),
+    ],
+)
+def test_steps_are_counted_exactly(num_epochs, batch_size, num_examples, steps):
+    assert total_steps(ConfigDict({"num_epochs": num_epochs, "batch_size": batch_size}), num_examples) == steps
 
 
 def test_it_needs_no_jax():
