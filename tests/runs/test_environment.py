@@ -18,3 +18,15 @@ def test_without_proc_the_system_says_which_processor(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.setattr(environment.platform, "processor", lambda: "arm")
     assert environment._cpu() == "arm"
+
+
+def test_what_changes_the_rounding_of_a_run_is_named():
+    before = environment.collect()
+    assert environment.changes(before, before | {"host": "another", "python": "3.99"}) == []
+    now = before | {"cpu_count": 99, "xla_flags": "--xla_cpu_enable_fast_math=true"}
+    now["versions"] = before["versions"] | {"jaxlib": "0.1", "numpy": "0.1"}
+    assert environment.changes(before, now) == [
+        f"cpu_count {before['cpu_count']} -> 99",
+        f"xla_flags {before['xla_flags']} -> --xla_cpu_enable_fast_math=true",
+        f"jaxlib {before['versions']['jaxlib']} -> 0.1",
+    ]
