@@ -275,8 +275,7 @@ def open_workdir(
         lock = stack.enter_context(_locked(directory, bytes_needed)) if jax.process_index() == 0 else None
         if lock:
             check(directory, config)
-            for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
-                shutil.rmtree(scratch, ignore_errors=True)
+            files.remove_scratch(directory)  # of a session that was killed
             epochs = _epochs_of_result(directory)
             if epochs is not None and epochs != config.num_epochs:  # the run is extended
                 (directory / "result.json").replace(directory / f"result-{epochs:g}-epochs.json")
