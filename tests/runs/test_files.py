@@ -21,12 +21,10 @@ with files.scratch_directory(Path(sys.argv[1])) as scratch:
 @pytest.fixture
 def holder(tmp_path):
     """Another process that is writing in `tmp_path`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    yield process, tmp_path / process.stdout.readline().strip()
-    process.kill()
-    process.communicate()
+    command = [sys.executable, "-c", _HOLD, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process, tmp_path / process.stdout.readline().strip()
+        process.kill()
 
 
 def test_the_scratch_of_a_process_that_lives_stays(tmp_path, holder):
