@@ -21,7 +21,6 @@ import itertools
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
@@ -35,7 +34,7 @@ from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
-from resnet_jax.runs import stored_config
+from resnet_jax.runs import files, stored_config
 
 THROUGHPUTS = ("train_step", "eval_step", "pipeline", "naive_pipeline", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
@@ -163,7 +162,7 @@ def table(case: dict[str, Any]) -> Iterator[str]:
 def check_output(path: Path) -> None:
     """Check that the output file can be written, before anything is measured."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-"):
+        with files.scratch_directory(path.parent):
             is_folder = path.is_dir()
     except OSError:
         is_folder = True
@@ -193,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # because other processes use the GPU too
     import jax
 
-    from resnet_jax.runs import environment, files
+    from resnet_jax.runs import environment
 
     for _, num_devices in cases:
         if arguments.against_torch and (num_devices or jax.device_count()) > 1:

@@ -135,6 +135,26 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
     assert "first step dispatched" in out
 
 
+def test_a_run_that_resumes_in_another_environment_says_what_changed(tmp_path, tiny_config, capsys):
+    for change in ({}, {"cpu_count": 99}, None):
+        path = tmp_path / "environment.json"
+        if change:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        elif change is None:
+            path.write_text("{")
+        capsys.readouterr()
+        with pytest.raises(preemption.TrainingInterrupted):
+            training.train(tiny_config, tmp_path, max_seconds=0.0)
+        said = capsys.readouterr().err
+        if change:
+            assert "warning: resuming with cpu_count 99 -> " in said
+        elif change is None:
+            assert f"warning: resuming with {path} unreadable" in said
+        else:
+            assert "warning" not in said
+        assert json.loads(path.read_text())["cpu_count"] != 99
+
+
 def test_a_complete_run_is_not_run_again(tmp_path, tiny_config, capsys, monkeypatch):
     result = training.train(tiny_config, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -14,7 +14,6 @@ with the network on random images; the file gets its final name only if they agr
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
 from resnet_jax.host import __version__
 from resnet_jax.inference import shipped
-from resnet_jax.runs import stored_config
+from resnet_jax.runs import files, stored_config
 
 if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model
@@ -199,8 +198,8 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     if settings.get("float16"):
         model = rounded(model)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
-            new = Path(scratch) / path.name
+        with files.scratch_directory(path.parent) as scratch:
+            new = scratch / path.name
             difference = largest_difference(model, WRITERS[kind](model, new, **settings))
             if not difference <= _TOLERANCE:
                 raise RuntimeError(

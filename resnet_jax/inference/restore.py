@@ -1,15 +1,12 @@
 """Restore a run from one of its checkpoints, with its data."""
 
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from resnet_jax.errors import UserError
-from resnet_jax.runs import workdir
-from resnet_jax.runs.checkpoints import Checkpoints
-from resnet_jax.runs.metrics_log import validations
+from resnet_jax.runs import checkpoints, workdir
 from resnet_jax.setup import Setup, setup
 from resnet_jax.train_state import TrainState
 
@@ -28,15 +25,12 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     config = workdir.check(directory, config)
-    with _checkpoints(directory) as checkpoints:
-        checkpoints.choose(which)  # reports a user error before the data are loaded
+    checkpoints.read_chosen(
+        directory, which, lambda found, step: None
+    )  # reports a user error before the data are loaded
     start = setup(config)
     check_meta = partial(workdir.check_meta, directory, config, start.dataset.fingerprint)
-    with _checkpoints(directory) as checkpoints:  # again, because a running run replaces its checkpoints
-        step = checkpoints.choose(which)
-        state, _ = checkpoints.restore(step, start.state, check_meta)
+    state, step = checkpoints.read_chosen(
+        directory, which, lambda found, step: found.restore(step, start.state, check_meta)[0]
+    )
     return start, state, step
-
-
-def _checkpoints(directory: Path) -> "closing[Checkpoints]":
-    return closing(Checkpoints(directory / "checkpoints", validations(directory), read_only=True))

@@ -12,7 +12,6 @@ the running variance of batch norm too, although PyTorch's estimate of it is unb
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
+from resnet_jax.runs import files
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 _MODULES = {
@@ -192,8 +192,8 @@ def write(path: Path, weights: Weights) -> None:
         UserError: if it cannot be written, or PyTorch is needed and not installed.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
-            new = Path(scratch) / path.name
+        with files.scratch_directory(path.parent) as scratch:
+            new = scratch / path.name
             if path.suffix == ".npz":
                 np.savez(new, **weights)  # type: ignore[arg-type]
             elif path.suffix == ".safetensors":
@@ -214,7 +214,7 @@ def load(config: ConfigDict, directory: Path, path: Path) -> None:
     Raises:
         UserError: if the folder exists, or the weights do not fit `config.model`.
     """
-    from resnet_jax.runs import files, workdir
+    from resnet_jax.runs import workdir
     from resnet_jax.setup import setup
 
     if directory.exists():

@@ -8,7 +8,6 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +30,7 @@ from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError
 from resnet_jax.inference import calibration, shipped
-from resnet_jax.runs import metrics_log, stored_config
+from resnet_jax.runs import stored_config
 
 LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
 _ROUNDING = 1e-5  # by which floats may leave 0..1
@@ -267,24 +266,28 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
             + " or ".join(shipped.names())
         )
     # Here, because Orbax takes half a second to import, and a file needs none of it.
-    from resnet_jax.runs.checkpoints import Checkpoints
+    from resnet_jax.runs import checkpoints
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
-    validations = metrics_log.validations(directory)
-    with closing(Checkpoints(directory / "checkpoints", validations, read_only=True)) as checkpoints:
-        step = checkpoints.choose(str(checkpoint))
-        meta = checkpoints.meta(step)
+
+    def read(
+        found: checkpoints.Checkpoints, step: int
+    ) -> tuple[ConfigDict, tuple[str, ...], tuple[int, int, int], Any]:
+        meta = found.meta(step)
         if "class_names" not in meta:
             raise UserError(f"{directory} is from an old version whose checkpoints have no class names: train it again")
-        config, image_shape = stored_config.from_json(meta["config"]), tuple(meta["image_shape"])
-        mesh = train_state.make_mesh(1)
-        # Shapes suffice. The state needs a schedule, which is not used here: any number of steps per epoch works.
-        shapes = jax.eval_shape(partial(train_state.create, config, len(meta["class_names"]), image_shape, 1.0, mesh))
+        with found.readable(step):
+            config, (height, width, depth) = stored_config.from_json(meta["config"]), meta["image_shape"]
+            image_shape = height, width, depth
+            names, mesh = tuple(meta["class_names"]), train_state.make_mesh(1)
+            # Shapes suffice. The state needs a schedule, which is not used here: any number of steps per epoch works.
+            shapes = jax.eval_shape(partial(train_state.create, config, len(names), image_shape, 1.0, mesh))
         replicated = NamedSharding(mesh, PartitionSpec())
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
-        state, _ = checkpoints.restore(step, like)
-    temperatures = calibration.temperatures(directory, step)
-    return Model(config, tuple(meta["class_names"]), image_shape, state.variables, step, temperatures)
+        return config, names, image_shape, found.restore(step, like)[0].variables
+
+    (config, names, image_shape, variables), step = checkpoints.read_chosen(directory, str(checkpoint), read)
+    return Model(config, names, image_shape, variables, step, calibration.temperatures(directory, step))
 
 
 def _load_file(path: Path) -> Model:

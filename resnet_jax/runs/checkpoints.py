@@ -1,15 +1,18 @@
 """Checkpoints through Orbax: written in the background; the latest two and the best are kept.
 
-Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of its state, and a restore checks it.
+Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of its state, and one of its `meta`, in which the
+state's digest is. A restore checks both.
 """
 
+import hashlib
+import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,9 +21,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
-from resnet_jax.runs import processes
+from resnet_jax.runs import metrics_log, processes
 from resnet_jax.runs.metrics_log import Validation, best_step
 from resnet_jax.train_state import TrainState
+
+_ATTEMPTS = 5  # to read a checkpoint of a run under way
+Read = TypeVar("Read")
 
 
 class CorruptCheckpointError(UserError):
@@ -39,6 +45,10 @@ def _reason(error: Exception) -> str:
     """The part of an error's first line in which TensorStore names the cause, before it lists its settings."""
     first = (str(error).splitlines() or [""])[0].split(" [", 1)[0]
     return f"{type(error).__name__}: {': '.join(first.split(': ')[-2:])[:200]}"
+
+
+def _meta_digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 class _Best(policy.PreservationPolicy):
@@ -78,12 +88,12 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._directory, self._validations = directory.absolute(), validations
-        with self._readable():
+        with self.readable():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @contextmanager
-    def _readable(self, step: int | None = None) -> Iterator[None]:
-        """Turn the dozen kinds of exception that Orbax raises for a damaged checkpoint into `CorruptCheckpointError`."""
+    def readable(self, step: int | None = None) -> Iterator[None]:
+        """Turn what Orbax and other readers raise for a damaged checkpoint into `CorruptCheckpointError`; user errors pass."""
         try:
             yield
         except UserError:
@@ -124,10 +134,10 @@ class Checkpoints:
             UserError: if this checkpoint or the previous one cannot be written.
             RuntimeError: if Orbax declines, as it does for a step that is not later than the latest.
         """
-        step = int(state.step)
+        step, meta = int(state.step), meta | {"digest": train_state.digest(state)}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(meta | {"digest": train_state.digest(state)}),
+            meta=ocp.args.JsonSave(meta | {"meta_digest": _meta_digest(meta)}),
         )
         with self._writable():
             saved = self._manager.save(step, args=arguments)
@@ -157,16 +167,19 @@ class Checkpoints:
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` that a checkpoint was saved with.
+        """The `meta` that a checkpoint was saved with, and the "digest" of its state.
 
         Raises:
-            CorruptCheckpointError: if it cannot be read.
+            CorruptCheckpointError: if it cannot be read, or does not have the digest it was saved with. Checkpoints of versions
+                before 0.3 have no such digest.
         """
-        with self._readable(step):
-            meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-                "meta"
-            ]
-            _ = meta["digest"]
+        with self.readable(step):
+            arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta: dict[str, Any] = self._manager.restore(step, args=arguments)["meta"]
+            if meta.pop("meta_digest", None) not in (_meta_digest(meta), None):
+                raise ValueError("its metadata differ from those that were saved")
+            if not isinstance(meta["digest"], str):
+                raise TypeError("its metadata are of another form")
         return meta
 
     def restore(
@@ -186,10 +199,10 @@ class Checkpoints:
             CorruptCheckpointError: if it cannot be read, or its state does not have the digest it was saved with.
         """
         meta = self.meta(step)
-        with self._readable(step):
+        with self.readable(step):
             check(meta)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        with self._readable(step):
+        with self.readable(step):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = self._manager.restore(step, args=arguments)["state"]
             if train_state.digest(state) != meta["digest"] or int(state.step) != step:
@@ -252,3 +265,31 @@ class Checkpoints:
         """Free the manager. Call `wait` first to learn of a failed write."""
         with suppress(Exception):
             self._manager.close()
+
+
+def read_chosen(directory: Path, which: str, read: Callable[[Checkpoints, int], Read]) -> tuple[Read, int]:
+    """Read the checkpoint of a run that "best", "latest" or a number names, also while the run replaces its checkpoints.
+
+    Args:
+        directory: the run's workdir.
+        which: as `Checkpoints.choose` takes it.
+        read: reads the checkpoint of a step.
+
+    Returns:
+        What `read` returned, and the step.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+        CorruptCheckpointError: if it is damaged, and the one that is chosen a second later as well.
+    """
+    for attempt in range(_ATTEMPTS):
+        known = metrics_log.validations(directory)
+        with closing(Checkpoints(directory / "checkpoints", known, read_only=True)) as checkpoints:
+            step = checkpoints.choose(which)
+            try:
+                return read(checkpoints, step), step
+            except CorruptCheckpointError:  # or gone, because the run has a later one
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        time.sleep(1.0 / _ATTEMPTS)
+    raise AssertionError("the last attempt returns or raises")

@@ -25,6 +25,7 @@ _PACKAGES = [
     "tensorflow",
     "tensorflow-datasets",
 ]
+_COMPILERS = ("jax", "jaxlib")
 
 
 def collect() -> dict[str, Any]:
@@ -49,6 +50,16 @@ def collect() -> dict[str, Any]:
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Name what differs between two environments and changes the rounding of sums: "cpu_count 2 -> 1", ..."""
+    names = ("cpu", "cpu_count", "backend", "devices", "processes", "xla_flags")
+    both = [
+        {name: env.get(name) for name in names} | {name: env["versions"].get(name) for name in _COMPILERS}
+        for env in (before, now)
+    ]
+    return [f"{name} {was} -> {both[1][name]}" for name, was in both[0].items() if was != both[1][name]]
 
 
 def peak_memory_bytes() -> dict[str, int | None]:

@@ -1,14 +1,18 @@
 """Atomic files and folders: a reader sees the old content or the complete new content."""
 
+import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.errors import UserError
+
+_SCRATCH = ".incomplete-resnet_jax-"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -26,13 +30,50 @@ def write_text(path: Path, text: str) -> None:
         path = path.resolve()  # the target of a link, not the link
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is not a regular file: give another")
-    with writable(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".incomplete-") as scratch:
-        new = Path(scratch) / path.name
+    with writable(path), scratch_directory(path.parent) as scratch:
+        new = scratch / path.name
         with new.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
+
+
+@contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, which is removed after the block, or by the next call there if its process is killed.
+
+    A process holds a lock on its folder, which the kernel releases when it ends, so no folder in use is removed. Where a disk
+    has no locks, those of killed processes stay.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    remove_scratch(parent)
+    with ExitStack() as stack:
+        scratch = None
+        while scratch is None or not scratch.exists():  # another process may remove it before it is locked
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=_SCRATCH)))
+            with suppress(OSError):
+                fcntl.flock(stack.enter_context(_open(scratch)), fcntl.LOCK_EX)
+        yield scratch
+
+
+def remove_scratch(parent: Path) -> None:
+    """Remove the folders of `scratch_directory` whose processes have ended."""
+    for path in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError), _open(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _open(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -76,9 +117,9 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
     """
     with writable(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".incomplete-") as scratch:
-            new = Path(scratch) / "new"
+        with scratch_directory(directory.parent) as scratch:
+            new = scratch / "new"
             yield new
             if replace and directory.exists():
-                directory.rename(Path(scratch) / "old")
+                directory.rename(scratch / "old")
             new.rename(directory)

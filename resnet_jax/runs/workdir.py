@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -274,19 +275,34 @@ def open_workdir(
         lock = stack.enter_context(_locked(directory, bytes_needed)) if jax.process_index() == 0 else None
         if lock:
             check(directory, config)
-            for scratch in directory.glob(".incomplete-*"):  # of a session that was killed
-                shutil.rmtree(scratch, ignore_errors=True)
+            files.remove_scratch(directory)  # of a session that was killed
             epochs = _epochs_of_result(directory)
             if epochs is not None and epochs != config.num_epochs:  # the run is extended
                 (directory / "result.json").replace(directory / f"result-{epochs:g}-epochs.json")
             if not (directory / "config.json").exists():  # else `restore` writes it, if the data are those of the run
                 files.write_json(directory / "config.json", stored_config.to_json(config))
-            files.write_json(directory / "environment.json", environment.collect())
+            _record_environment(directory)
         if jax.process_count() > 1:
             _check_shared(directory, lock)
         workdir = Workdir(directory, config, meta, lock)
         stack.callback(workdir.close)
         yield workdir
+
+
+def _record_environment(directory: Path) -> None:
+    """Write the environment of this session, and warn if the session before had one in which sums round otherwise."""
+    path, now = directory / "environment.json", environment.collect()
+    if has_checkpoint(directory) and path.exists():
+        try:
+            changes = environment.changes(files.read_json(path, ("versions",)), now)
+        except UserError:
+            changes = [f"{path} unreadable, so perhaps another machine or version"]
+        if changes:
+            print(
+                f"warning: resuming with {', '.join(changes)}: the rest is the same up to rounding only",
+                file=sys.stderr,
+            )
+    files.write_json(path, now)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 import gc
+import itertools
+import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import jax
@@ -10,7 +14,7 @@ from jax.sharding import Mesh
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
-from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
+from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError, read_chosen
 from resnet_jax.runs.metrics_log import Validation
 
 
@@ -206,6 +210,100 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
         except CorruptCheckpointError:
             continue
         assert train_state.digest(restored) == expected, file
+
+
+@orbax_drops_its_tasks
+def test_a_flipped_bit_of_the_metadata_is_noticed_or_changes_nothing(tmp_path, state):
+    meta = {"seconds": 1.5, "class_names": ["cat", "dog"], "mean": [0.4914, 0.4822, 0.4465]}
+    with closing(Checkpoints(tmp_path, {})) as checkpoints:
+        checkpoints.save(plus(state, 1), meta)
+        checkpoints.wait()
+    file, rng, noticed = tmp_path / "1" / "meta" / "metadata", np.random.default_rng(0), 0
+    content = file.read_bytes()
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
+        whole = checkpoints.meta(1)
+        assert whole == meta | {"digest": train_state.digest(plus(state, 1))}
+        for _ in range(200):
+            flip_a_bit(file, rng)
+            try:
+                found = checkpoints.meta(1)
+            except CorruptCheckpointError:
+                noticed += 1
+            else:  # in the name under which its digest is kept, or in a space
+                assert {name: found[name] for name in whole} == whole
+            file.write_bytes(content)
+    assert noticed > 150
+
+
+@orbax_drops_its_tasks
+def test_a_newest_checkpoint_with_damaged_metadata_is_set_aside(tmp_path, state):
+    """Without a digest, a changed config looked like another run's, and nothing resumed."""
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.5, 0.6]).close()
+    file = directory / "2" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"seconds": 2', '"seconds": 3'))
+
+    def one_of_the_run(meta):
+        if meta["seconds"] not in (1, 2):
+            raise UserError("another config")
+
+    with closing(Checkpoints(directory, {})) as checkpoints:
+        restored, meta = checkpoints.restore_newest(state, one_of_the_run)
+    assert int(restored.step) == meta["seconds"] == 1
+    assert [path.name[:2] for path in (tmp_path / "damaged").iterdir()] == ["2-"]
+
+
+@orbax_drops_its_tasks
+def test_metadata_without_a_digest_of_their_own_are_those_of_an_older_version(tmp_path, state):
+    save_all(tmp_path, state, [0.5]).close()
+    file = tmp_path / "1" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["meta_digest"]
+    file.write_text(json.dumps(meta))
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
+        assert checkpoints.restore(1, state, accept)[1] == meta
+
+
+def test_a_checkpoint_is_read_while_its_run_replaces_it(tmp_path, state):
+    """The run saves as often as it can; each reading takes longer than that, and still none calls a checkpoint damaged."""
+    stop = threading.Event()
+
+    def run():
+        with closing(Checkpoints(tmp_path / "checkpoints", {})) as checkpoints:
+            for step in itertools.count(2):
+                checkpoints.save(plus(state, step), {"seconds": step})
+                checkpoints.wait()
+                if stop.is_set():
+                    return
+
+    save_all(tmp_path / "checkpoints", state, [None]).close()
+    with ThreadPoolExecutor(1) as executor:
+        writer = executor.submit(run)
+        try:
+            for _ in range(20):
+                restored, step = read_chosen(
+                    tmp_path, "latest", lambda found, step: found.restore(step, state, accept)[0]
+                )
+                assert int(restored.step) == step
+        finally:
+            stop.set()
+        writer.result()
+    assert step > 2
+
+
+@orbax_drops_its_tasks
+def test_a_checkpoint_that_stays_damaged_is_told(tmp_path, state):
+    save_all(tmp_path / "checkpoints", state, [0.5]).close()
+    DAMAGE["no meta"](tmp_path / "checkpoints" / "1")
+    tried = []
+
+    def read(found, step):
+        tried.append(step)
+        return found.restore(step, state, accept)
+
+    with pytest.raises(CorruptCheckpointError, match="is damaged"):
+        read_chosen(tmp_path, "latest", read)
+    assert tried == [1] * 5
 
 
 def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noticed(tmp_path, state, monkeypatch):

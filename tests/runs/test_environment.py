@@ -32,3 +32,15 @@ def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, m
         (root / "resnet_jax").mkdir(parents=True)
         monkeypatch.setattr(environment.host, "CHECKOUT", root)
         assert (environment._git_state() is not None) == known
+
+
+def test_what_changes_the_rounding_of_a_run_is_named():
+    before = environment.collect()
+    assert environment.changes(before, before | {"host": "another", "python": "3.99"}) == []
+    now = before | {"cpu_count": 99, "xla_flags": "--xla_cpu_enable_fast_math=true"}
+    now["versions"] = before["versions"] | {"jaxlib": "0.1", "numpy": "0.1"}
+    assert environment.changes(before, now) == [
+        f"cpu_count {before['cpu_count']} -> 99",
+        f"xla_flags {before['xla_flags']} -> --xla_cpu_enable_fast_math=true",
+        f"jaxlib {before['versions']['jaxlib']} -> 0.1",
+    ]
