@@ -64,6 +64,7 @@ class _Maker:
     """A constructor that a pickle can call, and cannot change: it may set attributes of anything that it is given."""
 
     __slots__ = ("_make",)
+    _make: Any
 
     def __init__(self, make: Any) -> None:
         object.__setattr__(self, "_make", make)
