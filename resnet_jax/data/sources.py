@@ -17,7 +17,7 @@ from PIL import Image
 from resnet_jax.data import images, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow
 from resnet_jax.data.npz import PARTS, Arrays
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 
 TEST_SHARE = 0.2  # of each class of a source without a test set
 _FOLDER_NAMES = {  # part -> the names that people give to its folder, in any case
@@ -149,13 +149,13 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
             try:
                 decoded.append(_as_array(images.read(file.path), image_size))
             except Exception as error:  # a decoder can raise anything on hostile bytes
-                unreadable.append((file.path, str(error) or type(error).__name__))
+                unreadable.append((file.path, reason(error)))
         arrays[f"{part}_images"] = np.zeros((0, 0, 0, 3), np.uint8) if unreadable else _stack(decoded)
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
     if len(unreadable) == 1:
         raise UserError("{} cannot be read as an image ({}): fix or remove it".format(*unreadable[0]))
     if unreadable:
-        named = ", ".join(f"{path} ({reason})" for path, reason in unreadable)
+        named = ", ".join(f"{path} ({why})" for path, why in unreadable)
         raise UserError(f"{len(unreadable)} files cannot be read as images: {named}: fix or remove them")
     return arrays
 

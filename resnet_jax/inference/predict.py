@@ -23,9 +23,10 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
+from resnet_jax import host
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.data import images
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, one_line, reason
 from resnet_jax.inference import unlabelled
 from resnet_jax.runs import files
 
@@ -36,7 +37,7 @@ def read_npz(path: Path) -> np.ndarray:
     Raises:
         OSError, ValueError: if it cannot be read, or has several arrays and none is named `images`.
     """
-    arrays = np.load(path, allow_pickle=False)
+    arrays = np.load(host.readable(path), allow_pickle=False)
     if isinstance(arrays, np.ndarray):  # an .npy with another suffix
         return arrays
     with arrays:
@@ -105,8 +106,7 @@ class Batches:
                 part = self._as_batch(read_npz(path) if is_npz else np.asarray(images.read(path)))
             except Exception as error:  # a decoder can raise anything on hostile bytes
                 self.unreadable += 1
-                reason = " ".join(str(error).split()) or type(error).__name__
-                _say(f"warning: {path} cannot be read ({reason}): skipped", end="\n")
+                _say(f"warning: {one_line(path)} cannot be read ({reason(error)}): skipped", end="\n")
                 continue
             if parts and (len(names) >= self._size or part.dtype != parts[0].dtype):
                 yield names, np.concatenate(parts)

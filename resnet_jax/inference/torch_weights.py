@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_jax import host
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
@@ -147,7 +148,7 @@ def read(path: Path) -> Weights:
     """
     try:
         if path.suffix == ".npz":
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            with host.readable(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return dict(file)
         if path.suffix == ".safetensors":
             import safetensors.numpy

@@ -25,10 +25,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from resnet_jax import config as config_lib
-from resnet_jax import kernels, models, steps, train_state
+from resnet_jax import host, kernels, models, steps, train_state
 from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 from resnet_jax.inference import calibration, shipped
 from resnet_jax.runs import stored_config
 
@@ -292,7 +292,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        meta, variables, program, payload = _FILES[path.suffix](path)
+        meta, variables, program, payload = _FILES[path.suffix](host.readable(path))
         if meta.pop("sha256") != seal(meta, payload):
             raise ValueError("it is corrupt: its SHA-256 differs")
         config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
@@ -301,6 +301,8 @@ def _load_file(path: Path) -> Model:
             if [a.shape[1:] for a in (*program.in_avals, *program.out_avals)] != [shape, (len(names),)]:
                 raise ValueError("its program has other image or class shapes than its metadata")
         else:
+            if sum(config.model.block_list) > len(jax.tree.leaves(variables)):  # else building it may take for ever
+                raise ValueError("its weights do not fit its config")
             model = models.from_config(config.model, len(names))
             image = jax.ShapeDtypeStruct((1, *shape), np.float32)
             wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
@@ -310,8 +312,9 @@ def _load_file(path: Path) -> Model:
     except KeyError as error:
         raise UserError(f"{path} cannot be used (it lacks {error}): export it again with this version") from error
     except Exception as error:  # a reader can raise anything for a corrupt file
-        reason = f"{error or type(error).__name__}"[:200]
-        raise UserError(f"{path} cannot be used ({reason}): give a file from python -m resnet_jax export") from error
+        raise UserError(
+            f"{path} cannot be used ({reason(error)}): give a file from python -m resnet_jax export"
+        ) from error
 
 
 def seal(meta: Mapping[str, Any], payload: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.errors import UserError
+from resnet_jax import host
+from resnet_jax.errors import UserError, reason
 
 _PLAIN_DTYPE = re.compile(r"[<>|=]?[biufSU]\d+")  # numbers, bytes and text: no objects, no fields
 
@@ -59,6 +60,28 @@ for _core in ("numpy.core", "numpy._core"):
     _MAKERS[f"{_core}.numeric", "_frombuffer"] = _from_bytes
 
 
+class _Maker:
+    """A constructor that a pickle can call, and cannot change: it may set attributes of anything that it is given."""
+
+    __slots__ = ("_make",)
+    _make: Any
+
+    def __init__(self, make: Any) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Make the value."""
+        return self._make(*arguments)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse it."""
+        raise pickle.UnpicklingError(f"it would change {name} of a function")
+
+    def __setstate__(self, state: object) -> None:
+        """Refuse it."""
+        raise pickle.UnpicklingError("it would change a function")
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads plain values and NumPy arrays, and refuses to build or call anything else."""
 
@@ -66,7 +89,7 @@ class _ArraysOnly(pickle.Unpickler):
         """Return this module's replacement for a constructor of arrays."""
         if (module, name) not in _MAKERS:
             raise pickle.UnpicklingError(f"it would call {module}.{name}, but only NumPy arrays are supported")
-        return _MAKERS[module, name]
+        return _Maker(_MAKERS[module, name])
 
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
@@ -78,10 +101,10 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
     hint = "give a pickled dict with b'data' and b'ids', or an .npz with data and ids"
     try:
         if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(host.readable(path), allow_pickle=False) as arrays:
                 content: Any = dict(arrays)
         else:
-            with path.open("rb") as file:
+            with host.readable(path).open("rb") as file:
                 content = _ArraysOnly(file, encoding="bytes").load()
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -100,5 +123,5 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
         texts = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
         "".join(texts).encode()  # fails if a text cannot be written as UTF-8
     except Exception as error:  # NumPy can raise anything for a hostile pickle
-        raise UserError(f"--unlabelled {path} cannot be used ({error or type(error).__name__}): {hint}") from error
+        raise UserError(f"--unlabelled {path} cannot be used ({reason(error)}): {hint}") from error
     return data, texts

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from resnet_jax.errors import UserError, is_out_of_memory
+from resnet_jax.errors import UserError, is_out_of_memory, one_line
 
 
 def report(error: object) -> None:
     """Print an error as one line on stderr."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
 
 
 def exit_immediately(exit_code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import host
 from resnet_jax.errors import UserError
 
 _SCRATCH = ".incomplete-resnet_jax-"
@@ -94,7 +95,7 @@ def read_json(
         UserError: if it cannot be read, is not an object or lacks a key.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(host.readable(path).read_text())
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         if missing := [key for key in keys if key not in value]:

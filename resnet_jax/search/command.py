@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
     from resnet_jax.search import local_workers, space, studies  # after the checks, because JAX takes seconds to import
 
+    local_workers.end_with_parent()
     space.check(config)
     if not arguments.dry_run:
         gpus = local_workers.local_gpus() if arguments.workers != 1 else []

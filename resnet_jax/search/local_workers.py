@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 
 from resnet_jax import host
 from resnet_jax.errors import UserError
 from resnet_jax.runs import preemption
+
+_LIFE = "RESNET_JAX_PARENT"  # the number of a worker's end of the pipe to its parent
 
 
 def local_gpus() -> list[str]:
@@ -53,6 +56,19 @@ def check(count: int, gpus: list[str]) -> None:
         )
 
 
+def end_with_parent() -> None:
+    """In a worker: stop it by SIGTERM, as its parent would, when the parent has ended in any way. Elsewhere do nothing."""
+    if _LIFE not in os.environ:
+        return
+    life = int(os.environ.pop(_LIFE))
+
+    def wait() -> None:
+        os.read(life, 1)  # returns at the end of the pipe, as nobody writes
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run(command: list[str], count: int, gpus: list[str]) -> int:
     """Run several workers until all have ended; forward signals to them, and print equal lines of stderr once.
 
@@ -71,13 +87,25 @@ def run(command: list[str], count: int, gpus: list[str]) -> int:
             worker.send_signal(signum)
 
     with contextlib.ExitStack() as stack:
+        life, own_end = os.pipe()  # workers inherit one end; the kernel closes the other when this process ends
+        stack.callback(os.close, life)
+        stack.callback(os.close, own_end)
         for signum in preemption.SIGNALS:
             stack.callback(signal.signal, signum, signal.signal(signum, forward))
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
         for i in range(count):
             with _share(i, count, gpus) as variables:
                 # In its own process group, a worker gets Ctrl-C only from here; a second one would end it at once.
-                workers.append(subprocess.Popen(command, env=os.environ | variables, stderr=errors[i], process_group=0))
+                variables[_LIFE] = str(life)
+                workers.append(
+                    subprocess.Popen(
+                        command,
+                        env=os.environ | variables,
+                        stderr=errors[i],
+                        process_group=0,
+                        pass_fds=[life],
+                    )
+                )
         printed: set[str] = set()
         running = set(range(count))
         while running:

@@ -361,6 +361,7 @@ DAMAGED_WEIGHTS = {
     "a digit of the metadata": "its SHA-256 differs",
     "another shape": "its weights do not fit its config",
     "a weight less": "its weights do not fit its config",
+    "a network of 65,536 blocks": "its weights do not fit its config",
     "a temperature of nothing": "a temperature of 0 is not in 0.001..1000",
 }
 
@@ -389,6 +390,8 @@ def test_damaged_weights_are_refused(run, tmp_path, damage):
             weights["params/classifier/bias"] = np.zeros(11, np.float32)
         elif damage == "a weight less":
             del weights["params/classifier/bias"]
+        elif damage == "a network of 65,536 blocks":
+            meta["config"]["model"]["block_list"] = [65536] * len(meta["config"]["model"]["block_list"])
         else:
             meta["temperature"] = {"plain": 0}
         payload = train_state.digest(traverse_util.unflatten_dict(weights, sep="/"))

@@ -226,6 +226,22 @@ def test_a_hostile_pickle_is_refused_and_calls_nothing(tmp_path, kind, protocol)
     assert sorted(tmp_path.iterdir()) == before
 
 
+def changing(module, name, attributes):
+    """A pickle that asks for a function or class and then sets its attributes."""
+    state = pickle.dumps((None, attributes), 2)[2:-1]  # without the protocol and the end
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + state + b"b."
+
+
+@pytest.mark.parametrize("name", ["_codecs encode", "numpy dtype", "numpy ndarray", "numpy.core.multiarray scalar"])
+@pytest.mark.parametrize("attributes", [{"__defaults__": (1,)}, {"note": 1}, {"_make": 1}, {"__class__": 1}])
+def test_a_pickle_cannot_change_a_function(tmp_path, name, attributes):
+    before = {key: dict(vars(value)) for key, value in unlabelled._MAKERS.items() if value}
+    (tmp_path / "test.pkl").write_bytes(changing(*name.split(), attributes))
+    with pytest.raises(UserError, match=r"cannot be used \(it would change"):
+        unlabelled.read(tmp_path / "test.pkl")
+    assert {key: dict(vars(value)) for key, value in unlabelled._MAKERS.items() if value} == before
+
+
 @pytest.mark.parametrize("arguments", [((4,), "u1", b"AAAA"), ((2**40,), "u1"), ((1,), "u1", bytes(9), 2**40)])
 def test_arrays_are_made_by_their_own_bytes_alone(tmp_path, arguments):
     (tmp_path / "test.pkl").write_bytes(pickle.dumps({b"data": Hostile(np.ndarray, arguments), b"ids": [1]}))
