@@ -24,6 +24,7 @@ class Layers(NamedTuple):
     relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
     value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned
     add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)
+    relu_max_pool: Callable[[Any], jax.Array] = lambda x: max_pool(nn.relu(x))  # of what `norm` returns
 
 
 def flax_layers(dtype: Any, param_dtype: Any) -> Layers:
@@ -43,7 +44,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu = self.layers
+        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
@@ -61,7 +62,7 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu = self.layers
+        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
         y = conv(self.channels, (1, 1), name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
@@ -142,7 +143,7 @@ class ResNet(nn.Module):
             pools = i > 0 and self.downsample == "pool"
             if pools:
                 x = conv(channels * self.block.expansion, (3, 3), padding=1, name=f"stage{i + 1}_conv")(x)
-                x = max_pool(layers.value(layers.relu(norm(name=f"stage{i + 1}_norm")(x))))
+                x = layers.relu_max_pool(norm(name=f"stage{i + 1}_norm")(x))
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)
