@@ -118,7 +118,7 @@ FIELDS: dict[str, Field] = {
     "augment.cutout": integer(0, 1024),
     **dict.fromkeys(("augment.mixup_alpha", "augment.cutmix_alpha"), _ALPHA),
     "model.block": choice("basic", "bottleneck"),
-    "model.stem": choice("cifar", "imagenet"),
+    "model.stem": choice("cifar", "imagenet", "whitened"),
     "model.channel_list": integers(1),
     "model.block_list": integers(0),
     "model.downsample": choice("stride", "pool"),

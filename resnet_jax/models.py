@@ -134,7 +134,7 @@ class ResNet(nn.Module):
         norm = partial(layers.norm, momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon)
         norm = partial(norm, use_running_average=not train)
         layers = layers._replace(conv=conv, norm=norm)
-        kernel, stride = ((3, 3), 1) if self.stem == "cifar" else ((7, 7), 2)
+        kernel, stride = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
         x = layers.value(layers.relu(norm(name="stem_norm")(x)))
         if self.stem == "imagenet":

@@ -84,6 +84,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if optim.backbone_rate != 1:
         scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
         steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
+    if config.model.stem == "whitened":
+        steps.append(optax.masked(optax.set_to_zero(), lambda params: {name: name == "stem_conv" for name in params}))
     return optax.chain(*steps)
 
 

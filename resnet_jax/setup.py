@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.data import cache, datasets
+from resnet_jax.data import cache, datasets, feed, whitening
 from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, processes, stored_config
 from resnet_jax.runs.progress import say, waiting
@@ -77,6 +77,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     model_size.check(train_state.num_params(traced.out_info.params), config.model.max_params)
     waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program in the compilation cache, instead of one per array
+    if config.model.stem == "whitened":
+        state = _with_whitened_stem(config, train, mesh, state)
     meta = {
         "config": stored_config.to_json(config),
         "fingerprint": dataset.fingerprint,
@@ -84,3 +86,12 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "image_shape": list(image_shape),
     }
     return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
+
+
+def _with_whitened_stem(
+    config: ConfigDict, train: datasets.Split, mesh: Mesh, state: train_state.TrainState
+) -> train_state.TrainState:
+    """Return the state with the first layer that the training images determine."""
+    kernel = whitening.filters(train.images, config.data, config.model.channel_list[0])
+    stem = feed.put({"kernel": kernel}, mesh, PartitionSpec())
+    return state.with_variables(state.variables | {"params": state.params | {"stem_conv": stem}})
