@@ -48,7 +48,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment.brightness = 0.2  # factor uniform in 1 +- this
     config.augment.contrast = 0.2  # likewise
     config.augment.saturation = 0.2  # likewise; the three in random order
-    config.augment.policy = ""  # "cifar10": AutoAugment, as in the authors' notebook; "trivial"; report: none
+    config.augment.policy = (
+        ""  # "cifar10": AutoAugment, as in the authors' notebook; "trivial", "rand-m9-n2"; report: none
+    )
     config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
     config.augment.cutout = 0  # side in pixels of a black square at a random place, arXiv:1708.04552; report: none
     config.augment.mixup_alpha = 0.0  # of the Beta distribution of mixup's shares, arXiv:1710.09412; report: none

@@ -188,9 +188,7 @@ def _relu_max_pool_forward(y: jax.Array, affine: jax.Array, mesh: Mesh) -> tuple
 def _relu_max_pool_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
     y, affine = residuals
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (dout, _SHARDED)]
-    dy, daffine = _call(
-        "relu_max_pool_gradient", mesh, arguments, [(y.shape, _SHARDED), (affine.shape, _REPLICATED)]
-    )
+    dy, daffine = _call("relu_max_pool_gradient", mesh, arguments, [(y.shape, _SHARDED), (affine.shape, _REPLICATED)])
     return dy, daffine
 
 

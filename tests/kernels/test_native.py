@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from resnet_jax import train_state
+from resnet_jax import models, train_state
 from resnet_jax.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"the compiled functions: {native.unavailable()}")
@@ -173,7 +173,7 @@ _DIGESTS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 from test_native import SHAPES, native, random_case, results
-from resnet_jax import train_state
+from resnet_jax import models, train_state
 for shape in SHAPES.values():
     stride, mesh = shape[-1], train_state.make_mesh(1)
     (x, affine, w), gradients = random_case(40, *shape[1:], True)
