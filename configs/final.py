@@ -58,7 +58,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.block = "basic"  # or "bottleneck"; report, figure 6
-    config.model.stem = "cifar"  # 3x3, stride 1; or "imagenet": 7x7, stride 2, max-pool; report, figure 6
+    config.model.stem = (
+        "cifar"  # 3x3, stride 1; or "imagenet": 7x7, stride 2, max-pool; or "whitened"; report, figure 6
+    )
     config.model.channel_list = (64, 128, 256, 512)  # of each stage; report 2e
     config.model.block_list = (3, 5, 3, 0)  # of each stage; report 2e
     config.model.downsample = "stride"  # of a stage's first block; or "pool": a convolution and a max-pool before it

@@ -242,6 +242,10 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: give both one entry per stage"
         )
+    if config.model.stem == "whitened" and (channels[0] % 2 or not 2 <= channels[0] <= 54):
+        raise UserError(
+            f"config.model.channel_list begins with {channels[0]}: the whitened stem needs an even number from 2 to 54"
+        )
     times = (config.schedule.get("warmup_epochs", 0.0), *config.schedule.restart_epochs, config.num_epochs)
     if not all(earlier < later for earlier, later in itertools.pairwise(times)):
         raise UserError(

@@ -95,7 +95,8 @@ class ResNet(nn.Module):
             ReLU and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
         global_pool: "mean" or "max" over the pixels of the last stage.
         logit_scale: factor on the logits.
-        stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
+        stem: "cifar" (3x3 conv, stride 1), "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2) or "whitened", as
+            "cifar", but with the kernel of `data.whitening`, which is not trained.
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
         dtype: dtype of the computation up to the last stage; with bfloat16, pooling, classifier and logits are float32.

@@ -78,7 +78,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program in the compilation cache, instead of one per array
     if config.model.stem == "whitened":
-        state = _with_whitened_stem(config, train, mesh, state)
+        kernel = whitening.filters(train.images, config.data, config.model.channel_list[0])
+        state = state.with_stem(feed.put(processes.from_first(kernel), mesh, PartitionSpec()))
     meta = {
         "config": stored_config.to_json(config),
         "fingerprint": dataset.fingerprint,
@@ -86,12 +87,3 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "image_shape": list(image_shape),
     }
     return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
-
-
-def _with_whitened_stem(
-    config: ConfigDict, train: datasets.Split, mesh: Mesh, state: train_state.TrainState
-) -> train_state.TrainState:
-    """Return the state with the first layer that the training images determine."""
-    kernel = whitening.filters(train.images, config.data, config.model.channel_list[0])
-    stem = feed.put({"kernel": kernel}, mesh, PartitionSpec())
-    return state.with_variables(state.variables | {"params": state.params | {"stem_conv": stem}})

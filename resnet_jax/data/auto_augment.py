@@ -239,7 +239,7 @@ def _rand_table(magnitude: int, height: int, width: int) -> np.ndarray:
 
 
 def rand_operations(
-    magnitude: int, count: int, seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]
+    seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int], magnitude: int, count: int
 ) -> np.ndarray:
     """Draw RandAugment's operations of each position, as `operations` does: int32 [stop - start, count <= 4, 8]."""
     words = sampling.words(seed, "policy", start, stop, num_examples)
@@ -256,4 +256,5 @@ def policy_operations(
         return operations(*where)
     if policy == "trivial":
         return trivial_operations(*where)
-    return rand_operations(*config.rand_augment(policy), *where)
+    magnitude, count = config.rand_augment(policy)
+    return rand_operations(*where, magnitude, count)

@@ -175,9 +175,9 @@ def relu_max_pool(y: jax.Array, affine: jax.Array, mesh: Mesh) -> jax.Array:
     The first of several pixels that are equally large has the whole gradient.
     """
     batch, height, width, channels = y.shape
+    shape: tuple[int, ...] = (batch, height // 2, width // 2, channels)
     out: jax.Array
-    results = [((batch, height // 2, width // 2, channels), _SHARDED)]
-    (out,) = _call("relu_max_pool", mesh, [(y, _SHARDED), (affine, _REPLICATED)], results)
+    (out,) = _call("relu_max_pool", mesh, [(y, _SHARDED), (affine, _REPLICATED)], [(shape, _SHARDED)])
     return out
 
 

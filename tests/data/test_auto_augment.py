@@ -194,8 +194,8 @@ def test_rand_augment_draws_operations_and_directions_uniformly_and_each_indepen
             assert abs(found[operation] / n - share) <= 5 * np.sqrt(share * (1 - share) / n), operation
     same = (drawn[:, :1] == drawn[:, 1:]).all(axis=2).mean(axis=0)
     assert np.allclose(same, sum(share**2 for share in wanted.values()), atol=0.005)
-    parts = [auto_augment.rand_operations(12, 2, 0, a, b, 1000, (32, 32)) for a, b in ((0, 1), (1, 990), (990, 2500))]
-    whole = auto_augment.rand_operations(12, 2, 0, 0, 2500, 1000, (32, 32))
+    parts = [auto_augment.rand_operations(0, a, b, 1000, (32, 32), 12, 2) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    whole = auto_augment.rand_operations(0, 0, 2500, 1000, (32, 32), 12, 2)
     assert np.array_equal(whole, np.concatenate(parts))
     assert whole[:4, :, :2].tolist() == GOLDEN_RAND
 
