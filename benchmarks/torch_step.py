@@ -83,12 +83,13 @@ class ResNet(nn.Module):
         norm = partial(nn.BatchNorm2d, eps=config["batch_norm_epsilon"], momentum=1.0 - config["batch_norm_momentum"])
         block = {"basic": BasicBlock, "bottleneck": Bottleneck}[config["block"]]
         width = config["channel_list"][0]
-        if config["stem"] == "cifar":
-            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        else:
+        if config["stem"] == "imagenet":
             self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.conv1.requires_grad_(config["stem"] != "whitened")
         self.bn1 = norm(width)
         self.num_layers = len(config["block_list"])
         for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
@@ -116,8 +117,9 @@ class ResNet(nn.Module):
 
 def make_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
     """Return the fused optimizer of `config.optim`, without a schedule, which does not change the speed."""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kernels = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     decay = config["weight_decay"]
     groups = [
         {"params": kernels, "weight_decay": decay},

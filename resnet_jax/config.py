@@ -7,6 +7,7 @@ This module imports neither JAX nor TensorFlow, so a mistake in a config shows w
 
 import difflib
 import itertools
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -75,6 +76,25 @@ def _are_class_weights(text: str) -> bool:
     return all(1e-6 <= x <= 1e6 for x in numbers)
 
 
+def rand_augment(policy: str) -> tuple[int, int]:
+    """Read RandAugment's magnitude and number of operations: "rand-m9-n2" -> (9, 2).
+
+    Raises:
+        ValueError: if the text is not of that form.
+    """
+    found = re.fullmatch(r"rand-m(\d{1,2})-n([1-4])", policy, re.ASCII)
+    if not found or int(found[1]) > 30:
+        raise ValueError(policy)
+    return int(found[1]), int(found[2])
+
+
+def _is_policy(text: str) -> bool:
+    try:
+        return text in ("", "cifar10", "trivial") or bool(rand_augment(text))
+    except ValueError:
+        return False
+
+
 _POSITIVE = number("a number > 0", lambda v: v > 0)
 NOT_NEGATIVE = number("a number >= 0", lambda v: v >= 0)
 _FRACTION = number("a number >= 0 and < 1", lambda v: 0 <= v < 1)
@@ -114,11 +134,13 @@ FIELDS: dict[str, Field] = {
     "augment.crop_fill": choice("black", "reflect"),
     **dict.fromkeys(("augment.brightness", "augment.contrast", "augment.saturation"), _FRACTION),
     "augment.rotation_degrees": number("a number from 0 to 180", lambda v: 0 <= v <= 180),
-    "augment.policy": choice("", "cifar10", "trivial"),
+    "augment.policy": Field(
+        str, _is_policy, "'', 'cifar10', 'trivial' or 'rand-m9-n2': RandAugment of magnitude 0 to 30, 1 to 4 operations"
+    ),
     "augment.cutout": integer(0, 1024),
     **dict.fromkeys(("augment.mixup_alpha", "augment.cutmix_alpha"), _ALPHA),
     "model.block": choice("basic", "bottleneck"),
-    "model.stem": choice("cifar", "imagenet"),
+    "model.stem": choice("cifar", "imagenet", "whitened"),
     "model.channel_list": integers(1),
     "model.block_list": integers(0),
     "model.downsample": choice("stride", "pool"),
@@ -219,6 +241,10 @@ def _check_together(config: ConfigDict) -> None:
     if len(channels) != len(blocks):
         raise UserError(
             f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: give both one entry per stage"
+        )
+    if config.model.stem == "whitened" and (channels[0] % 2 or not 2 <= channels[0] <= 54):
+        raise UserError(
+            f"config.model.channel_list begins with {channels[0]}: the whitened stem needs an even number from 2 to 54"
         )
     times = (config.schedule.get("warmup_epochs", 0.0), *config.schedule.restart_epochs, config.num_epochs)
     if not all(earlier < later for earlier, later in itertools.pairwise(times)):

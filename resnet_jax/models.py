@@ -24,6 +24,7 @@ class Layers(NamedTuple):
     relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
     value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned
     add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)
+    relu_max_pool: Callable[[Any], jax.Array] = lambda x: max_pool(nn.relu(x))  # of what `norm` returns
 
 
 def flax_layers(dtype: Any, param_dtype: Any) -> Layers:
@@ -43,7 +44,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu = self.layers
+        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
@@ -61,7 +62,7 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu = self.layers
+        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
         y = conv(self.channels, (1, 1), name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
@@ -94,7 +95,8 @@ class ResNet(nn.Module):
             ReLU and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
         global_pool: "mean" or "max" over the pixels of the last stage.
         logit_scale: factor on the logits.
-        stem: "cifar" (3x3 conv, stride 1) or "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2).
+        stem: "cifar" (3x3 conv, stride 1), "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2) or "whitened", as
+            "cifar", but with the kernel of `data.whitening`, which is not trained.
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
         dtype: dtype of the computation up to the last stage; with bfloat16, pooling, classifier and logits are float32.
@@ -133,7 +135,7 @@ class ResNet(nn.Module):
         norm = partial(layers.norm, momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon)
         norm = partial(norm, use_running_average=not train)
         layers = layers._replace(conv=conv, norm=norm)
-        kernel, stride = ((3, 3), 1) if self.stem == "cifar" else ((7, 7), 2)
+        kernel, stride = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
         x = layers.value(layers.relu(norm(name="stem_norm")(x)))
         if self.stem == "imagenet":
@@ -142,7 +144,7 @@ class ResNet(nn.Module):
             pools = i > 0 and self.downsample == "pool"
             if pools:
                 x = conv(channels * self.block.expansion, (3, 3), padding=1, name=f"stage{i + 1}_conv")(x)
-                x = max_pool(layers.value(layers.relu(norm(name=f"stage{i + 1}_norm")(x))))
+                x = layers.relu_max_pool(norm(name=f"stage{i + 1}_norm")(x))
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)

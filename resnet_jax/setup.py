@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.data import cache, datasets
+from resnet_jax.data import cache, datasets, feed, whitening
 from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, plan, processes, stored_config
 from resnet_jax.runs.progress import say, waiting
@@ -76,6 +76,9 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     model_size.check(train_state.num_params(traced.out_info.params), config.model.max_params)
     waiting("initialising the network", quiet=not first)
     state = traced.lower().compile()()  # one program in the compilation cache, instead of one per array
+    if config.model.stem == "whitened":
+        kernel = whitening.filters(train.images, config.data, config.model.channel_list[0])
+        state = state.with_stem(feed.put(processes.from_first(kernel), mesh, PartitionSpec()))
     meta = {
         "config": stored_config.to_json(config),
         "fingerprint": dataset.fingerprint,

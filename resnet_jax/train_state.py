@@ -59,6 +59,11 @@ class TrainState(flax.struct.PyTreeNode):
         """The state with other weights, from which training starts."""
         return self.replace(**variables)
 
+    def with_stem(self, kernel: jax.Array) -> "TrainState":
+        """The state with another kernel of the first layer."""
+        params = self.params | {"stem_conv": {"kernel": kernel}}
+        return self.with_variables({"params": params, "batch_stats": self.batch_stats})
+
 
 class AveragedTrainState(TrainState):
     """A state with the moving average of its weights and of batch norm's running statistics, as {"params", "batch_stats"}."""

@@ -70,7 +70,10 @@ RANGES = {
     "augment.contrast": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.saturation": ([0.0, 0.99], [-0.01, 1.0]),
     "augment.rotation_degrees": ([0, 180.0], [-0.01, 180.1]),
-    "augment.policy": (["", "cifar10", "trivial"], ["imagenet"]),
+    "augment.policy": (
+        ["", "cifar10", "trivial", "rand-m9-n2", "rand-m0-n1", "rand-m30-n4"],
+        ["imagenet", "rand", "rand-m31-n2", "rand-m9-n5", "rand-m9-n0", "rand-m9-n2x"],
+    ),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
     "model.downsample": (["stride", "pool"], ["max"]),

@@ -68,6 +68,18 @@ MISTAKES = {
     "no end": ([FINAL, "--config.optim.learning_rate=inf"], ["config.optim.learning_rate is inf", "a number > 0"]),
     "below the range": ([FINAL, "--config.batch_size=-1"], ["config.batch_size is -1", "a whole number from 1 to"]),
     "not a choice": ([FINAL, "--config.model.block=wide"], ["config.model.block is 'wide'", "'basic', 'bottleneck'"]),
+    "a whitened stem that is too wide": (
+        [FINAL, "--config.model.stem=whitened"],
+        ["config.model.channel_list begins with 64", "even number from 2 to 54"],
+    ),
+    "a whitened stem of an odd width": (
+        [FINAL, "--config.model.stem=whitened", "--config.model.channel_list=(7,8,8,8)"],
+        ["config.model.channel_list begins with 7", "even number from 2 to 54"],
+    ),
+    "RandAugment with an unknown number of operations": (
+        [FINAL, "--config.augment.policy=rand-m9-n5"],
+        ["config.augment.policy is 'rand-m9-n5'", "'rand-m9-n2'", "1 to 4 operations"],
+    ),
     "unequal lists": ([FINAL, "--config.model.block_list=(3,5)"], ["channel_list has 4 entries", "block_list 2"]),
     "warm-up as long as the run": ([FINAL, "--config.num_epochs=5"], ["warmup_epochs is 5.0", "num_epochs 5.0"]),
     "another optimizer's fields": (

@@ -71,10 +71,11 @@ def die():
 
 @pytest.fixture(params=["adamw", "sgd", "muon", "device"])
 def config(request, tiny_config):
-    """Three optimizers, Muon with an average and a max-pool, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
+    """Three optimizers, Muon with an average, a max-pool and a whitened stem, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
     if request.param == "sgd":
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     if request.param == "muon":
+        tiny_config.model.stem = "whitened"
         tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon", 0.9, 0.5
         tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
     if request.param == "device":

@@ -31,7 +31,7 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 or 2, 8];
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 to 4, 8];
             with Cutout also "cutout", int32 [B, 2].
         config: `config.augment`; static.
 

@@ -1,7 +1,10 @@
-"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7) and TrivialAugment, in integers.
+"""AutoAugment's policy for CIFAR-10 (arXiv:1805.09501, table 7), RandAugment and TrivialAugment, in integers.
 
 AutoAugment: each example draws one of 25 pairs of operations. Each of the two is applied with its own probability, in
 one of two directions if it has a direction. Magnitudes are the paper's 0..9 and divide its ranges evenly.
+
+RandAugment (arXiv:1909.13719): each example draws one of 14 operations several times, each with a direction. All have
+one magnitude of 0..30, which divides AutoAugment's ranges evenly.
 
 TrivialAugment (arXiv:2103.10158, its wide ranges): each example draws one of 14 operations, one of 31 magnitudes and a
 direction, each uniformly.
@@ -15,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from resnet_jax import config
 from resnet_jax.data import sampling
 
 
@@ -61,7 +65,7 @@ _PAIRS: tuple[tuple[_Operation, _Operation], ...] = (
     (("equalize", 0.8, 0), ("invert", 0.1, 0)),
     (("translate_y", 0.7, 9), ("auto_contrast", 0.9, 0)),
 )
-# TrivialAugment's 14 operations, each with the largest value of its wide range, as `_integers` takes it.
+# The 14 operations of RandAugment and TrivialAugment, each with the largest value of TrivialAugment's wide range, as `_integers` takes it.
 _TRIVIAL = {
     "identity": 0.0,
     "shear_x": 0.99,
@@ -78,27 +82,28 @@ _TRIVIAL = {
     "auto_contrast": 0.0,
     "equalize": 0.0,
 }
-_BINS = 31  # of TrivialAugment's magnitudes
+_BINS = 31  # of the magnitudes of both
 _PROBABILITY = np.array([[probability for _, probability, _ in pair] for pair in _PAIRS])
 _STILL = (65536, 0, 32768, 0, 65536, 32768)  # the map of the identity
 _NOTHING = np.array([Kind.GEOMETRY, 0, *_STILL], np.int32)
 
 
-def operation(name: str, magnitude: int, direction: int, height: int, width: int) -> tuple[int, ...]:
+def operation(name: str, magnitude: int, direction: int, height: int, width: int, most: int = 9) -> tuple[int, ...]:
     """Return one operation on images of H x W pixels as integers.
 
     Args:
         name: its name in the policy's table.
-        magnitude: 0..9; 0 for "auto_contrast", "equalize" and "invert", which have no magnitude.
+        magnitude: 0..most; 0 for "auto_contrast", "equalize" and "invert", which have no magnitude.
         direction: 1 or -1, of a shear, translation or rotation; or whether a factor is above or below 1; else ignored.
         height: H.
         width: W.
+        most: the magnitude at which a range ends: 9 in AutoAugment, 30 in RandAugment.
 
     Returns:
         (kind, amount, a, b, c, d, e, f): a `Kind`, its amount, and the map from output to input pixels, as
         `sampling.rotation_map` returns it.
     """
-    level = magnitude / 9
+    level = magnitude / most
     match name:
         case "shear_x" | "shear_y":
             value = direction * 0.3 * level
@@ -111,7 +116,7 @@ def operation(name: str, magnitude: int, direction: int, height: int, width: int
         case "posterize":  # 8 bits down to 4
             value = round(4 * level)
         case "solarize":  # above 255 down to 0
-            value = 255 * magnitude // 9
+            value = 255 * magnitude // most
         case _:
             value = 0
     return _integers(name, value, height, width)
@@ -224,5 +229,32 @@ def operations(seed: int, start: int, stop: int, num_examples: int, image_shape:
     return np.where(applied[:, :, None], chosen, _NOTHING)
 
 
-# The function that draws the operations of each of `config.augment.policy`.
-POLICIES = {"cifar10": operations, "trivial": trivial_operations}
+@lru_cache(maxsize=4)
+def _rand_table(magnitude: int, height: int, width: int) -> np.ndarray:
+    """All operations of RandAugment at a magnitude: int32 [14, 2, 8], by operation and direction (1, -1)."""
+    most = _BINS - 1
+    return np.array(
+        [[operation(name, magnitude, way, height, width, most) for way in (1, -1)] for name in _TRIVIAL], np.int32
+    )
+
+
+def rand_operations(
+    seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int], magnitude: int, count: int
+) -> np.ndarray:
+    """Draw RandAugment's operations of each position, as `operations` does: int32 [stop - start, count <= 4, 8]."""
+    words = sampling.words(seed, "policy", start, stop, num_examples)
+    names, backwards = words[:, :count], words[:, 4 : 4 + count]
+    return _rand_table(magnitude, *image_shape)[sampling.below(names, len(_TRIVIAL)), sampling.below(backwards, 2)]
+
+
+def policy_operations(
+    policy: str, seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]
+) -> np.ndarray:
+    """Draw the operations that `config.augment.policy` names, as `operations` does: int32 [stop - start, count, 8]."""
+    where = seed, start, stop, num_examples, image_shape
+    if policy == "cifar10":
+        return operations(*where)
+    if policy == "trivial":
+        return trivial_operations(*where)
+    magnitude, count = config.rand_augment(policy)
+    return rand_operations(*where, magnitude, count)

@@ -65,7 +65,7 @@ def train_draws(
     draws = sampling.augment_params(*where, config.augment, (height, width))._asdict()
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
-        draws["operations"] = auto_augment.POLICIES[config.augment.policy](*where, (height, width))
+        draws["operations"] = auto_augment.policy_operations(config.augment.policy, *where, (height, width))
     if config.augment.cutout:
         draws["cutout"] = sampling.cutout_centres(*where, (height, width))
     if sampling.mixes(config.augment):

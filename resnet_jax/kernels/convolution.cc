@@ -162,6 +162,10 @@ struct Kernels {
                    int64_t channels, float* out);
   void (*add_relu_gradient)(Threads&, const float* y, const float* scale, const float* out, const float* dout, int64_t pixels,
                             int64_t channels, float* dy, float* dshortcut, float* sums);
+  void (*relu_max_pool)(Threads&, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
+                        int64_t channels, float* out);
+  void (*relu_max_pool_gradient)(Threads&, const float* y, const float* scale, const float* shift, const float* dout, int64_t rows,
+                                 int64_t width, int64_t channels, float* dy, float* sums);
 };
 
 namespace baseline {
@@ -266,6 +270,22 @@ ffi::Error AddReluGradient(Threads threads, Array y, Array affine, Array out, Ar
   return ffi::Error::Success();
 }
 
+ffi::Error ReluMaxPool(Threads threads, Array y, Array affine, Result out) {
+  auto shape = y.dimensions();
+  kernels_for(shape[3])
+      .relu_max_pool(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], shape[0] * shape[1] / 2, shape[2],
+                     shape[3], out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error ReluMaxPoolGradient(Threads threads, Array y, Array affine, Array dout, Result dy, Result daffine) {
+  auto shape = y.dimensions();
+  kernels_for(shape[3])
+      .relu_max_pool_gradient(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], dout.typed_data(),
+                              shape[0] * shape[1] / 2, shape[2], shape[3], dy->typed_data(), daffine->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" const char* sources_digest() { return SOURCES_DIGEST; }
@@ -297,3 +317,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(add_relu_gradient, AddReluGradient,
                                      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(relu_max_pool, ReluMaxPool,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                                         .Arg<Array>().Arg<Array>()
+                                         .Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(relu_max_pool_gradient, ReluMaxPoolGradient,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                                         .Arg<Array>().Arg<Array>().Arg<Array>()
+                                         .Ret<Array>().Ret<Array>());

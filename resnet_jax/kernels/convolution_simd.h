@@ -501,6 +501,62 @@ inline void add_relu_gradient(Threads& threads, const float* y, const float* sca
   add_up(partial, blocks, 2 * channels, sums);
 }
 
+// ---- Max-pool ----
+
+// The 2x2 pixels of y, in images of `width` pixels, that pixel (row, column) of a max-pool reads, and their largest activation.
+struct Window {
+  Window(const float* y, const Vec scale, const Vec shift, int64_t width, int64_t channels, int64_t row, int64_t column, int64_t c) {
+    int64_t first = (2 * row * width + 2 * column) * channels + c;
+    for (int i = 0; i < 4; i++) {
+      at[i] = first + (i / 2 * width + i % 2) * channels;
+      pixel[i] = load(y + at[i]);
+      active[i] = relu(pixel[i] * scale + shift);
+    }
+    Vec sum = active[0] + active[1] + active[2] + active[3];
+    largest = active[0];
+    for (int i = 1; i < 4; i++) largest = active[i] > largest ? active[i] : largest;
+    largest = sum == sum ? largest : sum;  // NaN stays NaN
+  }
+  int64_t at[4];
+  Vec pixel[4], active[4], largest;
+};
+
+// out = the largest relu(y * scale + shift) of each 2x2 pixels; `rows` counts the rows of `out` in all images.
+inline void relu_max_pool(Threads& threads, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
+                          int64_t channels, float* out) {
+  parallel_for(threads, rows, [&](int64_t row) {
+    for (int64_t column = 0; column < width / 2; column++)
+      for (int64_t c = 0; c < channels; c += kLanes)
+        store(out + (row * (width / 2) + column) * channels + c,
+              Window(y, load(scale + c), load(shift + c), width, channels, row, column, c).largest);
+  });
+}
+
+// Its gradients, from that of `out`: that of y, which the first of equally large pixels gets, and sums [2, channels] of scale and shift.
+inline void relu_max_pool_gradient(Threads& threads, const float* y, const float* scale, const float* shift, const float* dout,
+                                   int64_t rows, int64_t width, int64_t channels, float* dy, float* sums) {
+  int64_t at_once = round_up(kPixelsAtOnce, width / 2) / (width / 2), blocks = (rows + at_once - 1) / at_once;
+  float* partial = scratch(kSumsScratch, blocks * 2 * channels);
+  parallel_for(threads, blocks, [&](int64_t block) {
+    float* sum = partial + block * 2 * channels;
+    memset(sum, 0, 2 * channels * sizeof(float));
+    for (int64_t row = block * at_once; row < smaller(rows, (block + 1) * at_once); row++)
+      for (int64_t column = 0; column < width / 2; column++)
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          Window window(y, load(scale + c), load(shift + c), width, channels, row, column, c);
+          Vec left = window.largest > 0.0f ? load(dout + (row * (width / 2) + column) * channels + c) : Vec{};
+          store(sum + channels + c, load(sum + channels + c) + left);
+          for (int i = 0; i < 4; i++) {
+            Vec passed = window.active[i] == window.largest ? left : Vec{};
+            left -= passed;
+            store(dy + window.at[i], passed * load(scale + c));
+            store(sum + c, load(sum + c) + passed * window.pixel[i]);
+          }
+        }
+  });
+  add_up(partial, blocks, 2 * channels, sums);
+}
+
 // ---- What convolution.cc calls ----
 
 inline void convolve(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, float* y, float* sums) {
@@ -552,4 +608,5 @@ inline void kernel_gradient(Threads& threads, const Convolution& c, const float*
     winograd_kernel_gradient(threads, Identity{x}, gradient, tiles, c.inputs, c.outputs, dw);
 }
 
-constexpr Kernels kernels = {kLanes, convolve, input_gradient, kernel_gradient, add_relu, add_relu_gradient};
+constexpr Kernels kernels = {kLanes,   convolve,          input_gradient, kernel_gradient,
+                             add_relu, add_relu_gradient, relu_max_pool,  relu_max_pool_gradient};

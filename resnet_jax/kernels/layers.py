@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from resnet_jax.kernels import native
-from resnet_jax.models import Layers
+from resnet_jax.models import Layers, max_pool
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +121,17 @@ def add_relu(mesh: Mesh, x: Normalized, shortcut: jax.Array | Normalized) -> jax
     return native.add_relu(x.y, x.affine, value(shortcut), mesh)
 
 
+def relu_max_pool(mesh: Mesh, x: Normalized) -> jax.Array:
+    """Return `max_pool` of the array after a ReLU."""
+    _, height, width, channels = x.shape
+    if channels % 8 or height % 2 or width % 2:
+        return max_pool(value(relu(x)))
+    return native.relu_max_pool(x.y, x.affine, mesh)
+
+
 @cache
 def for_mesh(mesh: Mesh) -> Layers:
     """Return the layers for float32 on a mesh of CPU devices."""
-    return Layers(partial(Conv, mesh=mesh), BatchNorm, relu, value, partial(add_relu, mesh))
+    return Layers(
+        partial(Conv, mesh=mesh), BatchNorm, relu, value, partial(add_relu, mesh), partial(relu_max_pool, mesh)
+    )

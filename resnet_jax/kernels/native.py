@@ -21,7 +21,15 @@ from jax.sharding import PartitionSpec as P
 
 _LIBRARY = Path(__file__).with_name(f"_convolution{sysconfig.get_config_var('EXT_SUFFIX')}")
 SOURCES = ("convolution.cc", "convolution_simd.h")
-_TARGETS = ("convolve", "input_gradient", "kernel_gradient", "add_relu", "add_relu_gradient")
+_TARGETS = (
+    "convolve",
+    "input_gradient",
+    "kernel_gradient",
+    "add_relu",
+    "add_relu_gradient",
+    "relu_max_pool",
+    "relu_max_pool_gradient",
+)
 _SHARDED, _REPLICATED = P("data"), P()
 
 
@@ -158,6 +166,33 @@ def _add_relu_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax
 
 
 add_relu.defvjp(_add_relu_forward, _add_relu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def relu_max_pool(y: jax.Array, affine: jax.Array, mesh: Mesh) -> jax.Array:
+    """Return the largest relu(y * scale + shift) of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C], H and W even.
+
+    The first of several pixels that are equally large has the whole gradient.
+    """
+    batch, height, width, channels = y.shape
+    shape: tuple[int, ...] = (batch, height // 2, width // 2, channels)
+    out: jax.Array
+    (out,) = _call("relu_max_pool", mesh, [(y, _SHARDED), (affine, _REPLICATED)], [(shape, _SHARDED)])
+    return out
+
+
+def _relu_max_pool_forward(y: jax.Array, affine: jax.Array, mesh: Mesh) -> tuple[jax.Array, Any]:
+    return relu_max_pool(y, affine, mesh), (y, affine)
+
+
+def _relu_max_pool_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
+    y, affine = residuals
+    arguments = [(y, _SHARDED), (affine, _REPLICATED), (dout, _SHARDED)]
+    dy, daffine = _call("relu_max_pool_gradient", mesh, arguments, [(y.shape, _SHARDED), (affine.shape, _REPLICATED)])
+    return dy, daffine
+
+
+relu_max_pool.defvjp(_relu_max_pool_forward, _relu_max_pool_backward)
 
 
 def _or_empty(array: jax.Array | None) -> jax.Array:

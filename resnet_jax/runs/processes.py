@@ -49,6 +49,11 @@ def check_agreement(what: str, value: str) -> None:
             raise UserError(f"the processes of this run differ in their {what}: start all of them with the same")
 
 
+def from_first(array: np.ndarray) -> np.ndarray:
+    """Return the array of the first process: rounding differs among processors."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether an error means that another process ended. JAX has no type for it: the transport's name is in the text."""
     words = re.search("gloo|nccl|coordination|barrier", str(error), re.IGNORECASE)

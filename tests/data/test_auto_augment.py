@@ -25,6 +25,7 @@ GOLDEN_OPERATIONS = [
     [[8, 0], [7, 0]],
     [[7, 0], [6, 170]],
 ]  # kind and amount, of examples 2 to 4
+GOLDEN_RAND = [[[1, 5571], [1, 5571]], [[2, 5571], [1, 5571]], [[0, 0], [0, 0]], [[1, 2621], [0, 0]]]  # likewise
 GOLDEN_TRIVIAL = [[1, 2068], [2, 5988], [0, 0], [1, 5177]]  # likewise, of examples 0 to 3
 
 
@@ -92,14 +93,26 @@ def test_each_operation_equals_pillow(name, shape):
                 assert np.array_equal(ours, np.stack(theirs)), (module, magnitude, direction)
 
 
-def pillow_trivial(image, name, magnitude, direction):
-    """torchvision's TrivialAugmentWide on a Pillow image; `magnitude` is a bin of 31."""
+def trivial_ranges(width, height):
+    """The largest values of torchvision's TrivialAugmentWide."""
+    translation = {"translate_x": 32.0, "translate_y": 32.0}
+    return {"shear_x": 0.99, "shear_y": 0.99, "rotate": 135.0, "factor": 0.99, "bits": 6} | translation
+
+
+def rand_ranges(width, height):
+    """The largest values of torchvision's RandAugment."""
+    translation = {"translate_x": 150.0 / 331.0 * width, "translate_y": 150.0 / 331.0 * height}
+    return {"shear_x": 0.3, "shear_y": 0.3, "rotate": 30.0, "factor": 0.9, "bits": 4} | translation
+
+
+def torchvisions(ranges, image, name, magnitude, direction):
+    """An operation of torchvision on a Pillow image; `magnitude` is a bin of 31."""
 
     def moved(*matrix):
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
-    signed = {"shear": 0.99, "trans": 32.0, "rotat": 135.0}.get(name[:5], 0.99)
-    value = direction * float(np.linspace(0.0, signed, 31)[magnitude])
+    most = ranges(*image.size)
+    value = direction * float(np.linspace(0.0, most.get(name, most["factor"]), 31)[magnitude])
     if name == "identity":
         return image
     if name == "shear_x":
@@ -115,7 +128,7 @@ def pillow_trivial(image, name, magnitude, direction):
     if name in ENHANCERS:
         return ENHANCERS[name](image).enhance(round((1 + value) * 4096) / 4096)
     if name == "posterize":
-        return ImageOps.posterize(image, 8 - round(magnitude / (30 / 6)))
+        return ImageOps.posterize(image, 8 - round(magnitude / (30 / most["bits"])))
     if name == "solarize":
         return ImageOps.solarize(image, float(np.linspace(255.0, 0.0, 31)[magnitude]))
     return WITHOUT_MAGNITUDE[name](image)
@@ -127,7 +140,9 @@ def test_each_operation_of_trivial_augment_equals_pillow(name, shape):
     images = some_images(shape, 12)
     for magnitude in range(31):
         for direction in (1, -1):
-            theirs = [pillow_trivial(Image.fromarray(image), name, magnitude, direction) for image in images]
+            theirs = [
+                torchvisions(trivial_ranges, Image.fromarray(image), name, magnitude, direction) for image in images
+            ]
             operation = auto_augment.trivial_operation(name, magnitude, direction, *shape)
             for module in (augment_tf, augment_jax):
                 assert np.array_equal(operate(module, images, operation), np.stack(theirs)), (magnitude, direction)
@@ -150,6 +165,39 @@ def test_trivial_augment_draws_operations_magnitudes_and_directions_uniformly():
     parts = [auto_augment.trivial_operations(0, a, b, 1000, (32, 32)) for a, b in ((0, 1), (1, 990), (990, 2500))]
     assert np.array_equal(auto_augment.trivial_operations(0, 0, 2500, 1000, (32, 32)), np.concatenate(parts))
     assert drawn[:4, 0, :2].tolist() == GOLDEN_TRIVIAL
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("name", sorted(set(auto_augment._TRIVIAL) - {"auto_contrast"}))
+def test_each_operation_of_rand_augment_equals_pillow(name, shape):
+    images = some_images(shape, 12)
+    for magnitude in range(31):
+        table = auto_augment._rand_table(magnitude, *shape)[list(auto_augment._TRIVIAL).index(name)]
+        for operation, direction in zip(table, (1, -1), strict=True):
+            theirs = [torchvisions(rand_ranges, Image.fromarray(image), name, magnitude, direction) for image in images]
+            for module in (augment_tf, augment_jax):
+                assert np.array_equal(operate(module, images, operation), np.stack(theirs)), (magnitude, direction)
+
+
+def test_rand_augment_draws_operations_and_directions_uniformly_and_each_independently():
+    """If the pinned draws fail, every run with the policy changes: do not update them without saying so in the release."""
+    n = 100_000
+    drawn = auto_augment.policy_operations("rand-m12-n4", 0, 0, n, n, (32, 32))
+    assert drawn.shape == (n, 4, 8)
+    wanted = collections.Counter()
+    for operation in auto_augment._rand_table(12, 32, 32).reshape(-1, 8):
+        wanted[tuple(operation.tolist())] += 1 / 28
+    for place in range(4):
+        found = collections.Counter(map(tuple, drawn[:, place].tolist()))
+        for operation in wanted | found:
+            share = wanted[operation]
+            assert abs(found[operation] / n - share) <= 5 * np.sqrt(share * (1 - share) / n), operation
+    same = (drawn[:, :1] == drawn[:, 1:]).all(axis=2).mean(axis=0)
+    assert np.allclose(same, sum(share**2 for share in wanted.values()), atol=0.005)
+    parts = [auto_augment.rand_operations(0, a, b, 1000, (32, 32), 12, 2) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    whole = auto_augment.rand_operations(0, 0, 2500, 1000, (32, 32), 12, 2)
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert whole[:4, :, :2].tolist() == GOLDEN_RAND
 
 
 @pytest.mark.parametrize("module", [augment_tf, augment_jax])

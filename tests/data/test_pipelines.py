@@ -50,6 +50,7 @@ INGREDIENTS = [
     {},
     {"policy": "cifar10"},
     {"policy": "trivial"},
+    {"policy": "rand-m9-n3"},
     {"flip": "alternating", "crop_fill": "reflect"},
     {"cutout": 5},
     {"mixup_alpha": 0.2},

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from resnet_jax import train_state
+from resnet_jax import models, train_state
 from resnet_jax.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"the compiled functions: {native.unavailable()}")
@@ -115,6 +115,28 @@ def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes,
     assert_equal_but_for_rounding(got, want, limit=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 10, 24), (2, 32, 32, 64), (1, 2, 2, 8)])
+def test_a_max_pool_and_its_gradients_are_those_of_the_definition(lanes, shape):
+    batch, height, width, channels = shape
+    rng = np.random.default_rng(0)
+    shapes = shape, (2, channels), (batch, height // 2, width // 2, channels)
+    *arrays, dout = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+    got = results(lambda *a: native.relu_max_pool(*a, train_state.make_mesh(1)), arrays, dout)
+    with jax.enable_x64(True):
+        *exact, dout = (jnp.array(a, jnp.float64) for a in (*arrays, dout))
+        want = results(lambda y, affine: models.max_pool(jnp.maximum(normalized(y, affine), 0)), exact, dout)
+    assert_equal_but_for_rounding(got, want, limit=1e-6)
+
+
+def test_the_first_of_equal_pixels_has_the_gradient_of_a_max_pool():
+    affine, dout = np.array([[2.0] * 8, [0.5] * 8], np.float32), np.full((1, 1, 1, 8), 3, np.float32)
+    _, dy, daffine = results(
+        lambda *a: native.relu_max_pool(*a, train_state.make_mesh(1)), (np.ones((1, 2, 2, 8), np.float32), affine), dout
+    )
+    np.testing.assert_array_equal(dy[0, :, :, 0], [[6, 0], [0, 0]])
+    np.testing.assert_array_equal(daffine, np.full((2, 8), 3))
+
+
 def test_an_images_result_does_not_depend_on_the_batch_it_is_in():
     (x, affine, w), _ = random_case(9, 16, 16, 64, 64, 3, 1, True)
     mesh = train_state.make_mesh(1)
@@ -131,6 +153,7 @@ def test_what_is_not_a_number_stays_so():
     assert np.isnan(y[0, 3, 3]).all()
     assert np.isnan(sums).all()
     assert np.isnan(native.add_relu(x, affine, x, mesh)[0, 3, 3, 5])
+    assert np.isnan(native.relu_max_pool(x, affine, mesh)[0, 1, 1, 5])
 
 
 @pytest.mark.parametrize("shape", [(16, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
@@ -150,7 +173,7 @@ _DIGESTS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 from test_native import SHAPES, native, random_case, results
-from resnet_jax import train_state
+from resnet_jax import models, train_state
 for shape in SHAPES.values():
     stride, mesh = shape[-1], train_state.make_mesh(1)
     (x, affine, w), gradients = random_case(40, *shape[1:], True)
@@ -193,6 +216,9 @@ for lanes in 4, 8, 16:
         if shape[4] % 8 == 0:
             arguments = y, jax.numpy.ones((2, shape[4])), y
             jax.block_until_ready(results(lambda *a: native.add_relu(*a, mesh), arguments, y))
+            if shape[1] % 2 == shape[2] % 2 == 0 and y.shape[1] % 2 == y.shape[2] % 2 == 0:
+                pooled = native.relu_max_pool(*arguments[:2], mesh)
+                jax.block_until_ready(results(lambda *a: native.relu_max_pool(*a, mesh), arguments[:2], pooled))
 print("no error")
 """
 
