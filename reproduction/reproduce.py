@@ -6,10 +6,14 @@ On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the dat
     final_f32     the same in float32, the first seed                    -> final-f32-<gpu>.json
     sgd           configs/sgd.py, one run per seed                           -> sgd-<gpu>-seed<seed>.json
     autoaugment   final.py:full with AutoAugment, the first seed         -> final-autoaugment-<gpu>.json
+    best          configs/best.py, one run per seed                          -> best-<gpu>-seed<seed>.json
+    speedrun      configs/speedrun.py, one run per seed                      -> speedrun-<gpu>-seed<seed>.json
     step          the train step over batch sizes, against PyTorch       -> step-<gpu>.json
     resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
-On a CPU, where those take days, it runs resnet18 in float32, and
+`best` and `speedrun` also evaluate each image with its mirror image: "test_accuracy_with_mirrors" and "evaluation_seconds".
+
+On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and
 
     narrow        configs/narrow.py: SGD, AdamW, each also plain; one run per seed -> cpu-narrow-<variant>-seed<seed>.json
 
@@ -28,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,19 +103,44 @@ def write(path: Path, result: dict[str, Any]) -> None:
     print(path, flush=True)
 
 
+def epochs(arguments: argparse.Namespace) -> list[str]:
+    """Return the flag of the number of epochs, if it is not that of the config."""
+    return [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
+
+
 def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
     """Train or resume a run, and return its summary."""
     directory = (arguments.runs / f"{name}-seed{seed}").absolute()
-    epochs = [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
-    run("launch.py", *flags, f"--config.seed={seed}", *epochs, f"--workdir={directory}")
+    run("launch.py", *flags, f"--config.seed={seed}", *epochs(arguments), f"--workdir={directory}")
     with tempfile.TemporaryDirectory() as scratch:
         summary = Path(scratch) / "summary.json"
         run("-m", "resnet_jax", "report", directory, f"--summary={summary}")
         return json.loads(summary.read_text())
 
 
-def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False) -> None:
-    """Train with each seed, or only the first, and add the speed to each summary."""
+def with_mirrors(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, float]:
+    """Evaluate a run on test images and their mirror images: the accuracy of both, and the seconds of the whole command."""
+    directory, started = (arguments.runs / f"{name}-seed{seed}").absolute(), time.monotonic()
+    run(
+        "launch.py",
+        *flags,
+        f"--config.seed={seed}",
+        *epochs(arguments),
+        f"--workdir={directory}",
+        "--mode=eval",
+        "--flip",
+    )
+    evaluation = json.loads((directory / "eval-flip.json").read_text())
+    return {
+        "test_accuracy_with_mirrors": evaluation["test"]["accuracy"],
+        "evaluation_seconds": time.monotonic() - started,
+    }
+
+
+def train_with_speed(
+    arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False, mirrors: bool = False
+) -> None:
+    """Train with each seed, or only the first, and add the speed to each summary, and the accuracy with mirrored images."""
     flops = None
     for seed in arguments.seeds[:1] if one_seed else arguments.seeds:
         result = train(arguments, name, seed, flags)
@@ -128,6 +158,8 @@ def train_with_speed(arguments: argparse.Namespace, name: str, flags: list[str],
             "peak_tflops": arguments.peak_tflops,
             "share_of_peak": speed * flops / 1e12 / arguments.peak_tflops,
         }
+        if mirrors:
+            result |= with_mirrors(arguments, name, seed, flags)
         write(result_path(arguments, name, result["environment"], "" if one_seed else f"-seed{seed}"), result)
 
 
@@ -150,6 +182,16 @@ def autoaugment(arguments: argparse.Namespace) -> None:
     """Train as in the authors' notebook: AutoAugment, all 50,000 images, the last checkpoint."""
     flags = [*config_flags(arguments, "configs/final.py:full"), "--config.augment.policy=cifar10"]
     train_with_speed(arguments, "final-autoaugment", flags, one_seed=True)
+
+
+def best(arguments: argparse.Namespace) -> None:
+    """Train the recipe for the highest accuracy with fewer than 5,000,000 parameters."""
+    train_with_speed(arguments, "best", config_flags(arguments, "configs/best.py"), mirrors=True)
+
+
+def speedrun(arguments: argparse.Namespace) -> None:
+    """Train the recipe for 94 % in little time."""
+    train_with_speed(arguments, "speedrun", config_flags(arguments, "configs/speedrun.py"), mirrors=True)
 
 
 def narrow(arguments: argparse.Namespace) -> None:
@@ -209,8 +251,8 @@ def resnet18(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
-    on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, step, resnet18)}
-    on_cpu = {part.__name__: part for part in (narrow, resnet18)}
+    on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, best, speedrun, step, resnet18)}
+    on_cpu = {part.__name__: part for part in (narrow, speedrun, resnet18)}
     parser = ArgumentParser("python -m reproduction.reproduce", __doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help="what to measure (default: everything that this machine can measure)"

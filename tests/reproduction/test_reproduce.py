@@ -105,6 +105,8 @@ PARTS = {  # by name of the results: is it SGD, AutoAugment, all images for trai
     "final-f32": (False, False, False, True, True),
     "sgd": (True, False, False, False, False),
     "final-autoaugment": (False, True, True, False, True),
+    "best": (False, False, True, False, False),
+    "speedrun": (False, False, True, False, False),
 }
 
 
@@ -113,13 +115,21 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
     parser = command_line.ArgumentParser("launch.py", None)
     command_line.add_config_arguments(parser)
 
-    def train_with_speed(arguments, name, flags, one_seed=False):
+    def train_with_speed(arguments, name, flags, one_seed=False, mirrors=False):
+        assert mirrors == (name in ("best", "speedrun"))
         _, config = command_line.parse_config(parser, flags)
         trained[name] = (config, one_seed)
 
     monkeypatch.setattr(reproduce, "train_with_speed", train_with_speed)
     monkeypatch.chdir(ROOT)
-    for part in (reproduce.final, reproduce.final_f32, reproduce.sgd, reproduce.autoaugment):
+    for part in (
+        reproduce.final,
+        reproduce.final_f32,
+        reproduce.sgd,
+        reproduce.autoaugment,
+        reproduce.best,
+        reproduce.speedrun,
+    ):
         part(argparse.Namespace(config="configs/final.py", data="digits", dtype="bfloat16"))
     assert set(trained) == set(PARTS)
     for name, (config, one_seed) in trained.items():
@@ -164,3 +174,12 @@ def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
         assert result[name][by_round][1] == seconds
         assert result[name]["seconds_per_epoch"] == pytest.approx(sum(result[name][by_round]) / 2)
     assert claims.table([], result)[-1].basis.endswith("2 rounds")
+
+
+@pytest.mark.slow
+def test_a_speedrun_says_its_accuracy_with_mirrored_images_and_how_long_that_took(tmp_path):
+    result = results_of(tmp_path, "speedrun", "--seeds", "0", epochs=30)["speedrun-cpu-seed0.json"]
+    (evaluation,) = (tmp_path / "runs").glob("*/eval-flip.json")
+    assert result["test_accuracy_with_mirrors"] == json.loads(evaluation.read_text())["test"]["accuracy"]
+    assert result["test_accuracy_with_mirrors"] > 0.5
+    assert result["evaluation_seconds"] > 0
