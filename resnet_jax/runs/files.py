@@ -1,6 +1,7 @@
 """Atomic files and folders: a reader sees the old content or the complete new content."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,11 @@ from typing import Any
 from resnet_jax.errors import UserError
 
 _SCRATCH = ".incomplete-resnet_jax-"
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a value as JSON, in hexadecimal; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
