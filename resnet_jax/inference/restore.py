@@ -25,12 +25,10 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
     config = workdir.check(directory, config)
-    checkpoints.read_chosen(
-        directory, which, lambda found, step: None
-    )  # reports a user error before the data are loaded
+    checkpoints.read_chosen(directory, which, lambda saved, step: None)  # a user error comes before the data are loaded
     start = setup(config)
     check_meta = partial(workdir.check_meta, directory, config, start.dataset.fingerprint)
     state, step = checkpoints.read_chosen(
-        directory, which, lambda found, step: found.restore(step, start.state, check_meta)[0]
+        directory, which, lambda saved, step: saved.restore(step, start.state, check_meta)[0]
     )
     return start, state, step

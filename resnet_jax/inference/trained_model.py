@@ -30,7 +30,7 @@ from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
 from resnet_jax.errors import UserError, reason
 from resnet_jax.inference import calibration, shipped
-from resnet_jax.runs import stored_config
+from resnet_jax.runs import files, stored_config
 
 LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
 _ROUNDING = 1e-5  # by which floats may leave 0..1
@@ -269,25 +269,19 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
     from resnet_jax.runs import checkpoints
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
-
-    def read(
-        found: checkpoints.Checkpoints, step: int
-    ) -> tuple[ConfigDict, tuple[str, ...], tuple[int, int, int], Any]:
-        meta = found.meta(step)
-        if "class_names" not in meta:
-            raise UserError(f"{directory} is from an old version whose checkpoints have no class names: train it again")
-        with found.readable(step):
-            config, (height, width, depth) = stored_config.from_json(meta["config"]), meta["image_shape"]
-            image_shape = height, width, depth
-            names, mesh = tuple(meta["class_names"]), train_state.make_mesh(1)
-            # Shapes suffice. The state needs a schedule, which is not used here: any number of steps per epoch works.
-            shapes = jax.eval_shape(partial(train_state.create, config, len(names), image_shape, 1.0, mesh))
-        replicated = NamedSharding(mesh, PartitionSpec())
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
-        return config, names, image_shape, found.restore(step, like)[0].variables
-
-    (config, names, image_shape, variables), step = checkpoints.read_chosen(directory, str(checkpoint), read)
-    return Model(config, names, image_shape, variables, step, calibration.temperatures(directory, step))
+    meta, _ = checkpoints.read_chosen(directory, str(checkpoint), checkpoints.Checkpoints.meta)
+    config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
+    height, width, depth = meta["image_shape"]
+    mesh = train_state.make_mesh(1)
+    # Shapes suffice. The state needs a schedule, which is not used here: any number of steps per epoch works.
+    shapes = jax.eval_shape(partial(train_state.create, config, len(names), (height, width, depth), 1.0, mesh))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
+    variables, step = checkpoints.read_chosen(
+        directory, str(checkpoint), lambda saved, step: saved.restore_variables(step, like)
+    )
+    temperatures = calibration.temperatures(directory, step)
+    return Model(config, names, (height, width, depth), variables, step, temperatures)
 
 
 def _load_file(path: Path) -> Model:
@@ -319,7 +313,7 @@ def _load_file(path: Path) -> Model:
 
 def seal(meta: Mapping[str, Any], payload: str) -> str:
     """Return the SHA-256 of an export's metadata and its payload's digest, in hexadecimal."""
-    return hashlib.sha256(json.dumps([meta, payload], sort_keys=True).encode()).hexdigest()
+    return files.digest([meta, payload])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:

@@ -1,11 +1,11 @@
 """Checkpoints through Orbax: written in the background; the latest two and the best are kept.
 
-Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of its state, and one of its `meta`, in which the
-state's digest is. A restore checks both.
+Orbax restores a corrupt byte in silence, so each checkpoint holds a digest of each part of its state, and one of its `meta`
+with those. A reader checks all that it reads.
 """
 
-import hashlib
-import json
+import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -21,12 +21,21 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
-from resnet_jax.runs import metrics_log, processes
-from resnet_jax.runs.metrics_log import Validation, best_step
-from resnet_jax.train_state import TrainState
+from resnet_jax.runs import files, processes
+from resnet_jax.runs.metrics_log import Validation, best_step, validations
+from resnet_jax.train_state import AveragedTrainState, TrainState
 
-_ATTEMPTS = 5  # to read a checkpoint of a run under way
-Read = TypeVar("Read")
+T = TypeVar("T")
+# Of a checkpoint's `meta`.
+_TYPES = {
+    "config": dict,
+    "fingerprint": str,
+    "class_names": list,
+    "image_shape": list,
+    "seconds": float,
+    "digest": str,
+}
+_ATTEMPTS = 20  # to read a checkpoint of a run that replaces its checkpoints
 
 
 class CorruptCheckpointError(UserError):
@@ -47,8 +56,26 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {': '.join(first.split(': ')[-2:])[:200]}"
 
 
-def _meta_digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _check_types(meta: Any) -> None:
+    """Raise a ValueError if a `meta` lacks a key, or holds a value of another type than a run saves."""
+    for name, kind in _TYPES.items():
+        if type(meta.get(name)) is not kind:
+            raise ValueError(f"its meta has no valid {name}")
+    names, shape = meta["class_names"], meta["image_shape"]
+    if not all(isinstance(name, str) for name in names) or not 0 < len(set(names)) == len(names):
+        raise ValueError("its meta has no valid class_names")
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError("its meta has no valid image_shape")
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are saved, by name."""
+    fields = [field.name for field in dataclasses.fields(state) if field.metadata.get("pytree_node", True)]
+    return {name: getattr(state, name) for name in fields}
+
+
+def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: train_state.digest(part) for name, part in parts.items()}
 
 
 class _Best(policy.PreservationPolicy):
@@ -88,12 +115,12 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._directory, self._validations = directory.absolute(), validations
-        with self.readable():
+        with self._readable():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @contextmanager
-    def readable(self, step: int | None = None) -> Iterator[None]:
-        """Turn what Orbax and other readers raise for a damaged checkpoint into `CorruptCheckpointError`; user errors pass."""
+    def _readable(self, step: int | None = None) -> Iterator[None]:
+        """Turn the dozen kinds of exception that Orbax raises for a damaged checkpoint into `CorruptCheckpointError`."""
         try:
             yield
         except UserError:
@@ -128,16 +155,17 @@ class Checkpoints:
 
         Args:
             state: its `step` names the checkpoint.
-            meta: kept beside the state, as JSON.
+            meta: kept beside the state, as JSON: {"config", "fingerprint", "class_names", "image_shape", "seconds"}.
 
         Raises:
             UserError: if this checkpoint or the previous one cannot be written.
             RuntimeError: if Orbax declines, as it does for a step that is not later than the latest.
         """
-        step, meta = int(state.step), meta | {"digest": train_state.digest(state)}
+        step = int(state.step)
+        meta = meta | {"digests": _digests(_parts(state))}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(meta | {"meta_digest": _meta_digest(meta)}),
+            meta=ocp.args.JsonSave(meta | {"digest": files.digest(meta)}),
         )
         with self._writable():
             saved = self._manager.save(step, args=arguments)
@@ -167,19 +195,20 @@ class Checkpoints:
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` that a checkpoint was saved with, and the "digest" of its state.
+        """The `meta` that a checkpoint was saved with.
 
         Raises:
-            CorruptCheckpointError: if it cannot be read, or does not have the digest it was saved with. Checkpoints of versions
-                before 0.3 have no such digest.
+            CorruptCheckpointError: if it cannot be read, or is not what was saved.
         """
-        with self.readable(step):
+        with self._readable(step):
             arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta: dict[str, Any] = self._manager.restore(step, args=arguments)["meta"]
-            if meta.pop("meta_digest", None) not in (_meta_digest(meta), None):
-                raise ValueError("its metadata differ from those that were saved")
-            if not isinstance(meta["digest"], str):
-                raise TypeError("its metadata are of another form")
+            _check_types(meta)
+            unsealed = {name: value for name, value in meta.items() if name != "digest"}
+            # Up to version 0.2.0, "digest" is of the state alone, and `restore` checks it.
+            intact = meta["digest"] == files.digest(unsealed) if "digests" in meta else meta.keys() == _TYPES.keys()
+            if not intact:
+                raise ValueError("its meta differs from the one that was saved")
         return meta
 
     def restore(
@@ -199,15 +228,34 @@ class Checkpoints:
             CorruptCheckpointError: if it cannot be read, or its state does not have the digest it was saved with.
         """
         meta = self.meta(step)
-        with self.readable(step):
+        with self._readable(step):
             check(meta)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        with self.readable(step):
+        with self._readable(step):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = self._manager.restore(step, args=arguments)["state"]
-            if train_state.digest(state) != meta["digest"] or int(state.step) != step:
+            sealed = "digests" in meta
+            intact = (
+                _digests(_parts(state)) == meta["digests"] if sealed else train_state.digest(state) == meta["digest"]
+            )
+            if not intact or int(state.step) != step:
                 raise ValueError("its state differs from the one that was saved")
         return state, meta
+
+    def restore_variables(self, step: int, like: TrainState) -> Any:
+        """Read only the weights that are evaluated, as `TrainState.variables`; arguments and errors are those of `restore`."""
+        meta = self.meta(step)
+        if "digests" not in meta:  # of version 0.2.0 or earlier
+            return self.restore(step, like)[0].variables
+        names = ["step", *(["average"] if isinstance(like, AveragedTrainState) else ["params", "batch_stats"])]
+        with self._readable(step):
+            wanted = {name: getattr(like, name) for name in names}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            arguments = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+            parts = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+            if _digests(parts) != {name: meta["digests"][name] for name in names} or int(parts["step"]) != step:
+                raise ValueError("its weights differ from those that were saved")
+        return like.replace(**parts).variables
 
     def restore_newest(
         self, like: TrainState, check: Callable[[dict[str, Any]], None]
@@ -267,29 +315,40 @@ class Checkpoints:
             self._manager.close()
 
 
-def read_chosen(directory: Path, which: str, read: Callable[[Checkpoints, int], Read]) -> tuple[Read, int]:
-    """Read the checkpoint of a run that "best", "latest" or a number names, also while the run replaces its checkpoints.
+def read_chosen(directory: Path, which: str, read: Callable[[Checkpoints, int], T]) -> tuple[T, int]:
+    """Choose a checkpoint of a run and read it; choose again if a session that trains in the run deletes it meanwhile.
 
     Args:
-        directory: the run's workdir.
+        directory: of the run; nothing in it is changed.
         which: as `Checkpoints.choose` takes it.
-        read: reads the checkpoint of a step.
+        read: called with the checkpoints and the step of the chosen one; may be called several times.
 
     Returns:
         What `read` returned, and the step.
 
     Raises:
-        UserError: if there is no such checkpoint.
-        CorruptCheckpointError: if it is damaged, and the one that is chosen a second later as well.
+        CorruptCheckpointError: if a checkpoint that nobody deletes cannot be read.
+        UserError: if there is no such checkpoint, or checkpoints are replaced faster than they are read.
     """
-    for attempt in range(_ATTEMPTS):
-        known = metrics_log.validations(directory)
-        with closing(Checkpoints(directory / "checkpoints", known, read_only=True)) as checkpoints:
-            step = checkpoints.choose(which)
-            try:
+    folder = directory / "checkpoints"
+    for _ in range(_ATTEMPTS):
+        place, before = folder, _listing(folder)
+        try:
+            validated = validations(directory)
+            with closing(Checkpoints(folder, validated, read_only=True)) as checkpoints:
+                step = checkpoints.choose(which)
+                if which == "best" and validations(directory) != validated:
+                    continue  # the best by the old ones may be gone, and another one chosen in its place
+                place, before = folder / str(step), _listing(folder / str(step))
                 return read(checkpoints, step), step
-            except CorruptCheckpointError:  # or gone, because the run has a later one
-                if attempt == _ATTEMPTS - 1:
-                    raise
-        time.sleep(1.0 / _ATTEMPTS)
-    raise AssertionError("the last attempt returns or raises")
+        except CorruptCheckpointError:
+            if place.exists() and _listing(place) == before:
+                raise
+    raise UserError(
+        f"the checkpoints of {folder} are replaced faster than they can be read: rerun the command when the run has ended"
+    )
+
+
+def _listing(folder: Path) -> set[str]:
+    """The paths of all files in a folder, which may be deleted meanwhile."""
+    return {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}

@@ -1,6 +1,7 @@
 """Atomic files and folders: a reader sees the old content or the complete new content."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,11 @@ from resnet_jax import host
 from resnet_jax.errors import UserError
 
 _SCRATCH = ".incomplete-resnet_jax-"
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a value as JSON, in hexadecimal; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import jax
 import numpy as np
@@ -14,8 +14,17 @@ from jax.sharding import Mesh
 
 from resnet_jax import train_state
 from resnet_jax.errors import UserError
-from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError, read_chosen
+from resnet_jax.runs import checkpoints as checkpoints_lib
+from resnet_jax.runs import files
+from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
 from resnet_jax.runs.metrics_log import Validation
+
+META = {
+    "config": {"data": {"mean": [0.4914, 0.4822, 0.4465]}},
+    "fingerprint": "0" * 64,
+    "class_names": ["cat", "dog"],
+    "image_shape": [8, 8, 3],
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def save_all(directory, state, results):
     validations = {}
     checkpoints = Checkpoints(directory, validations)
     for step, accuracy in enumerate(results, start=1):
-        checkpoints.save(plus(state, step), {"seconds": step})
+        checkpoints.save(plus(state, step), {**META, "seconds": float(step)})
         if accuracy is not None:
             validations[step] = Validation(accuracy, 1 - accuracy)
     checkpoints.wait()
@@ -77,7 +86,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(tmp_path, state
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         like = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         restored, meta = checkpoints.restore(1, like, accept)
-        assert meta == {"seconds": 1, "digest": train_state.digest(expected)}
+        assert {name: meta[name] for name in (*META, "seconds")} == {**META, "seconds": 1.0}
         assert int(restored.step) == 1
         assert train_state.digest(restored) == train_state.digest(expected)
         assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
@@ -97,7 +106,7 @@ def test_another_process_finds_the_same_checkpoints(tmp_path, state):
 def test_saving_a_step_that_is_not_later_is_an_error_and_not_silent(tmp_path, state):
     checkpoints = save_all(tmp_path, state, [0.5, 0.6])
     with pytest.raises(RuntimeError, match="did not save step 1"):
-        checkpoints.save(plus(state, 1), {})
+        checkpoints.save(plus(state, 1), META)
     checkpoints.close()
 
 
@@ -212,77 +221,167 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
         assert train_state.digest(restored) == expected, file
 
 
+def sealed(meta):
+    """A meta as a run saves it, with its digest."""
+    unsealed = {name: value for name, value in meta.items() if name != "digest"}
+    return {**unsealed, "digest": files.digest(unsealed)}
+
+
+def rewrite_meta(step, change):
+    """Replace the meta of a checkpoint by what `change` makes of it."""
+    file = step / "meta" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
 @orbax_drops_its_tasks
 def test_a_flipped_bit_of_the_metadata_is_noticed_or_changes_nothing(tmp_path, state):
-    meta = {"seconds": 1.5, "class_names": ["cat", "dog"], "mean": [0.4914, 0.4822, 0.4465]}
-    with closing(Checkpoints(tmp_path, {})) as checkpoints:
-        checkpoints.save(plus(state, 1), meta)
-        checkpoints.wait()
+    save_all(tmp_path, state, [0.5]).close()
     file, rng, noticed = tmp_path / "1" / "meta" / "metadata", np.random.default_rng(0), 0
     content = file.read_bytes()
     with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
         whole = checkpoints.meta(1)
-        assert whole == meta | {"digest": train_state.digest(plus(state, 1))}
-        for _ in range(200):
+        for _ in range(150):
             flip_a_bit(file, rng)
             try:
-                found = checkpoints.meta(1)
+                assert checkpoints.meta(1) == whole  # a space became another one
             except CorruptCheckpointError:
                 noticed += 1
-            else:  # in the name under which its digest is kept, or in a space
-                assert {name: found[name] for name in whole} == whole
             file.write_bytes(content)
-    assert noticed > 150
+    assert noticed > 120
+
+
+def without(name):
+    return lambda meta: {key: value for key, value in meta.items() if key != name}
+
+
+BAD_META = {
+    **{f"no {name}": without(name) for name in (*META, "seconds", "digests")},
+    **{
+        f"{name} is {value!r}": lambda meta, name=name, value=value: meta | {name: value}
+        for name in (*META, "seconds", "digests")
+        for value in (None, 7, [[]], {})
+        if (name, value) != ("config", {})
+    },
+    "equal class names": lambda meta: meta | {"class_names": ["cat", "cat"]},
+    "a class name is a number": lambda meta: meta | {"class_names": ["cat", 1]},
+    "a side of 0 pixels": lambda meta: meta | {"image_shape": [0, 8, 3]},
+    "an empty object": lambda meta: {},
+    "the digest of a part is missing": lambda meta: meta | {"digests": without("params")(meta["digests"])},
+}
+
+
+@orbax_drops_its_tasks
+def test_a_meta_that_lacks_a_key_or_holds_another_type_is_damaged_with_and_without_a_right_digest(tmp_path, state):
+    save_all(tmp_path, state, [0.5]).close()
+    file = tmp_path / "1" / "meta" / "metadata"
+    content, accepted = file.read_bytes(), []
+    changes = [
+        *BAD_META.items(),
+        *((f"sealed: {what}", lambda m, c=change: sealed(c(m))) for what, change in BAD_META.items()),
+    ]
+    changes += [
+        ("no digest", without("digest")),
+        ("digest of a number", lambda m: m | {"digest": 7}),
+        ("a list", lambda m: [m]),
+    ]
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
+        for what, change in changes:
+            rewrite_meta(tmp_path / "1", change)
+            with suppress(CorruptCheckpointError):
+                checkpoints.restore(1, state)
+                accepted.append(what)
+            file.write_bytes(content)
+    assert accepted == []
 
 
 @orbax_drops_its_tasks
 def test_a_newest_checkpoint_with_damaged_metadata_is_set_aside(tmp_path, state):
-    """Without a digest, a changed config looked like another run's, and nothing resumed."""
     directory = tmp_path / "checkpoints"
     save_all(directory, state, [0.5, 0.6]).close()
-    file = directory / "2" / "meta" / "metadata"
-    file.write_text(file.read_text().replace('"seconds": 2', '"seconds": 3'))
+    rewrite_meta(directory / "2", lambda meta: meta | {"fingerprint": "1" * 64})
 
-    def one_of_the_run(meta):
-        if meta["seconds"] not in (1, 2):
-            raise UserError("another config")
+    def refuse_others(meta):
+        if meta["fingerprint"] != META["fingerprint"]:
+            raise UserError("of other data")
 
     with closing(Checkpoints(directory, {})) as checkpoints:
-        restored, meta = checkpoints.restore_newest(state, one_of_the_run)
-    assert int(restored.step) == meta["seconds"] == 1
+        restored, _ = checkpoints.restore_newest(state, refuse_others)
+    assert int(restored.step) == 1
     assert [path.name[:2] for path in (tmp_path / "damaged").iterdir()] == ["2-"]
 
 
-@orbax_drops_its_tasks
-def test_metadata_without_a_digest_of_their_own_are_those_of_an_older_version(tmp_path, state):
-    save_all(tmp_path, state, [0.5]).close()
-    file = tmp_path / "1" / "meta" / "metadata"
-    meta = json.loads(file.read_text())
-    del meta["meta_digest"]
-    file.write_text(json.dumps(meta))
+def of_version_0_2(state, step):
+    """Turn the meta of a checkpoint into that of version 0.2.0, which has one digest, of the state."""
+    return lambda meta: without("digests")(meta) | {"digest": train_state.digest(plus(state, step))}
+
+
+def test_a_checkpoint_of_version_0_2_is_read_and_checked_by_its_own_digest(tmp_path, state):
+    save_all(tmp_path, state, [0.5, 0.6]).close()
+    rewrite_meta(tmp_path / "1", of_version_0_2(state, 1))
+    rewrite_meta(tmp_path / "2", of_version_0_2(state, 1))
+    expected = train_state.digest(plus(state, 1).variables)
     with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
-        assert checkpoints.restore(1, state, accept)[1] == meta
+        assert train_state.digest(checkpoints.restore(1, state, accept)[0].variables) == expected
+        assert train_state.digest(checkpoints.restore_variables(1, state)) == expected
+        with pytest.raises(CorruptCheckpointError, match="its state differs"):
+            checkpoints.restore_variables(2, state)
 
 
-def test_a_checkpoint_is_read_while_its_run_replaces_it(tmp_path, state):
-    """The run saves as often as it can; each reading takes longer than that, and still none calls a checkpoint damaged."""
-    stop = threading.Event()
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_weights_alone_are_those_of_the_state_without_the_optimizers(tmp_path, tiny_config, ema_decay, monkeypatch):
+    tiny_config.optim.ema_decay = ema_decay
+    state = make_state(tiny_config, 10, (8, 8, 3), 20.0, train_state.make_mesh())
+    save_all(tmp_path, state, [0.5]).close()
+    digested, digest = [], train_state.digest
+    monkeypatch.setattr(train_state, "digest", lambda tree: digested.append(jax.tree.structure(tree)) or digest(tree))
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
+        variables = checkpoints.restore_variables(1, state)
+    assert digest(variables) == digest(plus(state, 1).variables)
+    assert len(digested) == (2 if ema_decay else 3)  # the step, and the average or params and batch_stats
+    assert jax.tree.structure(state.opt_state) not in digested
+
+
+@orbax_drops_its_tasks
+@pytest.mark.parametrize("part", ["params", "batch_stats", "step"])
+def test_weights_that_differ_from_those_saved_are_noticed_and_other_parts_do_not_matter(tmp_path, state, part):
+    save_all(tmp_path, state, [0.5]).close()
+
+    def change(meta, name):
+        return sealed(meta | {"digests": meta["digests"] | {name: "0" * 64}})
+
+    rewrite_meta(tmp_path / "1", lambda meta: change(meta, "opt_state"))
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints:
+        checkpoints.restore_variables(1, state)
+    rewrite_meta(tmp_path / "1", lambda meta: change(meta, part))
+    with closing(Checkpoints(tmp_path, {}, read_only=True)) as checkpoints, pytest.raises(CorruptCheckpointError):
+        checkpoints.restore_variables(1, state)
+
+
+@orbax_drops_its_tasks
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_checkpoint_is_read_while_its_run_replaces_it(tmp_path, state, which):
+    """The run saves as often as it can; a reader never calls a checkpoint damaged that was only replaced."""
+    directory, stop = tmp_path / "checkpoints", threading.Event()
 
     def run():
-        with closing(Checkpoints(tmp_path / "checkpoints", {})) as checkpoints:
+        validated = {}
+        with closing(Checkpoints(directory, validated)) as checkpoints, (tmp_path / "metrics.jsonl").open("w") as log:
             for step in itertools.count(2):
-                checkpoints.save(plus(state, step), {"seconds": step})
+                checkpoints.save(plus(state, step), {**META, "seconds": float(step)})
                 checkpoints.wait()
+                row = {"step": step, "split": "validation", "accuracy": 1 - 1 / step, "loss": 1 / step}
+                validated[step] = Validation.of(row)
+                print(json.dumps(row), file=log, flush=True)
                 if stop.is_set():
                     return
 
-    save_all(tmp_path / "checkpoints", state, [None]).close()
+    save_all(directory, state, [None]).close()
     with ThreadPoolExecutor(1) as executor:
         writer = executor.submit(run)
         try:
-            for _ in range(20):
-                restored, step = read_chosen(
-                    tmp_path, "latest", lambda found, step: found.restore(step, state, accept)[0]
+            for _ in range(10):
+                restored, step = checkpoints_lib.read_chosen(
+                    tmp_path, which, lambda saved, step: saved.restore(step, state, accept)[0]
                 )
                 assert int(restored.step) == step
         finally:
@@ -291,19 +390,53 @@ def test_a_checkpoint_is_read_while_its_run_replaces_it(tmp_path, state):
     assert step > 2
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_called_damaged_and_another_is_chosen(tmp_path, state):
+    directory, tried = tmp_path / "checkpoints", []
+    save_all(directory, state, [0.5, 0.6]).close()
+
+    def reader(saved, step):
+        tried.append(step)
+        if step == 2:
+            shutil.rmtree(directory / "2")
+        return int(saved.restore(step, state)[0].step)
+
+    assert checkpoints_lib.read_chosen(tmp_path, "latest", reader) == (1, 1)
+    assert tried == [2, 1]
+    with pytest.raises(UserError, match="holds no checkpoint of step 2: choose one of 1"):
+        checkpoints_lib.read_chosen(tmp_path, "2", reader)
+
+
+def test_the_best_is_chosen_again_if_a_validation_ends_meanwhile(tmp_path, state, monkeypatch):
+    save_all(tmp_path / "checkpoints", state, [0.5, 0.6]).close()
+    answers = iter([{1: Validation(0.5, 1.0)}, *[{2: Validation(0.6, 0.9)}] * 3])
+    monkeypatch.setattr(checkpoints_lib, "validations", lambda directory: next(answers))
+    assert checkpoints_lib.read_chosen(tmp_path, "best", lambda saved, step: None) == (None, 2)
+
+
 @orbax_drops_its_tasks
-def test_a_checkpoint_that_stays_damaged_is_told(tmp_path, state):
+def test_a_checkpoint_that_stays_damaged_is_named_at_once(tmp_path, state):
     save_all(tmp_path / "checkpoints", state, [0.5]).close()
     DAMAGE["no meta"](tmp_path / "checkpoints" / "1")
     tried = []
-
-    def read(found, step):
-        tried.append(step)
-        return found.restore(step, state, accept)
-
     with pytest.raises(CorruptCheckpointError, match="is damaged"):
-        read_chosen(tmp_path, "latest", read)
-    assert tried == [1] * 5
+        checkpoints_lib.read_chosen(
+            tmp_path, "latest", lambda saved, step: tried.append(step) or saved.restore(step, state)
+        )
+    assert tried == [1]
+
+
+def test_checkpoints_that_are_replaced_faster_than_they_are_read_are_one_line(tmp_path, state):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, state, [0.5]).close()
+    names = itertools.count()
+
+    def reader(saved, step):
+        (directory / "1" / str(next(names))).touch()
+        raise CorruptCheckpointError("1 is damaged")
+
+    with pytest.raises(UserError, match="replaced faster than they can be read") as refusal:
+        checkpoints_lib.read_chosen(tmp_path, "latest", reader)
+    assert not isinstance(refusal.value, CorruptCheckpointError)
 
 
 def test_a_state_that_orbax_restores_in_silence_but_is_not_the_one_saved_is_noticed(tmp_path, state, monkeypatch):
@@ -328,7 +461,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_moved_aside(tm
         restored, meta = checkpoints.restore_newest(state, accept)
         assert int(restored.step) == meta["seconds"] == 2
         assert kept(checkpoints) == [1, 2]
-        checkpoints.save(plus(state, 3), {"seconds": 3})
+        checkpoints.save(plus(state, 3), {**META, "seconds": 3.0})
         checkpoints.wait()
         assert kept(checkpoints) == [1, 2, 3]
     (moved,) = (tmp_path / "damaged").iterdir()
