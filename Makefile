@@ -33,7 +33,7 @@ test-slow: $(VENV)/installed ## fault injection: kills, full disks, lost hosts, 
 
 soak: $(VENV)/installed ## the long form: 100 kills an optimizer, 5,000 random inputs a reader
 	RESNET_JAX_SOAK_KILLS=100 $(BIN)/python -m pytest -m slow tests/fault_injection -k killed_at_chosen_moments
-	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fault_injection/test_fuzz.py
+	RESNET_JAX_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/fault_injection/test_fuzz.py tests/fault_injection/test_readers.py
 
 reproduce: $(if $(GPU_PYTHON),,$(VENV)/installed) ## the report's figures, what this machine can do of them: PARTS=, FLAGS=
 	$(or $(GPU_PYTHON),$(BIN)/python) -m reproduction.reproduce $(PARTS) $(FLAGS)

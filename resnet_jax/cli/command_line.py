@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -256,6 +257,9 @@ def _reason(error: Exception) -> str:
 def run(main: Tool) -> NoReturn:
     """Run a tool as a program: its mistakes are one line and exit code 2, and libraries are quiet, also when it ends."""
     sys.unraisablehook = hide_closed_loops
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, an ASCII locale
     logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ

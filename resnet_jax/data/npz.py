@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 
 PARTS = ("train", "validation", "test")
 KEYS = (*(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")), "class_names")
@@ -25,7 +25,9 @@ def read(path: Path) -> Arrays:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except Exception as error:  # NumPy and zipfile raise many kinds of errors for a corrupt file
-        raise UserError(f"{path} cannot be read as an .npz of arrays: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as an .npz of arrays ({reason(error)}): fix it, or give another"
+        ) from error
 
 
 def read_set(path: Path) -> Arrays:

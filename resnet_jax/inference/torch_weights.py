@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from resnet_jax import host
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 from resnet_jax.runs import files
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
@@ -153,16 +153,16 @@ def read(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             import safetensors.numpy
 
-            return safetensors.numpy.load_file(path)
+            return safetensors.numpy.load_file(host.readable(path))
         torch = _torch(path)
         return {
-            name: _as_array(tensor) for name, tensor in _state_dict(torch, torch.load(path, "cpu", weights_only=True))
+            name: _as_array(tensor)
+            for name, tensor in _state_dict(torch, torch.load(host.readable(path), "cpu", weights_only=True))
         }
     except UserError:
         raise
     except Exception as error:  # three libraries raise a dozen kinds of errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path} cannot be read ({reason}): give a state dict") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): give a state dict") from error
 
 
 def _state_dict(torch: Any, loaded: Any) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from resnet_jax import host
 from resnet_jax.runs import files
 
 
@@ -109,14 +110,14 @@ def best_step(validated: Mapping[int, Validation]) -> int | None:
 def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each line of `metrics.jsonl` with its row; {} for a line that is damaged or incomplete."""
     path = directory / "metrics.jsonl"
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = host.readable(path).read_text(errors="replace") if path.exists() else ""
     return [(line, _row(line)) for line in text.splitlines(keepends=True)]
 
 
 def _row(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (RecursionError, ValueError):
         return {}
     whole = line.endswith("\n") and isinstance(row, dict) and type(row.get("step")) is int and "split" in row
     return row if whole else {}

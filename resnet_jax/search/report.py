@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 from resnet_jax.reporting import pages, statistics
 from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import files, stored_config
@@ -156,6 +156,23 @@ def _check_summary(path: Path) -> None:
         )
 
 
+def read(study: str, where: str) -> Summary:
+    """Read the summary of a search from its storage.
+
+    Raises:
+        UserError: if there is no such search, or the storage holds values that no search wrote.
+    """
+    with studies.opened(where, create=False) as storage:
+        try:
+            return summarise(study, studies.existing(storage, study))
+        except UserError:
+            raise
+        except Exception as error:  # a line of a journal that was edited can hold anything
+            raise UserError(
+                f"--study {study} cannot be read ({reason(error)}): restore its storage from a backup"
+            ) from error
+
+
 def save_summary(study: str, where: str, path: Path) -> None:
     """Write the summary of a search as JSON.
 
@@ -163,8 +180,7 @@ def save_summary(study: str, where: str, path: Path) -> None:
         UserError: if there is no such search, or the file is something else than an earlier summary.
     """
     _check_summary(path)
-    with studies.opened(where, create=False) as storage:
-        files.write_json(path, summarise(study, studies.existing(storage, study)))
+    files.write_json(path, read(study, where))
     print(path)
 
 
@@ -178,9 +194,7 @@ def save_page(study: str, where: str, output: Path, config_path: Path) -> None:
         raise UserError(f"--found {config_path} is in --output {output}, which holds only the page: give another file")
     pages.check_output(output)
     _check_found(config_path, study)
-    with studies.opened(where, create=False) as storage:
-        search = summarise(study, studies.existing(storage, study))
-    write(search, output, config_path)
+    write(read(study, where), output, config_path)
 
 
 def write(search: Summary, output: Path, config_path: Path) -> None:

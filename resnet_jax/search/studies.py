@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, reason
 from resnet_jax.runs import stored_config
 from resnet_jax.search import STAGES
 from resnet_jax.search.locks import JournalLock
@@ -105,8 +105,10 @@ def _journal(path: Path, create: bool) -> JournalStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--storage {path} cannot be used ({error}): {hint}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Optuna replays the lines, and can raise anything for one that it did not write
+        raise UserError(f"--storage {path} cannot be used ({reason(error)}): {hint}") from error
 
 
 def create(storage: Storage, name: str, stage: str, config: ConfigDict) -> optuna.Study:

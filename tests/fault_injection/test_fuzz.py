@@ -26,7 +26,7 @@ from resnet_jax.runs import stored_config
 
 EXAMPLES = int(os.environ.get("RESNET_JAX_FUZZ_EXAMPLES", 0))
 fuzz = hypothesis.settings(
-    max_examples=EXAMPLES or 150,
+    max_examples=EXAMPLES or 200,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,
