@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from ml_collections import ConfigDict
 
-from configs import best, final, finetune, found_cpu, narrow, quickstart, search, sgd
+from configs import best, final, finetune, found_cpu, narrow, quickstart, search, sgd, speedrun
 from resnet_jax import config as config_lib
 from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
@@ -24,6 +24,8 @@ SHIPPED = {
     "sgd": sgd.get_config,
     "best": best.get_config,
     "best:tune": lambda: best.get_config("tune"),
+    "speedrun": speedrun.get_config,
+    "speedrun:tune": lambda: speedrun.get_config("tune"),
     "finetune": finetune.get_config,
     "finetune:scratch": lambda: finetune.get_config("scratch"),
     "quickstart": quickstart.get_config,
