@@ -77,7 +77,7 @@ class AveragedTrainState(TrainState):
 
     def with_variables(self, variables: Any) -> "AveragedTrainState":
         """The state with other weights, which the average is too."""
-        return self.replace(**variables, average=variables)
+        return self.replace(**variables, average=jax.tree.map(jnp.copy, variables))  # else a step donates arrays twice
 
     def averaged(self, decay: float) -> "AveragedTrainState":
         """The state after step t with its weights taken into the average.

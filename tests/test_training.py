@@ -22,7 +22,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import preemption, stored_config
+from resnet_jax.runs import files, preemption, stored_config
 
 
 def at_step(monkeypatch, step, action):
@@ -580,11 +580,13 @@ def forget_later_fields(directory):
     """Make a run's folder that of a version that did not have them."""
     for path in [directory / "config.json", *directory.glob("checkpoints/*/meta/metadata")]:
         stored = json.loads(path.read_text())
+        sealed = stored.pop("digest", None)
         for name in stored_config.LATER_FIELDS:
             section, _, leaf = name.rpartition(".")
             values = stored.get("config", stored)
             del (values[section] if section else values)[leaf]
-        path.write_text(json.dumps(stored))
+        seal = {"digest": files.digest(stored)} if sealed else {}
+        path.write_text(json.dumps(stored | seal))
 
 
 def test_checkpoints_of_another_config_are_refused_naming_the_fields(tmp_path, tiny_config, monkeypatch):

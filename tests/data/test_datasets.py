@@ -745,13 +745,16 @@ def test_a_ratio_of_zero_leaves_validation_empty_and_train_whole(data):
     assert np.array_equal(train.images, digits.train.images)
 
 
-@pytest.mark.parametrize("ratio", [0.0001, 0.9999])
-def test_a_ratio_that_leaves_a_part_empty_is_refused(data, ratio):
-    digits = load(data, "digits", validation_ratio=ratio)
-    with pytest.raises(
-        UserError, match=rf"config.data.validation_ratio {ratio} of 1438 .* leaves no image in one part"
-    ):
+def test_a_ratio_that_leaves_a_part_empty_is_refused(data):
+    digits = load(data, "digits", validation_ratio=0.0001)
+    with pytest.raises(UserError, match=r"config.data.validation_ratio 0.0001 of 1438 .* leaves no image in one part"):
         datasets.validation_split(digits, data)
+
+
+def test_the_highest_ratio_leaves_an_image_of_each_class_for_training(data):
+    train, validation = datasets.validation_split(load(data, "digits", validation_ratio=0.9999), data)
+    assert sorted(train.labels) == list(range(10))
+    assert len(validation.labels) == 1428
 
 
 def test_the_fingerprint_changes_with_any_byte_name_shape_or_type():
