@@ -93,11 +93,13 @@ def from_names(named: Mapping[str, float]) -> dict[bool, float]:
     """Convert JSON to temperatures, the inverse of `to_names`.
 
     Raises:
-        TypeError, ValueError: if one is not a number in 0.001..1000.
+        ValueError: if it is something else, or one is not a number in 0.001..1000.
     """
+    if not isinstance(named, dict) or not named.keys() <= set(_NAMES.values()):
+        raise ValueError(f"temperatures are of {' and '.join(_NAMES.values())}")
     by_flip = {flip: named[name] for flip, name in _NAMES.items() if name in named}
     for temperature in by_flip.values():
-        if isinstance(temperature, bool) or not 1e-3 <= float(temperature) <= 1e3:
+        if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:
             raise ValueError(f"a temperature of {temperature} is not in 0.001..1000")
     return {flip: float(temperature) for flip, temperature in by_flip.items()}
 
@@ -117,7 +119,7 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
         return {}
     try:
         return from_names(stored["temperature"])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
 

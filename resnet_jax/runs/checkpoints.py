@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from resnet_jax import train_state
+from resnet_jax import host, train_state
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, processes
 from resnet_jax.runs.metrics_log import Validation, best_step, validations
@@ -188,7 +188,7 @@ class Checkpoints:
             return steps[-1] if best is None else best
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which!r} must be best, latest or a step")
-        if int(which) not in steps:
+        if which not in map(str, steps):
             raise UserError(
                 f"{self._directory} holds no checkpoint of step {which}: choose one of {', '.join(map(str, steps))}"
             )
@@ -201,6 +201,8 @@ class Checkpoints:
             CorruptCheckpointError: if it cannot be read, or is not what was saved.
         """
         with self._readable(step):
+            for path in (self._directory / str(step)).rglob("*"):
+                host.readable(path)  # Orbax would wait for a pipe
             arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta: dict[str, Any] = self._manager.restore(step, args=arguments)["meta"]
             _check_types(meta)

@@ -86,6 +86,7 @@ def validations(directory: Path) -> dict[int, Validation]:
         if row["split"] == "validation"
         and isinstance(row.get("accuracy"), float)
         and isinstance(row.get("loss"), float)
+        and isinstance(row.get("standard_error", 0.0), float)
     }
 
 

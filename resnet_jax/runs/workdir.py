@@ -72,8 +72,12 @@ def _epochs_of_result(directory: Path) -> float | None:
     """The epochs of the run whose result a folder holds; None if it holds none."""
     if not (directory / "result.json").exists():
         return None
-    epochs: float = RunResult.read(directory).config["num_epochs"]
-    return epochs
+    epochs = RunResult.read(directory).config.get("num_epochs")
+    if not isinstance(epochs, int | float):
+        raise UserError(
+            f"{directory}/result.json cannot be used (config.num_epochs is {epochs!r}): choose another --workdir"
+        )
+    return float(epochs)
 
 
 def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDict:
@@ -295,7 +299,7 @@ def _record_environment(directory: Path) -> None:
     if has_checkpoint(directory) and path.exists():
         try:
             changes = environment.changes(files.read_json(path, ("versions",)), now)
-        except UserError:
+        except (AttributeError, UserError):  # the former where "versions" is no object
             changes = [f"{path} unreadable, so perhaps another machine or version"]
         if changes:
             print(

@@ -163,7 +163,12 @@ def test_without_a_validation_split_no_temperature_is_fitted(tiny_config, tmp_pa
         evaluation.run(tiny_config, tmp_path, "best", fit_temperature=True)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"checkpoint_step": 41, "temperature": {"plain": "warm"}}'])
+TEMPERATURES = ('{"plain": "warm"}', '{"plain": "9"}', '{"Plain": 9.0}', "[]", '{"plain": 1' + 400 * "0" + "}")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "{}", *(f'{{"checkpoint_step": 41, "temperature": {of}}}' for of in TEMPERATURES)]
+)
 def test_a_damaged_temperature_is_refused(tmp_path, content):
     (tmp_path / "temperature.json").write_text(content)
     with pytest.raises(UserError, match="fit the temperature again, or remove"):

@@ -1,6 +1,7 @@
 import gc
 import itertools
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,7 @@ DAMAGE = {
     "no array data": lambda step: [remove(path) for path in step.rglob("d") if path.is_dir()],
     "array manifest cut off": lambda step: [cut(path) for path in step.rglob("manifest.ocdbt")],
     "array metadata cut off": lambda step: cut(step / "state" / "_METADATA"),
+    "a pipe": lambda step: ((step / "meta" / "metadata").unlink(), os.mkfifo(step / "meta" / "metadata")),
     "an empty folder": lambda step: (remove(step), step.mkdir()),
 }
 
@@ -498,3 +500,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(tmp_pa
         checkpoints.restore_newest(state, refuse)
     assert not isinstance(refusal.value, CorruptCheckpointError)
     assert not (tmp_path / "damaged").exists()
+
+
+def test_a_step_of_thousands_of_digits_is_no_checkpoint(tmp_path, state):
+    checkpoints = save_all(tmp_path, state, [0.5])
+    with pytest.raises(UserError, match="holds no checkpoint of step 111"):
+        checkpoints.choose("1" * 5000)
+    checkpoints.close()

@@ -1,10 +1,11 @@
 """Which validation is the best: the choice of the checkpoint that a run tests and ships."""
 
+import json
 import random
 
 import pytest
 
-from resnet_jax.runs.metrics_log import Validation, best_step
+from resnet_jax.runs.metrics_log import Validation, best_step, validations
 
 CHOICES = {
     "nothing": ({}, None),
@@ -37,3 +38,11 @@ def test_the_best_of_more_steps_is_the_best_so_far_or_the_newest():
         so_far = [best_step({s: v for s, v in validated.items() if s <= step}) for step in range(21)]
         for step in range(1, 21):
             assert so_far[step] in (so_far[step - 1], step)
+
+
+@pytest.mark.parametrize("error", [None, "x", []])
+def test_a_validation_whose_standard_error_is_no_number_is_passed_over(tmp_path, error):
+    row = {"step": 1, "split": "validation", "accuracy": 0.5, "loss": 1.0}
+    rows = [row, row | {"step": 2, "accuracy": 0.9, "standard_error": error}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(validations(tmp_path)) == [1]

@@ -164,3 +164,11 @@ def test_the_environment_names_code_versions_and_devices():
     assert found["devices"] == ["cpu", "cpu"]
     assert found["git"] is None or len(found["git"]["commit"]) == 40
     json.dumps(found)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_epochs": [1]}, {"num_epochs": "1"}])
+def test_a_result_whose_config_has_no_number_of_epochs_is_refused(tmp_path, trained_once, tiny_config, config):
+    result = json.loads((trained_once / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(result | {"config": config}))
+    with pytest.raises(UserError, match=r"result\.json cannot be used \(config\.num_epochs is .*\): choose another"):
+        workdir.is_complete(tmp_path, tiny_config)
