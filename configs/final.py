@@ -48,9 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment.brightness = 0.2  # factor uniform in 1 +- this
     config.augment.contrast = 0.2  # likewise
     config.augment.saturation = 0.2  # likewise; the three in random order
-    config.augment.policy = (
-        ""  # "cifar10": AutoAugment, as in the authors' notebook; "trivial", "rand-m9-n2"; report: none
-    )
+    config.augment.policy = ""  # "cifar10": AutoAugment, as in the notebook; "trivial"; "rand-m9-n2"; report: none
     config.augment.rotation_degrees = 15.0  # angle uniform in +- this, nearest neighbour
     config.augment.cutout = 0  # side in pixels of a black square at a random place, arXiv:1708.04552; report: none
     config.augment.mixup_alpha = 0.0  # of the Beta distribution of mixup's shares, arXiv:1710.09412; report: none
@@ -58,9 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.block = "basic"  # or "bottleneck"; report, figure 6
-    config.model.stem = (
-        "cifar"  # 3x3, stride 1; or "imagenet": 7x7, stride 2, max-pool; or "whitened"; report, figure 6
-    )
+    config.model.stem = "cifar"  # 3x3; or "imagenet": 7x7, stride 2, max-pool; report, figure 6; or "whitened"
     config.model.channel_list = (64, 128, 256, 512)  # of each stage; report 2e
     config.model.block_list = (3, 5, 3, 0)  # of each stage; report 2e
     config.model.downsample = "stride"  # of a stage's first block; or "pool": a convolution and a max-pool before it

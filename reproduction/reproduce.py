@@ -103,15 +103,17 @@ def write(path: Path, result: dict[str, Any]) -> None:
     print(path, flush=True)
 
 
-def epochs(arguments: argparse.Namespace) -> list[str]:
-    """Return the flag of the number of epochs, if it is not that of the config."""
-    return [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
+def launch(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> Path:
+    """Train or evaluate a run by its flags, and return its workdir."""
+    directory = (arguments.runs / f"{name}-seed{seed}").absolute()
+    epochs = [] if arguments.epochs is None else [f"--config.num_epochs={arguments.epochs}"]
+    run("launch.py", *flags, f"--config.seed={seed}", *epochs, f"--workdir={directory}")
+    return directory
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
     """Train or resume a run, and return its summary."""
-    directory = (arguments.runs / f"{name}-seed{seed}").absolute()
-    run("launch.py", *flags, f"--config.seed={seed}", *epochs(arguments), f"--workdir={directory}")
+    directory = launch(arguments, name, seed, flags)
     with tempfile.TemporaryDirectory() as scratch:
         summary = Path(scratch) / "summary.json"
         run("-m", "resnet_jax", "report", directory, f"--summary={summary}")
@@ -120,16 +122,8 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
 
 def with_mirrors(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, float]:
     """Evaluate a run on test images and their mirror images: the accuracy of both, and the seconds of the whole command."""
-    directory, started = (arguments.runs / f"{name}-seed{seed}").absolute(), time.monotonic()
-    run(
-        "launch.py",
-        *flags,
-        f"--config.seed={seed}",
-        *epochs(arguments),
-        f"--workdir={directory}",
-        "--mode=eval",
-        "--flip",
-    )
+    started = time.monotonic()
+    directory = launch(arguments, name, seed, [*flags, "--mode=eval", "--flip"])
     evaluation = json.loads((directory / "eval-flip.json").read_text())
     return {
         "test_accuracy_with_mirrors": evaluation["test"]["accuracy"],

@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
+        conv, norm, relu, _, add_relu, _ = self.layers
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
@@ -62,7 +62,7 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, add_relu = self.layers.conv, self.layers.norm, self.layers.relu, self.layers.add_relu
+        conv, norm, relu, _, add_relu, _ = self.layers
         y = conv(self.channels, (1, 1), name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
