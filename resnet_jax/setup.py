@@ -27,7 +27,7 @@ class Setup(NamedTuple):
         mesh: the devices, on the axis "data".
         state: the state of step 0.
         steps_per_epoch: len(train) / batch_size, not rounded.
-        total_steps: ceil(num_epochs * len(train) / batch_size).
+        total_steps: the steps of num_epochs (`plan.total_steps`).
         meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 

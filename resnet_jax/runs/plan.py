@@ -9,8 +9,14 @@ from ml_collections import ConfigDict
 
 
 def total_steps(config: ConfigDict, num_examples: int) -> int:
-    """Return ceil(num_epochs * num_examples / batch_size), exactly: 1.1 epochs are 11/10, as they are written."""
-    return math.ceil(Fraction(str(config.num_epochs)) * num_examples / config.batch_size)
+    """Return the fewest steps whose images are `num_epochs` epochs or more.
+
+    1.1 epochs are 11/10, as they are written, and 2/3 of an epoch, which a float holds a little too large or too small,
+    are the steps of 2/3: one step fewer is enough where its epochs are the same float.
+    """
+    steps = math.ceil(Fraction(str(config.num_epochs)) * num_examples / config.batch_size)
+    one_fewer = max(1, steps - 1)
+    return one_fewer if one_fewer * config.batch_size / num_examples >= config.num_epochs else steps
 
 
 @dataclasses.dataclass(frozen=True)

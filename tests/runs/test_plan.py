@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from resnet_jax.runs.plan import Call, Plan, total_steps
@@ -41,11 +43,22 @@ def test_too_few_images_or_steps_are_warned_of_with_the_numbers():
         (1.1, 100, 1000, 11),  # and so is 1.1 * 10 more than 11
         (2.0, 64, 1294, 41),
         (1e-9, 64, 1294, 1),
-        (1e300, 1, 3, 3 * 10**300),
+        (1e9, 1, 3, 3 * 10**9),
+        (1e300, 1, 3, 3 * 10**300 - 1),  # whose epochs are 1e300 as well, in floats
     ],
 )
 def test_steps_are_counted_exactly(num_epochs, batch_size, num_examples, steps):
     assert total_steps(ConfigDict({"num_epochs": num_epochs, "batch_size": batch_size}), num_examples) == steps
+
+
+@given(
+    steps=st.integers(1, 10**7),
+    batch_size=st.integers(1, 4096),
+    num_examples=st.integers(1, 10**6),
+)
+def test_epochs_that_a_program_divided_take_the_steps_it_divided(steps, batch_size, num_examples):
+    config = ConfigDict({"num_epochs": steps * batch_size / num_examples, "batch_size": batch_size})
+    assert total_steps(config, num_examples) == steps
 
 
 def test_it_needs_no_jax():
