@@ -183,11 +183,18 @@ ALL_FIELDS = FIELDS | {
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a config: `{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`."""
+    """Flatten a config: `{"optim": {"eps": 1e-8}}` -> `{"optim.eps": 1e-8}`.
+
+    Raises:
+        UserError: if a field stands twice, nested and as `"optim.eps"`.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, (ConfigDict, dict)) and len(value)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        fields = flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        if twice := flat.keys() & fields.keys():
+            raise UserError(f"config.{min(twice)} stands twice: leave one out")
+        flat |= fields
     return flat
 
 

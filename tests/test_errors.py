@@ -11,6 +11,7 @@ from resnet_jax.data import datasets, images
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model, unlabelled
 from resnet_jax.runs import exits, files
+from resnet_jax.runs.workdir import open_workdir
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,15 @@ READERS = {
     "unlabelled images as .npz": unlabelled.read,
     "weights": trained_model.load,
     "JSON": files.read_json,
+    "a run's lock": lambda path: open_workdir(path.parent, None, {}).__enter__(),
 }
+NAMES = {"weights": "pipe.safetensors", "unlabelled images as .npz": "pipe.npz", "a run's lock": ".lock"}
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_a_pipe_is_refused_at_once(tmp_path, kind):
     """To open it would wait for somebody who writes to it."""
-    suffix = {"weights": ".safetensors", "unlabelled images as .npz": ".npz"}.get(kind, "")
-    os.mkfifo(path := tmp_path / f"pipe{suffix}")
+    os.mkfifo(path := tmp_path / NAMES.get(kind, "pipe"))
     with pytest.raises((UserError, OSError), match="it is a pipe, a socket or a device, not a file"):
         READERS[kind](path)
 

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.runs import files, stored_config
 from resnet_jax.runs.exits import exit_immediately, exit_on_user_error, hide_closed_loops
 
+_ADDRESS_SPACE = 4 * 10**9  # bytes; measured: a run of the smoke config ends well with 4.1e9, and crashes or hangs with 1.8e9
 Tool = Callable[[Sequence[str]], None]  # runs on the arguments after its name; raises a `UserError` for a mistake
 
 
@@ -254,6 +256,16 @@ def _reason(error: Exception) -> str:
     return reason + (f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else "")
 
 
+def _check_address_space() -> None:
+    """Refuse a limit under which JAX and TensorFlow crash or hang in C++, where no exception can be caught."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
+        raise UserError(
+            f"this process may address only {limit / 1e9:.1f} GB of memory, and JAX and TensorFlow need "
+            f"{_ADDRESS_SPACE / 1e9:.0f} GB: raise the limit, with ulimit -v"
+        )
+
+
 def run(main: Tool) -> NoReturn:
     """Run a tool as a program: its mistakes are one line and exit code 2, and libraries are quiet, also when it ends."""
     sys.unraisablehook = hide_closed_loops
@@ -266,6 +278,7 @@ def run(main: Tool) -> NoReturn:
     code = 0
     try:
         with exit_on_user_error():
+            _check_address_space()
             main(sys.argv[1:])
             if sys.stdout:  # None once nobody reads it
                 sys.stdout.flush()

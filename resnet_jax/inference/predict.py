@@ -66,7 +66,7 @@ def listed(arguments: Sequence[str]) -> list[Path]:
         elif path.exists():
             matches = [path]
         else:
-            found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if not p.is_dir()]
+            found = _matching(str(path))
             matches = [p for p in found if p.suffix.lower() == ".npz" or images.is_image(p)]
             others = len(found) - len(matches)
         if others:
@@ -77,6 +77,13 @@ def listed(arguments: Sequence[str]) -> list[Path]:
             )
         files += matches
     return files
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files that match a pattern, sorted: those of a folder once, even if links lead to it again, or to one around it."""
+    longest_first = sorted(glob.glob(pattern, recursive=True), key=lambda path: path.count(os.sep), reverse=True)
+    shortest = {(os.path.realpath(os.path.dirname(path)), os.path.basename(path)): Path(path) for path in longest_first}
+    return sorted(path for path in shortest.values() if not path.is_dir())
 
 
 class Batches:

@@ -28,7 +28,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import host, kernels, models, steps, train_state
 from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
-from resnet_jax.errors import UserError, reason
+from resnet_jax.errors import UserError, is_out_of_memory, reason
 from resnet_jax.inference import calibration, shipped
 from resnet_jax.runs import files, stored_config
 
@@ -286,9 +286,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        meta, variables, program, payload = _FILES[path.suffix](host.readable(path))
-        if meta.pop("sha256") != seal(meta, payload):
-            raise ValueError("it is corrupt: its SHA-256 differs")
+        meta, variables, program = _FILES[path.suffix](host.readable(path))
         config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
         if program:
@@ -306,6 +304,8 @@ def _load_file(path: Path) -> Model:
     except KeyError as error:
         raise UserError(f"{path} cannot be used (it lacks {error}): export it again with this version") from error
     except Exception as error:  # a reader can raise anything for a corrupt file
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{path} cannot be used ({reason(error)}): give a file from python -m resnet_jax export"
         ) from error
@@ -316,23 +316,30 @@ def seal(meta: Mapping[str, Any], payload: str) -> str:
     return files.digest([meta, payload])
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None, str]:
+def _check_seal(meta: dict[str, Any], payload: str) -> None:
+    if meta.pop("sha256") != seal(meta, payload):
+        raise ValueError("it is corrupt: its SHA-256 differs")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any, None]:
     with safe_open(path, "numpy") as file:
         meta = json.loads((file.metadata() or {})["resnet_jax"])
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a dict
     flat = {name: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for name, leaf in flat.items()}
     variables = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
-    return meta, variables, None, train_state.digest(variables)
+    _check_seal(meta, train_state.digest(variables))
+    return meta, variables, None
 
 
-def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported, str]:
+def _read_stablehlo(path: Path) -> tuple[dict[str, Any], None, export.Exported]:
     with zipfile.ZipFile(path) as archive:
         meta = json.loads(archive.read("metadata.json"))
         program = path.read_bytes()[: archive.getinfo("metadata.json").header_offset]
-    return meta, None, export.deserialize(bytearray(program)), hashlib.sha256(program).hexdigest()
+    _check_seal(meta, hashlib.sha256(program).hexdigest())  # before C++ reads what may be damaged
+    return meta, None, export.deserialize(bytearray(program))
 
 
-_FILES: dict[str, Callable[[Path], tuple[dict[str, Any], Any, export.Exported | None, str]]] = {
+_FILES: dict[str, Callable[[Path], tuple[dict[str, Any], Any, export.Exported | None]]] = {
     ".safetensors": _read_safetensors,
     ".stablehlo": _read_stablehlo,
 }

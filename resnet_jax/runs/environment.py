@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from resnet_jax import host
+from resnet_jax.kernels import native
 
 _PACKAGES = [
     "jax",
@@ -49,17 +50,21 @@ def collect() -> dict[str, Any]:
         "devices": [device.device_kind for device in devices],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "native_kernels": not native.unavailable(),
     }
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Name what differs between two environments and changes the rounding of sums: "cpu_count 2 -> 1", ..."""
-    names = ("cpu", "cpu_count", "backend", "devices", "processes", "xla_flags")
-    both = [
-        {name: env.get(name) for name in names} | {name: env["versions"].get(name) for name in _COMPILERS}
+    """Name what differs between two environments and changes the rounding of sums: "cpu_count 2 -> 1", ...
+
+    What an older version did not write into `before` is not compared.
+    """
+    names = ("cpu", "cpu_count", "backend", "devices", "processes", "xla_flags", "native_kernels")
+    was, now_is = (
+        {name: env[name] for name in names if name in env} | {name: env["versions"].get(name) for name in _COMPILERS}
         for env in (before, now)
-    ]
-    return [f"{name} {was} -> {both[1][name]}" for name, was in both[0].items() if was != both[1][name]]
+    )
+    return [f"{name} {value} -> {now_is[name]}" for name, value in was.items() if value != now_is[name]]
 
 
 def peak_memory_bytes() -> dict[str, int | None]:

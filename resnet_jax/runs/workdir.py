@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from resnet_jax import host
 from resnet_jax.config import replaced
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, stored_config
@@ -315,7 +316,7 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / ".lock").open("a"))  # "w" would erase the token of another process
+            lock = stack.enter_context(host.readable(directory / ".lock").open("a"))  # "w" would erase the token of another process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -210,6 +210,15 @@ def test_onnx_runs_without_this_project(run, files, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), trained_model.load(run).logits(images), atol=1e-4)
 
 
+def test_a_damaged_program_is_refused_before_it_is_read_as_one(files, tmp_path, monkeypatch):
+    damaged = bytearray(files["stablehlo"].read_bytes())
+    damaged[1000] ^= 1
+    (path := tmp_path / "damaged.stablehlo").write_bytes(damaged)
+    monkeypatch.setattr(trained_model.export, "deserialize", lambda _: pytest.fail("the program was read"))
+    with pytest.raises(UserError, match="it is corrupt: its SHA-256 differs"):
+        trained_model.load(path)
+
+
 def test_stablehlo_is_for_every_platform(files):
     program = jax.export.deserialize(bytearray(files["stablehlo"].read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")

@@ -88,6 +88,12 @@ def test_files_of_a_pattern_that_are_no_images_are_left_out_and_counted_as_in_a_
     assert "names no image" in words[1]
 
 
+def test_a_link_to_a_folder_around_it_does_not_show_its_images_again(run, folder, capsys):
+    plain = call(capsys, run, f"{folder}/**", "--json").out
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    assert call(capsys, run, f"{folder}/**", "--json").out == plain
+
+
 def test_the_table_and_the_csv(run, folder, capsys):
     table = call(capsys, run, folder / "photos" / "a.png", "--top=2").out
     as_csv = list(csv.DictReader(io.StringIO(call(capsys, run, folder / "photos" / "a.png", "--csv", "--top=20").out)))

@@ -44,3 +44,15 @@ def test_what_changes_the_rounding_of_a_run_is_named():
         f"xla_flags {before['xla_flags']} -> --xla_cpu_enable_fast_math=true",
         f"jaxlib {before['versions']['jaxlib']} -> 0.1",
     ]
+
+
+def test_convolutions_that_are_not_the_compiled_ones_are_named(monkeypatch):
+    before = environment.collect()
+    monkeypatch.setenv("RESNET_JAX_NATIVE", "0")
+    environment.native.unavailable.cache_clear()
+    now = environment.collect()
+    environment.native.unavailable.cache_clear()
+    if before["native_kernels"]:
+        assert environment.changes(before, now) == ["native_kernels True -> False"]
+    without = {name: value for name, value in before.items() if name != "native_kernels"}  # as older versions wrote it
+    assert environment.changes(without, now) == []
