@@ -26,7 +26,7 @@ def declared(project: dict) -> dict[str, list[Requirement]]:
 def imported(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the first name of each absolute import of the Python files in a folder, with the file."""
     for path in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 yield from ((alias.name.split(".")[0], path) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -75,8 +75,8 @@ def outdated(requirements: str, project: dict) -> Iterator[str]:
 
 def main() -> None:
     """Print what is wrong, and exit with 1 if something is."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wrong = [*undeclared(ROOT, project), *outdated((ROOT / "requirements.txt").read_text(), project)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wrong = [*undeclared(ROOT, project), *outdated((ROOT / "requirements.txt").read_text("utf-8"), project)]
     if wrong:
         sys.exit("\n".join([*dict.fromkeys(wrong), "see 'Change the pinned versions' in CONTRIBUTING.md"]))
 

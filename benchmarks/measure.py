@@ -181,7 +181,7 @@ def _launch(config: ConfigDict, directory: Path, *flags: str, **environment: str
     """Start `launch.py` on a config, with its workdir and stderr in a folder."""
     config_file = directory / "config.json"
     files.write_json(config_file, stored_config.to_json(config))
-    with (directory / "stderr").open("w") as stderr:
+    with (directory / "stderr").open("w", encoding="utf-8") as stderr:
         return subprocess.Popen(
             [sys.executable, ROOT / "launch.py", "--config", config_file, "--workdir", directory / "run", *flags],
             env=os.environ | environment,
@@ -195,7 +195,7 @@ def _end(process: subprocess.Popen[str], directory: Path) -> None:
     """Wait for `launch.py`, and stop the benchmark if it failed."""
     process.communicate()
     if process.returncode not in (0, preemption.TIME_LIMIT):
-        raise UserError(f"launch.py failed: {(directory / 'stderr').read_text()[-300:]}")
+        raise UserError(f"launch.py failed: {(directory / 'stderr').read_text('utf-8')[-300:]}")
 
 
 def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:

@@ -57,7 +57,7 @@ def benchmark(*flags: object) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
         run("-m", "resnet_jax", "benchmark", *flags, f"--output={output}")
-        return json.loads(output.read_text())
+        return json.loads(output.read_text("utf-8"))
 
 
 def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype: str | None = None) -> list[str]:
@@ -117,14 +117,14 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
     with tempfile.TemporaryDirectory() as scratch:
         summary = Path(scratch) / "summary.json"
         run("-m", "resnet_jax", "report", directory, f"--summary={summary}")
-        return json.loads(summary.read_text())
+        return json.loads(summary.read_text("utf-8"))
 
 
 def with_mirrors(arguments: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict[str, float]:
     """Evaluate a run on test images and their mirror images: the accuracy of both, and the seconds of the whole command."""
     started = time.monotonic()
     directory = launch(arguments, name, seed, [*flags, "--mode=eval", "--flip"])
-    evaluation = json.loads((directory / "eval-flip.json").read_text())
+    evaluation = json.loads((directory / "eval-flip.json").read_text("utf-8"))
     return {
         "test_accuracy_with_mirrors": evaluation["test"]["accuracy"],
         "evaluation_seconds": time.monotonic() - started,
@@ -209,7 +209,7 @@ def step(arguments: argparse.Namespace) -> None:
         flags = ["--only=train_step", f"--batch-sizes={batch_size}", f"--seconds={arguments.seconds}"]
         result = benchmark(*config_flags(arguments), *flags, *["--against-torch"] * arguments.torch)
         path = result_path(arguments, "step", result["environment"])
-        before = json.loads(path.read_text()) if path.exists() else result
+        before = json.loads(path.read_text("utf-8")) if path.exists() else result
         if setting(before) != setting(result):
             before = result
             print(f"{path} has another config or commit: overwriting it")

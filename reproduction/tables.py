@@ -230,7 +230,7 @@ def comparison_file() -> Path:
 
 def read_result(name: str) -> dict[str, Any]:
     """The content of a file in results/."""
-    result: dict[str, Any] = json.loads((ROOT / "results" / name).read_text())
+    result: dict[str, Any] = json.loads((ROOT / "results" / name).read_text("utf-8"))
     return result
 
 
@@ -283,5 +283,5 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
-        document.write_text(refreshed(document.read_text()))
+        document.write_text(refreshed(document.read_text("utf-8")), "utf-8")
     draw(FIGURE)

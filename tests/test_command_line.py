@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, assert_user_error, launch, make_tiny_config, mistake_of_tool, rows, tool
+from PIL import Image
 
 from resnet_jax import config
 from resnet_jax.cli import command_line
@@ -325,3 +326,23 @@ def test_a_tool_whose_output_nobody_reads_any_more_ends_without_a_traceback():
     program = "import sys; from resnet_jax.cli import command_line; command_line.run(lambda argv: setattr(sys, 'stdout', None))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_limit_of_the_address_space_under_which_libraries_crash_is_refused():
+    limited = ("sh", "-c", 'ulimit -v 3000000; exec "$@"', "sh")
+    done = launch("predict", "final-cifar10", "a.png", program=COMMAND, prefix=limited)
+    assert_user_error(done, "may address only 3.1 GB of memory", "need 4 GB: raise the limit, with ulimit -v")
+
+
+def test_an_ascii_locale_changes_neither_pages_nor_names(run, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    Image.new("RGB", (8, 8)).save(tmp_path / "Käse.png")
+    network = tmp_path / "Käse.safetensors"
+    tool("export", run, "--format", "safetensors", "--output", network)
+    for arguments in (("eval", run), ("card", run), ("report", run, "--output", tmp_path / "page")):
+        done = launch(*arguments, program=COMMAND, **ascii_only)
+        assert done.returncode == 0, done.stderr
+    assert "±" in (tmp_path / "page" / "index.html").read_text("utf-8")
+    done = launch("predict", network, tmp_path, program=COMMAND, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/K\\udcc3\\udca4se.png")

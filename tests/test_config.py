@@ -280,7 +280,7 @@ def test_flatten_joins_the_names_of_sections():
     assert config_lib.flatten(nested) == {"a": 1, "b.c": 2, "b.d.e": (3, 4)}
     assert config_lib.flatten(ConfigDict(nested)) == config_lib.flatten(nested)
     for twice in ({"b": {"c": 2}, "b.c": 3}, {"b.c": 3, "b": {"c": 2}}):
-        with pytest.raises(UserError, match="config.b.c stands twice: leave one out"):
+        with pytest.raises(UserError, match=r"config\.b\.c stands twice: leave one out"):
             config_lib.flatten(twice)
 
 

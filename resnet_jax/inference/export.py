@@ -161,7 +161,7 @@ def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPS
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model).items()})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
 

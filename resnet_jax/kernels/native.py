@@ -58,7 +58,7 @@ def unavailable() -> str:
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         if functions.sources_digest() != digest.encode():
             return "they were compiled from other sources: install resnet_jax again"
-    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text("utf-8")
     if functions.ffi_api_version() > int(re.findall(r"define XLA_FFI_API_MINOR (\d+)", header)[0]):
         return "they were compiled for a later version of JAX: install resnet_jax again"
     return ""

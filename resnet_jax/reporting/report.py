@@ -188,7 +188,7 @@ def build(
     """
     groups = grouped(runs)
     with pages.writing(directory) as folder:
-        (folder / "index.html").write_text(_page(groups, claims(groups), notes, folder / "figures"))
+        (folder / "index.html").write_text(_page(groups, claims(groups), notes, folder / "figures"), "utf-8")
 
 
 def _page(groups: Sequence[Group], claims: Sequence[Any], notes: Mapping[str, str], folder: Path) -> str:

@@ -71,14 +71,14 @@ def peak_memory_bytes() -> dict[str, int | None]:
     """The peak memory of this process: {"host": resident, "device": of its first device}; None if the system does not say."""
     device = jax.local_devices()[0].memory_stats() or {}
     status = Path("/proc/self/status")  # getrusage's figure may be that of the process that started this one
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8")) if status.exists() else None
     return {"host": int(peak[1]) * 1024 if peak else None, "device": device.get("peak_bytes_in_use")}
 
 
 def _cpu() -> str:
     """The processor's name, its family and model, which tell what a cloud's name hides, and the vectors that it has."""
     path = Path("/proc/cpuinfo")
-    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", path.read_text(), re.MULTILINE)) if path.exists() else {}
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", path.read_text("utf-8"), re.MULTILINE)) if path.exists() else {}
     if "cpu family" not in fields:
         return platform.processor() or platform.machine()
     flags = fields["flags"].split()

@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
             raise UserError(f"{path} is not a regular file: give another")
     with writable(path), scratch_directory(path.parent) as scratch:
         new = scratch / path.name
-        with new.open("w") as file:
+        with new.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +101,7 @@ def read_json(
         UserError: if it cannot be read, is not an object or lacks a key.
     """
     try:
-        value = json.loads(host.readable(path).read_text())
+        value = json.loads(host.readable(path).read_text("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         if missing := [key for key in keys if key not in value]:

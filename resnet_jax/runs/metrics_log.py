@@ -39,7 +39,7 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row: "step", "epoch", "split", and its figures."""
-        with files.writable(self._path), self._path.open("a") as file:
+        with files.writable(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
         values = [Summary.Value(tag=f"{row['split']}/{name}", simple_value=v) for name, v in figures.items()]

@@ -99,7 +99,7 @@ class Profile(Hook):
         jax.profiler.stop_trace()
         self._phase = "done"
         trace = max(self._directory.glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
-        with gzip.open(trace, "rt") as file:
+        with gzip.open(trace, "rt", encoding="utf-8") as file:
             operations = costs(json.load(file)["traceEvents"])
         return f"{table(operations[:10])}\nsteps {self._first} to {step} are traced in {trace}"
 

@@ -316,7 +316,9 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(host.readable(directory / ".lock").open("a"))  # "w" would erase the token of another process
+            lock = stack.enter_context(
+                host.readable(directory / ".lock").open("a", encoding="utf-8")
+            )  # "w" would erase the token of another process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -343,5 +345,5 @@ def _check_shared(directory: Path, lock: IO[str] | None) -> None:
         os.fsync(lock.fileno())
     token = str(int(multihost_utils.broadcast_one_to_all(np.int32(token))))
     path = directory / ".lock"
-    if not path.exists() or path.read_text() != token:
+    if not path.exists() or path.read_text("utf-8") != token:
         raise UserError(f"--workdir {directory} is not shared with the first process: use a shared folder")

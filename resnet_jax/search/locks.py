@@ -23,7 +23,7 @@ def lock(path: Path, wait: bool) -> IO[str] | None:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return None

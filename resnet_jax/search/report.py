@@ -132,7 +132,7 @@ def _check_found(path: Path, study: str) -> None:
     if not path.exists():
         return
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--found {path} cannot be read ({error}): {hint}") from error
     lines, _, signature = text.rpartition("\n\n# ")
@@ -200,7 +200,7 @@ def save_page(study: str, where: str, output: Path, config_path: Path) -> None:
 def write(search: Summary, output: Path, config_path: Path) -> None:
     """Write the page of a search, and the config that it found, if it found one."""
     with pages.writing(output) as folder:
-        (folder / "index.html").write_text(page(search, config_path, folder / "figures"))
+        (folder / "index.html").write_text(page(search, config_path, folder / "figures"), "utf-8")
     print(output / "index.html")
     if search["best"]:
         files.write_text(config_path, found_config(search, config_path))

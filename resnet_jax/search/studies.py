@@ -95,7 +95,7 @@ def _journal(path: Path, create: bool) -> JournalStorage:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         if path.exists():
-            with path.open() as file:
+            with path.open(encoding="utf-8") as file:
                 first = json.loads(file.readline() or '{"op_code": 0}')  # an empty file is a new journal
             if not isinstance(first, dict) or "op_code" not in first:
                 raise ValueError("it is not a journal")

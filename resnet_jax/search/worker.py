@@ -265,7 +265,7 @@ class Worker:
         trial, what = claim.trial, f"{stage} {claim.trial.number}: {space.name(claim.fields)}"
         self.say(f"{what}: in {claim.folder}")
         started = time.monotonic()
-        with (claim.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        with (claim.folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             result = self.trained(study, stage, claim, what)
         trial.set_user_attr("train_seconds", time.monotonic() - started)
         trial.set_user_attr("worker_seconds", time.monotonic() - self.free_since)

@@ -9,9 +9,9 @@ from resnet_jax.runs import environment
 def test_the_processor_is_named_with_what_a_clouds_name_hides(monkeypatch):
     text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx avx2\n\nprocessor\t: 1\n"
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: text)
     assert environment._cpu() == "AMD EPYC (family 25, model 1, AVX2)"
-    monkeypatch.setattr(Path, "read_text", lambda path: text.replace("avx2", "avx2 avx512f"))
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: text.replace("avx2", "avx2 avx512f"))
     assert environment._cpu() == "AMD EPYC (family 25, model 1, AVX-512)"
 
 
