@@ -80,18 +80,24 @@ def _of_part(
     """Return what `loss_and_gradient` does, from the whole of a batch, or a part, at once."""
     frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
-    def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
+    def loss_fn(params: optax.Params, half_size: bool = False) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         if frozen:
             params = jax.lax.stop_gradient(params) | {"classifier": params["classifier"]}
         images, share = normalize(batch["images"], config.data), None
         if "mix" in batch:
             images, share = mix(images, batch["mix"])
+        if half_size:
+            B, H, W, C = images.shape
+            images = jax.image.resize(images, (B, (H + 1) // 2, (W + 1) // 2, C), "linear")
         logits, updates = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats}, images, train=not frozen, mutable=["batch_stats"]
         )
         return training_loss(logits, batch["labels"], config, share), (logits, updates["batch_stats"])
 
-    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if not state.half_size_steps:
+        return gradient(state.params)
+    return jax.lax.cond(state.step < state.half_size_steps, partial(gradient, half_size=True), gradient, state.params)
 
 
 def loss_and_gradient(
