@@ -29,6 +29,14 @@ def test_a_text_is_one_line_of_characters_that_print(text, line, capsys):
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+def test_of_a_long_message_the_middle_is_left_out(capsys):
+    exits.report(UserError(f"config.seed is {'9' * 10_000}: it must be smaller"))
+    line = capsys.readouterr().err
+    assert len(line) < 2100
+    assert line.startswith("error: config.seed is 999")
+    assert line.endswith("999: it must be smaller\n")
+
+
 def test_an_error_without_words_is_its_type():
     assert errors.reason(EOFError()) == "EOFError"
     assert errors.reason(ValueError("a\nb")) == "a b"

@@ -9,10 +9,15 @@ from typing import NoReturn
 
 from resnet_jax.errors import UserError, is_out_of_memory, one_line
 
+_LONGEST = 2000  # characters; lists of fields that differ stay whole
+
 
 def report(error: object) -> None:
-    """Print an error as one line on stderr."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    """Print an error as one line on stderr, of which the middle is left out if it is long: a value that a person gave may be."""
+    line = one_line(error)
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
 
 
 def exit_immediately(exit_code: int) -> NoReturn:
