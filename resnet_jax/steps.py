@@ -107,7 +107,8 @@ def loss_and_gradient(
 
     The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts,
     i + 2 parts and so on, so that each device keeps its own. Batch norm normalises over a part, and its running statistics
-    take in each part. An image is mixed with one of its part.
+    take in each part. An image is mixed with one of its part. In the first `state.half_size_steps`, the images are scaled to
+    half their height and width, bilinearly.
     """
     parts = config.accumulation_steps
     if parts == 1:
