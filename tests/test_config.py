@@ -305,6 +305,8 @@ def test_a_config_of_another_version_is_refused_when_read_from_json():
     stored["augment"]["erase"] = 8
     with pytest.raises(UserError, match=r"config\.augment\.erase is not a field"):
         stored_config.from_json(stored)
+    with pytest.raises(UserError, match=r"config\.optim is not a field"):
+        stored_config.from_json({"optim": 5, "optim.eps": 1e-8})
 
 
 @pytest.mark.parametrize("name", LATER_FIELDS)

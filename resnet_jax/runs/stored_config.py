@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_jax.config import ALL_FIELDS, Field, flatten, replaced, validate
+from resnet_jax.config import ALL_FIELDS, Field, check_name, flatten, replaced, validate
 
 # Fields that do not change the steps of a run.
 RESUMABLE_FIELDS = frozenset(
@@ -64,9 +64,10 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
     fields = ALL_FIELDS | dict(extra_fields)
     nested: dict[str, Any] = {}
     for name, value in (LATER_FIELDS | flatten(dict(values))).items():
+        check_name(name, fields)
         section, _, leaf = name.rpartition(".")
         holder = nested.setdefault(section, {}) if section else nested
-        holder[leaf] = _tuples(value) if name in fields and fields[name].type is tuple else value
+        holder[leaf] = _tuples(value) if fields[name].type is tuple else value
     config = ConfigDict(nested)
     validate(config, extra_fields)
     return config
