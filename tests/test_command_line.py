@@ -79,6 +79,20 @@ def test_a_reader_that_closes_the_pipe_is_no_error():
     assert done.stderr == b""
 
 
+def test_a_config_file_may_have_dataclasses_and_read_files_beside_it(tmp_path):
+    """As any module can; it is loaded without functions that Python no longer has."""
+    lines = ["from __future__ import annotations", "import dataclasses", "from pathlib import Path"]
+    lines += ["from configs import quickstart", "@dataclasses.dataclass", "class Size:", "    batch: int"]
+    lines += ["def get_config(variant='0'):", "    config = quickstart.get_config()"]
+    lines += ["    config.batch_size = Size(int(Path(__file__).with_name('size').read_text())).batch + int(variant)"]
+    lines += ["    return config"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    (tmp_path / "size").write_text("24")
+    for variant, size in (("", 24), (":8", 32)):
+        loaded = command_line.load_config(f"{tmp_path / 'mine.py'}{variant}", ["--config.seed=7"])
+        assert (loaded.batch_size, loaded.seed, loaded.is_locked) == (size, 7, True)
+
+
 def test_a_config_without_variants_says_so():
     with pytest.raises(UserError, match="this config has no variants"):
         command_line.load_config("quickstart:smoke")
