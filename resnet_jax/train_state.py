@@ -92,13 +92,13 @@ class AveragedTrainState(TrainState):
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Return a mesh of the first `num_devices` devices, or of all devices of all processes, on one axis, "data".
+    """Return a mesh of the first `num_devices` devices, or of all, on one axis, "data", process after process.
 
     Raises:
         UserError: if JAX finds no device, or fewer than `num_devices`.
     """
     try:
-        devices = jax.devices()
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))  # as batches are sliced
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"JAX finds no device ({error or 'none of that kind'}): install its plugin, or unset JAX_PLATFORMS"
