@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from absl import logging
-
-from reproduction import claims
 from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.errors import UserError
-from resnet_jax.reporting import pages, report
 from resnet_jax.runs import files
 
 NOTES = {  # the figures of the report that the page shows again
@@ -29,6 +25,11 @@ NOTES = {  # the figures of the report that the page shows again
 
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
+    from absl import logging  # here, so that a missing package is one line
+
+    from reproduction import claims
+    from resnet_jax.reporting import pages, report
+
     parser = ArgumentParser("python -m reproduction.report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the page to")

@@ -61,7 +61,8 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     processes.check_agreement("config", json.dumps(shared))
     first = jax.process_index() == 0
     waiting(f"loading {config.data.name}", quiet=not first)
-    dataset = datasets.load(config.data)
+    with processes.in_turn():
+        dataset = datasets.load(config.data)
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)

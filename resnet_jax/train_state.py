@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import metrics
+from clu import metrics, parameter_overview  # only here: it is no longer maintained
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -92,13 +92,13 @@ class AveragedTrainState(TrainState):
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Return a mesh of the first `num_devices` devices, or of all devices of all processes, on one axis, "data".
+    """Return a mesh of the first `num_devices` devices, or of all, on one axis, "data", process after process.
 
     Raises:
         UserError: if JAX finds no device, or fewer than `num_devices`.
     """
     try:
-        devices = jax.devices()
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))  # as batches are sliced
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"JAX finds no device ({error or 'none of that kind'}): install its plugin, or unset JAX_PLATFORMS"
@@ -147,6 +147,11 @@ def create(
 def num_params(params: Any) -> int:
     """Count trainable parameters, given arrays or their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def parameter_table(params: Any) -> str:
+    """Return a table of trainable parameters with their shapes and sizes."""
+    return str(parameter_overview.get_parameter_overview(params, include_stats=False))
 
 
 def trained(state: TrainState) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def _evaluate(run: Run, state: TrainState, split: datasets.Split, step: int) -> 
     """Evaluate a state on a split, or stop if asked to; every step up to `step` is saved."""
 
     def stop_if_asked() -> None:
-        if exit_code := run.stop_request.agreed_exit_code(run.start.mesh):
+        if exit_code := run.stop_request.agreed_exit_code(run.start.mesh, rarely=True):
             _stop(run, exit_code, step)
 
     def end_process(exit_code: int) -> None:

@@ -43,6 +43,32 @@ def test_outside_the_environment_a_missing_package_is_one_line(tmp_path):
     assert_user_error(done, "absl is not installed", "source .venv/bin/activate")
 
 
+COMMANDS = {
+    "training": ("launch.py", "--config=configs/final.py:smoke", "--workdir={}/run"),
+    "a benchmark": ("-m", "resnet_jax", "benchmark", "--config=configs/final.py:smoke", "--output={}/benchmark.json"),
+    "reproduce": ("-m", "reproduction.reproduce", "step", "--data=digits", "--results={}/results"),
+    "report": ("-m", "reproduction.report", "run", "--output={}/report"),
+}
+
+
+@pytest.mark.parametrize("package", ["clu", "ml_collections"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_package_every_command_is_one_line_that_names_it(tmp_path, command, package):
+    (tmp_path / package).mkdir()
+    message = f"No module named {package!r}"
+    (tmp_path / package / "__init__.py").write_text(f"raise ModuleNotFoundError({message!r}, name={package!r})")
+    arguments = [argument.format(tmp_path) for argument in COMMANDS[command]]
+    done = run_in(ROOT, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}", JAX_PLATFORMS="cpu")
+    assert_user_error(done, package, "install")
+    assert [path.name for path in tmp_path.iterdir()] == [package]  # nothing was written
+
+
+def test_clu_is_behind_one_module():
+    """It is no longer maintained: what replaces it changes one file."""
+    uses = [path for path in (ROOT / "resnet_jax").rglob("*.py") if re.search(r"(from|import) clu\b", path.read_text())]
+    assert uses == [ROOT / "resnet_jax" / "train_state.py"]
+
+
 def test_a_reader_that_closes_the_pipe_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
@@ -51,6 +77,20 @@ def test_a_reader_that_closes_the_pipe_is_no_error():
     )
     os.close(writer)
     assert done.stderr == b""
+
+
+def test_a_config_file_may_have_dataclasses_and_read_files_beside_it(tmp_path):
+    """As any module can; it is loaded without functions that Python no longer has."""
+    lines = ["from __future__ import annotations", "import dataclasses", "from pathlib import Path"]
+    lines += ["from configs import quickstart", "@dataclasses.dataclass", "class Size:", "    batch: int"]
+    lines += ["def get_config(variant='0'):", "    config = quickstart.get_config()"]
+    lines += ["    config.batch_size = Size(int(Path(__file__).with_name('size').read_text())).batch + int(variant)"]
+    lines += ["    return config"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    (tmp_path / "size").write_text("24")
+    for variant, size in (("", 24), (":8", 32)):
+        loaded = command_line.load_config(f"{tmp_path / 'mine.py'}{variant}", ["--config.seed=7"])
+        assert (loaded.batch_size, loaded.seed, loaded.is_locked) == (size, 7, True)
 
 
 def test_a_config_without_variants_says_so():

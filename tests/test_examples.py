@@ -43,14 +43,21 @@ def test_the_slurm_script_is_bash_and_says_how_it_is_to_be_signalled():
     [(0, 0, False), (2, 0, False), (1, 0, True), (138, 19, True), (143, 0, True), (134, 20, False)],
 )
 def test_the_slurm_script_queues_a_job_again_unless_it_is_complete_or_a_user_error(tmp_path, code, restarts, requeued):
-    for name, text in {"srun": f"exit {code}", "scontrol": 'echo "$@" > requeued', ".venv/bin/activate": ""}.items():
+    for name, text in {
+        "srun": f'echo "$@" > started; exit {code}',
+        "scontrol": 'echo "$@" > requeued',
+        ".venv/bin/activate": "",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "TFDS_DATA_DIR": "x"}
-    environment["SLURM_RESTART_COUNT"] = str(restarts)
+    environment |= {"SLURM_RESTART_COUNT": str(restarts), "SLURM_CPUS_PER_TASK": "8"}
     done = subprocess.run(["bash", SLURM], cwd=tmp_path, env=environment)
     assert done.returncode == code
+    assert (
+        (tmp_path / "started").read_text().startswith("--cpus-per-task=8 python ")
+    )  # srun does not take it from sbatch
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
@@ -65,6 +72,9 @@ def test_the_jobset_fits_together():
     readable = {resource for rule in the("Role")["rules"] for resource in rule["resources"]}
     assert {"pods", "jobs", "services"} <= readable  # what JAX asks the API for
     assert {mount["name"] for mount in only["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (volume,) = (mount["mountPath"] for mount in only["volumeMounts"])
+    assert {variable["name"] for variable in only["env"]} == {"TFDS_DATA_DIR", "XDG_CACHE_HOME"}
+    assert all(variable["value"].startswith(f"{volume}/") for variable in only["env"])  # a pod's own disk goes with it
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert pod["restartPolicy"] == "Never"
     (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]

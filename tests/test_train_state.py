@@ -1,4 +1,5 @@
 import hashlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +17,19 @@ def test_a_seed_gives_the_same_parameters_and_another_gives_others(tiny_config):
     assert train_state.digest(first) == train_state.digest(again)
     tiny_config.seed = 1
     assert train_state.digest(create(tiny_config)) != train_state.digest(first)
+
+
+def test_the_devices_of_a_mesh_are_in_the_order_of_the_processes(monkeypatch):
+    """Each process builds the slice of a batch that has its number; a TPU pod may list its devices otherwise."""
+
+    class Device(NamedTuple):
+        process_index: int
+        id: int
+
+    listed = [Device(1, 0), Device(0, 3), Device(1, 1), Device(0, 2)]
+    monkeypatch.setattr(train_state.jax, "devices", lambda: listed)
+    monkeypatch.setattr(train_state, "Mesh", lambda devices, names: devices.tolist())
+    assert train_state.make_mesh() == [[0, 2], [0, 3], [1, 0], [1, 1]]
 
 
 def test_convolutions_start_as_he_et_al_say(tiny_config):

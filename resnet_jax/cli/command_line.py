@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import importlib.machinery
+import importlib.util
 import io
 import math
 import os
@@ -182,8 +184,8 @@ def load_config(
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:
             _make_configs_importable(file)
-            argv.insert(1, f"--config={file}{variant}")
-            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+            config = _get_config(file, variant)
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
         config = values["config"].value
     except UserError:
@@ -198,9 +200,24 @@ def load_config(
         raise UserError(f"{file} exits with {error.code!r}: get_config() must return a ConfigDict") from error
     except Exception as error:
         raise UserError(_reason(error)) from error
+    config_lib.validate(config, extra_fields)
+    return config
+
+
+def _get_config(file: Path, variant: str) -> ConfigDict:
+    """Run a config file, and return what its `get_config` does; `variant` is ":NAME" or "".
+
+    `config_flags.DEFINE_config_file` would use `load_module`, which Python 3.15 no longer has.
+    """
+    name = f"config {file}"
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(file)))
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    config = module.get_config(*([variant.removeprefix(":")] if variant else []))
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() returned {config!r}: it must return a ConfigDict")
-    config_lib.validate(config, extra_fields)
     return config
 
 
@@ -253,7 +270,9 @@ def _reason(error: Exception) -> str:
         quoted = r"\\n|\\'|'|\""  # ml_collections' messages come as the repr of a repr
         reason = f"--config: {kind}: {re.sub(quoted, ' ', reason)}"
     frames = [
-        f for f in traceback.extract_tb(error.__traceback__)[1:] if not re.search(r"site-packages|<frozen", f.filename)
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename != __file__ and not re.search(r"site-packages|<frozen", f.filename)
     ]
     return reason + (f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else "")
 

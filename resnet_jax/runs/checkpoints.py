@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
@@ -108,15 +109,21 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, validations: Mapping[int, Validation], read_only: bool = False) -> None:
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(validations)]),
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-        )
         self._directory, self._validations = directory.absolute(), validations
+        me = jax.process_index()
+        reading = ocp.CheckpointManagerOptions(
+            create=False,
+            read_only=True,
+            # Else Orbax waits after each read for the other processes, for ever if one of them cannot read.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}),
+        )
+        writing = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(validations)]),
+            cleanup_tmp_directories=True,
+        )
         with self._readable():
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(self._directory, options=reading if read_only else writing)
+            self._reader = self._manager if read_only else ocp.CheckpointManager(self._directory, options=reading)
 
     @contextmanager
     def _readable(self, step: int | None = None) -> Iterator[None]:
@@ -139,7 +146,8 @@ class Checkpoints:
         except Exception as error:
             if processes.is_lost_peer(error):
                 raise
-            kept = max(self._manager.all_steps(read=True), default=None)
+            self._manager.reload()
+            kept = self.latest
             raise UserError(
                 f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): fix this and rerun the "
                 + ("command" if kept is None else f"command, which resumes from step {kept}")
@@ -204,7 +212,7 @@ class Checkpoints:
             for path in (self._directory / str(step)).rglob("*"):
                 host.readable(path)  # Orbax would wait for a pipe
             arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta: dict[str, Any] = self._manager.restore(step, args=arguments)["meta"]
+            meta: dict[str, Any] = self._reader.restore(step, args=arguments)["meta"]
             _check_types(meta)
             unsealed = {name: value for name, value in meta.items() if name != "digest"}
             # Up to version 0.2.0, "digest" is of the state alone, and `restore` checks it.
@@ -235,7 +243,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         with self._readable(step):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = self._manager.restore(step, args=arguments)["state"]
+            state = self._reader.restore(step, args=arguments)["state"]
             sealed = "digests" in meta
             intact = (
                 _digests(_parts(state)) == meta["digests"] if sealed else train_state.digest(state) == meta["digest"]
@@ -254,7 +262,7 @@ class Checkpoints:
             wanted = {name: getattr(like, name) for name in names}
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
             arguments = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-            parts = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+            parts = self._reader.restore(step, args=ocp.args.Composite(state=arguments))["state"]
             if _digests(parts) != {name: meta["digests"][name] for name in names} or int(parts["step"]) != step:
                 raise ValueError("its weights differ from those that were saved")
         return like.replace(**parts).variables
@@ -263,6 +271,8 @@ class Checkpoints:
         self, like: TrainState, check: Callable[[dict[str, Any]], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Read the newest intact checkpoint; newer, corrupt ones are moved to `damaged/` beside this folder.
+
+        All processes of a run read the same one: that which the first process sees and none finds corrupt.
 
         Args:
             like: as in `restore`.
@@ -275,15 +285,22 @@ class Checkpoints:
             CorruptCheckpointError: if there are checkpoints and none is intact; they stay where they are.
         """
         damaged: dict[int, CorruptCheckpointError] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        while True:
+            latest = max(set(self._manager.all_steps()) - damaged.keys(), default=-1)
+            if (step := int(processes.from_first(np.array(latest, np.int32)))) < 0:
+                break
+            processes.wait_until_shown((self._directory / str(step)).exists)
             try:
                 restored = self.restore(step, like, check)
+                damage = CorruptCheckpointError(f"{self._directory / str(step)} cannot be read by another process")
             except CorruptCheckpointError as error:
-                damaged[step] = error
+                restored, damage = None, error
+            if not processes.all_agree(restored is not None):
+                damaged[step] = damage
                 continue
             if damaged:
                 self._set_aside(damaged)
-                self._manager.reload()
+            self._manager.reload()  # without those set aside, and with what a process did not see before
             return restored
         if damaged:
             newest = next(iter(damaged.values()))
@@ -315,6 +332,7 @@ class Checkpoints:
         """Free the manager. Call `wait` first to learn of a failed write."""
         with suppress(Exception):
             self._manager.close()
+            self._reader.close()
 
 
 def read_chosen(directory: Path, which: str, read: Callable[[Checkpoints, int], T]) -> tuple[T, int]:

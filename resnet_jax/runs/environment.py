@@ -27,6 +27,11 @@ _PACKAGES = [
     "tensorflow-datasets",
 ]
 _COMPILERS = ("jax", "jaxlib")
+# The code that a figure comes from. Results, runs, reports, data, documents and tests may change without changing a figure.
+_CODE = (
+    *("resnet_jax", "configs", "benchmarks", "reproduction"),
+    *("launch.py", "setup.py", "pyproject.toml", "requirements.txt"),
+)
 
 
 def collect() -> dict[str, Any]:
@@ -87,9 +92,10 @@ def _cpu() -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit of the code and whether files differ from it; None unless a git repository holds the package at its root.
+    """The commit, and "dirty": whether it lacks a file of `_CODE`, or holds another version; files that git ignores do not count.
 
-    The repository around a copy, or around the environment that the package is installed in, has commits of other code.
+    None unless a git repository holds the package at its root. The repository around a copy, or around the environment that
+    the package is installed in, has commits of other code.
     """
     root = host.CHECKOUT
 
@@ -99,6 +105,9 @@ def _git_state() -> dict[str, Any] | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changed = git(
+            "status", "--porcelain", "--untracked-files=normal", "--", *_CODE
+        )  # whatever the user's git shows
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None

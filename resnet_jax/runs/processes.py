@@ -2,9 +2,11 @@
 
 import faulthandler
 import hashlib
+import platform
 import re
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -16,6 +18,7 @@ from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.preemption import TrainingInterrupted
 
 _LOST_AFTER_SECONDS = 30  # without a sign of life of another process
+_SHOWN_WITHIN_SECONDS = 60  # a host may remember the old state of a folder on NFS for so long
 
 
 def join() -> None:
@@ -52,6 +55,40 @@ def check_agreement(what: str, value: str) -> None:
 def from_first(array: np.ndarray) -> np.ndarray:
     """Return the array of the first process: rounding differs among processors."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether something holds in all processes."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(holds)).all())
+
+
+def wait_until_shown(holds: Callable[[], bool]) -> bool:
+    """Wait until what another host wrote in a shared folder shows here, and return whether it does within a minute."""
+    end = time.monotonic() + _SHOWN_WITHIN_SECONDS
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Run a block in the first process, then in the first one of every other host, then in all others.
+
+    What the first writes, such as a download, the others find, whether the hosts share their folders or not.
+    """
+    turns, turn = 1, 0
+    if jax.process_count() > 1:
+        name = np.frombuffer(hashlib.sha256(platform.node().encode()).digest(), np.int32)
+        hosts = [host.tobytes() for host in multihost_utils.process_allgather(name)]
+        me = jax.process_index()
+        turns, turn = 3, 0 if me == 0 else 1 if me == hosts.index(hosts[me]) else 2
+    for earlier in range(turn):
+        multihost_utils.sync_global_devices(f"turn {earlier} is over")
+    yield
+    for over in range(turn, turns - 1):
+        multihost_utils.sync_global_devices(f"turn {over} is over")
 
 
 def is_lost_peer(error: Exception) -> bool:

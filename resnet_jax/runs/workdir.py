@@ -6,7 +6,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from resnet_jax import host
 from resnet_jax.config import replaced
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, stored_config
+from resnet_jax.runs import environment, files, processes, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.metrics_log import MetricsLog, Validation, validations
 from resnet_jax.runs.result import RunResult
@@ -344,6 +344,11 @@ def _check_shared(directory: Path, lock: IO[str] | None) -> None:
         lock.flush()
         os.fsync(lock.fileno())
     token = str(int(multihost_utils.broadcast_one_to_all(np.int32(token))))
-    path = directory / ".lock"
-    if not path.exists() or path.read_text("utf-8") != token:
+
+    def shows() -> bool:
+        with suppress(OSError):
+            return (directory / ".lock").read_text("utf-8") == token
+        return False
+
+    if not processes.wait_until_shown(shows):
         raise UserError(f"--workdir {directory} is not shared with the first process: use a shared folder")

@@ -357,6 +357,21 @@ def test_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, c
     assert result(tmp_path / "all")["environment"]["processes"] == count
 
 
+def test_processes_resume_from_one_checkpoint_also_if_one_of_them_cannot_read_the_latest(tmp_path):
+    command = (*LONG, "--max-seconds=0", "--workdir", tmp_path)
+    for step in (1, 2):
+        assert launch(*command).returncode == 124
+        assert steps_saved(tmp_path)[-1] == step
+    blind = (str(ROOT / "tests" / "fault_injection" / "blind.py"), "2")
+    processes = [start("--distributed", *command, program=blind, **environment) for environment in cluster(2)]
+    codes, stdout, stderr = ends(processes, timeout=300)
+    assert codes == [124, 124], stderr
+    assert f"resuming {tmp_path} at step 1 of" in stdout[0]
+    assert "checkpoints/2 cannot be read by another process; moved to" in stderr[0]
+    assert steps_saved(tmp_path) == [1, 3]  # two processes take a step more until they agree
+    assert [path.name.partition("-")[0] for path in (tmp_path / "damaged").iterdir()] == ["2"]
+
+
 def test_processes_stop_together_however_rarely_they_log(tmp_path):
     processes = start_processes(2, *LONG, "--config.log_every_steps=1000000", "--workdir", tmp_path)
     read_until(processes[0], "first step")

@@ -3,7 +3,28 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+from helpers import ROOT
+
 from resnet_jax.runs import environment
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """Run git in a new repository that holds the package, with one commit."""
+
+    def run(*arguments):
+        as_somebody = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *as_somebody, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    run("init")
+    for name in ("resnet_jax/steps.py", "results/final.json", "docs/usage.md", ".gitignore"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("__pycache__/\n")
+    run("add", ".")
+    run("commit", "--message=a")
+    monkeypatch.setattr(environment.host, "CHECKOUT", tmp_path)
+    return run
 
 
 def test_the_processor_is_named_with_what_a_clouds_name_hides(monkeypatch):
@@ -21,17 +42,47 @@ def test_without_proc_the_system_says_which_processor(monkeypatch):
     assert environment._cpu() == "arm"
 
 
-def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
-    def git(*arguments):
-        as_somebody = ("-c", "user.name=a", "-c", "user.email=a@b")
-        subprocess.run(["git", *as_somebody, *arguments], cwd=tmp_path, check=True, capture_output=True)
+def test_the_commit_is_that_of_the_repository_that_holds_the_package(git, tmp_path, monkeypatch):
+    assert environment._git_state() is not None
+    (tmp_path / "vendored" / "resnet_jax").mkdir(parents=True)
+    monkeypatch.setattr(environment.host, "CHECKOUT", tmp_path / "vendored")
+    assert environment._git_state() is None
 
-    git("init")
-    git("commit", "--allow-empty", "--message=other code")
-    for root, known in ((tmp_path, True), (tmp_path / "vendored", False)):
-        (root / "resnet_jax").mkdir(parents=True)
-        monkeypatch.setattr(environment.host, "CHECKOUT", root)
-        assert (environment._git_state() is not None) == known
+
+def test_results_data_and_documents_do_not_make_the_code_of_a_run_dirty(git, tmp_path):
+    for name in (
+        *("results/final.json", "results/step-h100.json", "cifar10.npz", "runs/final/result.json", "report/index.html"),
+        *("docs/usage.md", "tests/test_new.py", "resnet_jax/__pycache__/steps.pyc"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("changed or new")
+    assert environment._git_state()["dirty"] is False
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet_jax/steps.py", "resnet_jax/kernels/new.cc", "configs/mine.py", "benchmarks/new.py", "launch.py"),
+        *("reproduction/reproduce.py", "setup.py", "pyproject.toml", "requirements.txt"),
+    ],
+)
+def test_code_that_is_changed_or_not_in_the_commit_is_dirty(git, tmp_path, name):
+    git("config", "status.showUntrackedFiles", "no")  # a user's setting
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("changed or new")
+    assert environment._git_state()["dirty"] is True
+
+
+def test_deleted_code_is_dirty(git, tmp_path):
+    (tmp_path / "resnet_jax" / "steps.py").unlink()
+    assert environment._git_state()["dirty"] is True
+
+
+def test_all_code_of_the_repository_counts():
+    """A new folder of code is named in `_CODE`, or here."""
+    assert all((ROOT / name).exists() for name in environment._CODE)
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {".ci", "build", "tests"}
+    assert folders | {path.name for path in ROOT.glob("*.py")} <= set(environment._CODE)
 
 
 def test_what_changes_the_rounding_of_a_run_is_named():

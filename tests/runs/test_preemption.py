@@ -27,6 +27,17 @@ def test_several_processes_act_on_the_largest_code_of_the_call_before(monkeypatc
         assert request.agreed_exit_code(mesh) == 128 + signal.SIGTERM
 
 
+def test_several_processes_agree_at_one_in_16_batches_of_an_evaluation(monkeypatch):
+    """Each agreement is a program on all devices, and takes as long as a small batch."""
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    agreements = []
+    monkeypatch.setattr(preemption, "_largest", lambda mesh: lambda codes: agreements.append(codes))
+    request, mesh = preemption.StopRequest(), train_state.make_mesh()
+    for _ in range(160):
+        assert request.agreed_exit_code(mesh, rarely=True) is None
+    assert len(agreements) == 10
+
+
 @pytest.mark.parametrize("seconds", [0.0, None])
 def test_the_time_limit_holds_only_once_the_clock_runs(seconds):
     request = preemption.StopRequest(seconds)

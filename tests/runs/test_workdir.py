@@ -2,12 +2,14 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
+import numpy as np
 import pytest
 
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, workdir
+from resnet_jax.runs import environment, files, processes, workdir
 from resnet_jax.runs.metrics_log import MetricsLog
 
 META = {"fingerprint": "0" * 64}
@@ -40,6 +42,26 @@ def test_a_torn_last_line_and_the_test_row_of_a_run_that_did_not_end_are_dropped
     log.write(row(20))
     log.close()
     assert rows(tmp_path) == [row(10), row(20)]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_a_process_waits_until_a_shared_folder_shows_what_the_first_one_wrote(tmp_path, monkeypatch, seconds):
+    """On NFS, a host may remember for a minute that a folder is not there."""
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda token: np.int32(7))
+    monkeypatch.setattr(processes, "_SHOWN_WITHIN_SECONDS", 60 * (seconds > 0))
+
+    def write():
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / ".lock").write_text("7")
+
+    first = threading.Timer(seconds, write)
+    if seconds:
+        first.start()
+        workdir._check_shared(tmp_path / "new", None)
+        first.join()
+    else:
+        with pytest.raises(UserError, match="is not shared with the first process"):
+            workdir._check_shared(tmp_path / "new", None)
 
 
 def test_figures_reach_tensorboard(tmp_path):
