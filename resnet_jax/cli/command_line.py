@@ -26,9 +26,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.runs import files, stored_config
 from resnet_jax.runs.exits import exit_immediately, exit_on_user_error, hide_closed_loops
 
-_ADDRESS_SPACE = (
-    4 * 10**9
-)  # bytes; measured: a run of the smoke config ends well with 4.1e9, and crashes or hangs with 1.8e9
+_ADDRESS_SPACE = 4 * 10**9  # bytes; a run of final.py:smoke ends well with 4.1e9, and crashes or hangs with 1.8e9
 Tool = Callable[[Sequence[str]], None]  # runs on the arguments after its name; raises a `UserError` for a mistake
 
 

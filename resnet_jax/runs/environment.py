@@ -105,9 +105,8 @@ def _git_state() -> dict[str, Any] | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return None
-        changed = git(
-            "status", "--porcelain", "--untracked-files=normal", "--", *_CODE
-        )  # whatever the user's git shows
+        # New files count, also for a user whose git does not show them.
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", *_CODE)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
