@@ -12,8 +12,8 @@ For each batch size, dtype and number of devices it measures these, or those of 
     save                    how long a checkpoint blocks the loop
     memory                  peak memory of launch.py on the host and, if the backend reports it, on the device
 
-Images have their full size: `half_size_epochs` is 0. Throughputs are measured after a warm-up, without compilation, and alternately (A B A B); ratios are computed per round.
-The table shows the median and the spread. The JSON holds all repeats, the config and the environment.
+Images have their full size: `half_size_epochs` is 0. Throughputs are measured after a warm-up, without compilation, and
+alternately (A B A B); ratios are computed per round. The table shows the median and the spread. The JSON holds all repeats, the config and the environment.
 """
 
 import argparse

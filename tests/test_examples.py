@@ -55,9 +55,8 @@ def test_the_slurm_script_queues_a_job_again_unless_it_is_complete_or_a_user_err
     environment |= {"SLURM_RESTART_COUNT": str(restarts), "SLURM_CPUS_PER_TASK": "8"}
     done = subprocess.run(["bash", SLURM], cwd=tmp_path, env=environment)
     assert done.returncode == code
-    assert (
-        (tmp_path / "started").read_text().startswith("--cpus-per-task=8 python ")
-    )  # srun does not take it from sbatch
+    started = (tmp_path / "started").read_text()
+    assert started.startswith("--cpus-per-task=8 python ")  # srun does not take it from sbatch
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"

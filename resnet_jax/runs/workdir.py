@@ -316,9 +316,8 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(
-                host.readable(directory / ".lock").open("a", encoding="utf-8")
-            )  # "w" would erase the token of another process
+            path = host.readable(directory / ".lock")
+            lock = stack.enter_context(path.open("a", encoding="utf-8"))  # "w" would erase the token of another process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
