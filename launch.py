@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--profile, --max-seconds and --extend-to need --mode train")
         train_and_eval.start_evaluation(arguments, config, train_and_eval.workdir(arguments), arguments.distributed)
     else:
-        if arguments.checkpoint or arguments.flip or arguments.fit_temperature:
-            raise UserError("--checkpoint, --flip and --fit-temperature need --mode eval")
+        if arguments.checkpoint or arguments.views > 1 or arguments.fit_temperature:
+            raise UserError("--checkpoint, --views and --fit-temperature need --mode eval")
         train_and_eval.start_training(arguments, config, started)
 
 

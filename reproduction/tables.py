@@ -100,7 +100,7 @@ def search_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 def weights_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """Shipped weights: test accuracy before and after their kernels were rounded to float16."""
-    yield ["weights", "MB", "kernels in", "test accuracy", "with `flip`"]
+    yield ["weights", "MB", "kernels in", "test accuracy", "with two views"]
     for kernels in ("float32", "float16"):
         size = f"{result['bytes_of_file'] / 1e6:.2f}" if kernels == "float16" else ""
         of = result[kernels]
@@ -159,13 +159,13 @@ def measured_on(environment: dict[str, Any]) -> str:
 
 
 def evaluations_table(runs: Sequence[str]) -> str:
-    """Test accuracy and calibration of runs, with and without `--flip`; means.
+    """Test accuracy and calibration of runs, of one view and of two; means.
 
     Args:
         runs: NAME of each results/eval-NAME.json and results/eval-NAME-flip.json.
     """
     rows = [["evaluated", "test accuracy", "calibration error", "calibration error at the fitted temperature"]]
-    for label, suffix in (("as it is", ""), ("with `--flip`", "-flip")):
+    for label, suffix in (("as it is", ""), ("with `--views=2`", "-flip")):
         tests = [read_result(f"eval-{run}{suffix}.json")["test"] for run in runs]
         errors = [
             [(test if fitted is None else test[fitted])["calibration"]["expected_calibration_error"] for test in tests]

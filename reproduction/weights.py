@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 def accuracies(model: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The accuracy of a network on images, and that of the mean over each image and its mirror image."""
     return {
-        name: float(np.mean(model.logits(images, flip).argmax(axis=1) == labels))
-        for name, flip in (("accuracy", False), ("accuracy_flip", True))
+        name: float(np.mean(model.logits(images, views).argmax(axis=1) == labels))
+        for name, views in (("accuracy", 1), ("accuracy_flip", 2))
     }
 
 

@@ -214,7 +214,7 @@ class EvalMetrics(NamedTuple):
 
 
 def eval_logits(
-    apply: Callable[..., Any], variables: Any, images: jax.Array, data: ConfigDict, flip: bool = False
+    apply: Callable[..., Any], variables: Any, images: jax.Array, data: ConfigDict, views: int = 1
 ) -> jax.Array:
     """Compute logits with the running statistics of batch norm.
 
@@ -223,26 +223,45 @@ def eval_logits(
         variables: {"params", "batch_stats"}.
         images: uint8 [B, H, W, 3] in 0..255, or floats in that range.
         data: `config.data`, whose mean and std normalise the images.
-        flip: average the logits of each image and its mirror.
+        views: as in `average_over_views`.
 
     Returns:
         float32 [B, num_classes].
     """
-    x = normalize(images, data)
-    logits: jax.Array = apply(variables, x, train=False)
-    return (logits + apply(variables, x[:, :, ::-1], train=False)) / 2 if flip else logits
+    return average_over_views(partial(apply, variables, train=False), normalize(images, data), views)
 
 
-def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, flip: bool = False) -> EvalMetrics:
+def average_over_views(network: Callable[[jax.Array], jax.Array], images: jax.Array, views: int) -> jax.Array:
+    """Average the logits [B, num_classes] that a network gives to views of each image (arXiv:2404.00498, section 3.5).
+
+    Args:
+        network: computes the logits of images.
+        images: [B, H, W, 3].
+        views: 1 for the image, 2 for it and its mirror image, 6 for these and both moved by one pixel along the diagonal, in
+            either direction, with reflected borders. These four views weigh as much as the other two.
+    """
+    if views not in (1, 2, 6):
+        raise ValueError(f"views must be 1, 2 or 6, got {views}")
+    if views == 1:
+        return network(images)
+    logits = (network(images) + network(images[:, :, ::-1])) / 2
+    if views == 2:
+        return logits
+    padded = jnp.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], "reflect")
+    moved = [average_over_views(network, part, 2) for part in (padded[:, :-2, :-2], padded[:, 2:, 2:])]
+    return (logits + (moved[0] + moved[1]) / 2) / 2
+
+
+def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, views: int = 1) -> EvalMetrics:
     """Evaluate a batch with the running statistics of batch norm.
 
     Args:
         state: only its `variables` are read.
         batch: {"images": uint8 [B, H, W, 3], "labels": int32 [B], "mask": bool [B]}; only the examples in `mask` count.
         config: the whole config; static.
-        flip: as in `eval_logits`; static.
+        views: as in `average_over_views`; static.
     """
-    logits = eval_logits(state.apply_fn, state.variables, batch["images"], config.data, flip)
+    logits = eval_logits(state.apply_fn, state.variables, batch["images"], config.data, views)
     labels, mask, num_classes = batch["labels"], batch["mask"], logits.shape[-1]
     loss = jnp.where(mask, cross_entropy(logits, labels), jnp.zeros_like(mask, jnp.float32)).sum()
     cell = labels * num_classes + jnp.argmax(logits, axis=-1)
@@ -261,9 +280,9 @@ def jit_train_steps(config: ConfigDict, mesh: Mesh, build_batch: BuildBatch) -> 
     return _jit(function, mesh, (P(), P(), P(None, "data")), donate_argnums=0)
 
 
-def jit_eval_step(config: ConfigDict, mesh: Mesh, flip: bool = False) -> jax.stages.Wrapped:
+def jit_eval_step(config: ConfigDict, mesh: Mesh, views: int = 1) -> jax.stages.Wrapped:
     """Jit `eval_step` for a mesh: state replicated, batch sharded."""
-    return _jit(partial(eval_step, config=config, flip=flip), mesh, (P(), P("data")))
+    return _jit(partial(eval_step, config=config, views=views), mesh, (P(), P("data")))
 
 
 def _jit(function: Callable[..., Any], mesh: Mesh, specs: tuple[P, ...], **settings: Any) -> jax.stages.Wrapped:

@@ -97,7 +97,7 @@ MISTAKES = {
         [f"--config={ROOT}/configs/search.py:smoke"],
         ["config.search.", "use this config with python -m resnet_jax search"],
     ),
-    "flipping while training": ([FINAL, "--flip"], ["--flip", "need --mode eval"]),
+    "views while training": ([FINAL, "--views=2"], ["--views", "need --mode eval"]),
     "a temperature while training": ([FINAL, "--fit-temperature"], ["--fit-temperature", "need --mode eval"]),
     "a checkpoint to train": ([FINAL, "--checkpoint=latest"], ["--checkpoint", "need --mode eval"]),
     "a profile of an evaluation": ([FINAL, "--mode=eval", "--profile=3:2"], ["--profile", "need --mode train"]),
@@ -442,7 +442,7 @@ def test_help_lists_the_flags_and_starts_nothing(here):
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"^  (--[\w.-]+)", done.stdout, re.MULTILINE))
     assert shown == {
-        *("--config", "--config.FIELD", "--workdir", "--mode", "--checkpoint", "--flip", "--fit-temperature"),
+        *("--config", "--config.FIELD", "--workdir", "--mode", "--checkpoint", "--views", "--fit-temperature"),
         *("--max-seconds", "--extend-to", "--profile", "--distributed"),
     }
     assert list(here.iterdir()) == []

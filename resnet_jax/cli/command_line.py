@@ -106,6 +106,17 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     add_override_argument(parser)
 
 
+def add_views_argument(parser: ArgumentParser) -> None:
+    """Add `--views`, for which `steps.average_over_views` says what each number stands for."""
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 2, 6),
+        default=1,
+        help="average the logits of the image and its mirror image (2), or of both and their copies moved by a pixel (6)",
+    )
+
+
 def add_override_argument(parser: ArgumentParser) -> None:
     """Show `--config.FIELD` in the help; `split_overrides` takes it from the command line."""
     parser.add_argument(

@@ -67,7 +67,7 @@ def add_train_arguments(parser: ArgumentParser) -> None:
 def add_eval_arguments(parser: ArgumentParser) -> None:
     """Add the flags of `eval`."""
     parser.add_argument("--checkpoint", metavar="WHICH", help="best, latest or a step (default: best)")
-    parser.add_argument("--flip", action="store_true", help="average the logits of each image and its mirror image")
+    command_line.add_views_argument(parser)
     parser.add_argument(
         "--fit-temperature",
         action="store_true",
@@ -113,7 +113,7 @@ def evaluate(argv: Sequence[str]) -> None:
     with _session(distributed=False):
         from resnet_jax.reporting import evaluation
 
-        evaluation.run_on(config, directory, arguments.checkpoint or "best", arguments.data, arguments.flip)
+        evaluation.run_on(config, directory, arguments.checkpoint or "best", arguments.data, arguments.views)
 
 
 def workdir(arguments: Namespace) -> Path:
@@ -142,7 +142,7 @@ def start_evaluation(arguments: Namespace, config: ConfigDict, directory: Path, 
     with _session(distributed):
         from resnet_jax.reporting import evaluation
 
-        evaluation.run(config, directory, arguments.checkpoint or "best", arguments.flip, arguments.fit_temperature)
+        evaluation.run(config, directory, arguments.checkpoint or "best", arguments.views, arguments.fit_temperature)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from resnet_jax.runs import files
 
 _BINS = 15  # as in the paper
 _FOLDS = 5
-_NAMES = {False: "plain", True: "flip"}
+_NAMES = {1: "plain", 2: "flip", 6: "moved"}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -84,12 +84,12 @@ def temperature_helps(logits: np.ndarray, labels: np.ndarray) -> bool:
     return negative_log_likelihood(scaled, labels) < negative_log_likelihood(logits, labels)
 
 
-def to_names(by_flip: Mapping[bool, float]) -> dict[str, float]:
-    """Convert temperatures, keyed by whether `--flip` was used, to JSON: {"plain", "flip"} or one of them."""
-    return {_NAMES[flip]: temperature for flip, temperature in by_flip.items()}
+def to_names(by_views: Mapping[int, float]) -> dict[str, float]:
+    """Convert temperatures, keyed by the number of views, to JSON: {"plain", "flip", "moved"} or some of them."""
+    return {_NAMES[views]: temperature for views, temperature in by_views.items()}
 
 
-def from_names(named: Mapping[str, float]) -> dict[bool, float]:
+def from_names(named: Mapping[str, float]) -> dict[int, float]:
     """Convert JSON to temperatures, the inverse of `to_names`.
 
     Raises:
@@ -97,15 +97,15 @@ def from_names(named: Mapping[str, float]) -> dict[bool, float]:
     """
     if not isinstance(named, dict) or not named.keys() <= set(_NAMES.values()):
         raise ValueError(f"temperatures are of {' and '.join(_NAMES.values())}")
-    by_flip = {flip: named[name] for flip, name in _NAMES.items() if name in named}
-    for temperature in by_flip.values():
+    by_views = {views: named[name] for views, name in _NAMES.items() if name in named}
+    for temperature in by_views.values():
         if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:
             raise ValueError(f"a temperature of {temperature} is not in 0.001..1000")
-    return {flip: float(temperature) for flip, temperature in by_flip.items()}
+    return {views: float(temperature) for views, temperature in by_views.items()}
 
 
-def temperatures(directory: Path, step: int) -> dict[bool, float]:
-    """Read the temperatures that `eval --fit-temperature` stored for a checkpoint, without and with `--flip`.
+def temperatures(directory: Path, step: int) -> dict[int, float]:
+    """Read the temperatures that `eval --fit-temperature` stored for a checkpoint, by the number of views.
 
     Raises:
         UserError: if the file is corrupt.
@@ -123,9 +123,9 @@ def temperatures(directory: Path, step: int) -> dict[bool, float]:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
 
-def keep_temperature(directory: Path, step: int, flip: bool, temperature: float) -> None:
+def keep_temperature(directory: Path, step: int, views: int, temperature: float) -> None:
     """Store a temperature; replace those of other checkpoints, and a corrupt file."""
-    by_flip = {flip: temperature}
+    by_views = {views: temperature}
     with suppress(UserError):
-        by_flip = temperatures(directory, step) | by_flip
-    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(by_flip)})
+        by_views = temperatures(directory, step) | by_views
+    files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(by_views)})

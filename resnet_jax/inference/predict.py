@@ -24,7 +24,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from resnet_jax import host
-from resnet_jax.cli.command_line import ArgumentParser, say_loading
+from resnet_jax.cli.command_line import ArgumentParser, add_views_argument, say_loading
 from resnet_jax.data import images
 from resnet_jax.errors import UserError, one_line, reason
 from resnet_jax.inference import unlabelled
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help="image, folder, pattern or .npz")
     parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
     parser.add_argument("--top", type=int, metavar="K", help="classes to show for each image (default: 3)")
-    parser.add_argument("--flip", action="store_true", help="average the logits of each image and its mirror image")
+    add_views_argument(parser)
     parser.set_defaults(write=write_table)
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", action="store_const", const=write_json, dest="write", help="print JSON")
@@ -204,7 +204,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
     try:
-        labels = model.predict(data, arguments.flip).labels
+        labels = model.predict(data, arguments.views).labels
     except ValueError as error:
         raise UserError(f"--unlabelled {arguments.unlabelled} cannot be used ({error}): give images") from error
     text = io.StringIO()
@@ -230,7 +230,7 @@ def show(arguments: argparse.Namespace) -> None:
 
     def rows() -> Rows:
         for names, batch in batches:
-            for name, row in zip(names, model.predict(batch, arguments.flip).probabilities, strict=True):
+            for name, row in zip(names, model.predict(batch, arguments.views).probabilities, strict=True):
                 most_likely = np.argsort(-row, kind="stable")[: arguments.top or 3]
                 yield name, [(model.class_names[i], float(row[i])) for i in most_likely]
 

@@ -59,7 +59,7 @@ class Model:
         image_shape: (H, W, 3) of the images it was trained on.
         variables: {"params", "batch_stats"}, on the first device.
         step: number of steps done at its checkpoint.
-        temperatures: logits are divided by these before the softmax, for `flip` False and True; 1.0 if missing.
+        temperatures: logits are divided by these before the softmax, by the number of `views`; 1.0 if missing.
         program: computes the logits of uint8 images instead of `variables`.
 
     All arguments but `program` are attributes.
@@ -72,14 +72,14 @@ class Model:
         image_shape: tuple[int, int, int],
         variables: Any,
         step: int,
-        temperatures: Mapping[bool, float] = MappingProxyType({}),
+        temperatures: Mapping[int, float] = MappingProxyType({}),
         program: export.Exported | None = None,
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
         self._variables, self.step, self.temperatures = variables, step, temperatures
         self._process = os.getpid()
         network = _network(config, len(class_names))
-        self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="flip")
+        self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="views")
         self._saliency = jax.jit(partial(_saliency, network))
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ class Model:
             raise UserError("a .stablehlo holds a program without weights: give the run's workdir, or a .safetensors")
         return self._variables
 
-    def predict(self, images: Any, flip: bool = False) -> Predictions:
+    def predict(self, images: Any, views: int = 1) -> Predictions:
         """Predict the class probabilities of images.
 
         Args:
@@ -109,18 +109,19 @@ class Model:
                 or N = 0, gives empty predictions, [0, num_classes]. C is 3, 1 for grey, or 4 with transparency, which becomes white. uint8 in 0..255, or floats in
                 0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
                 cover it, and the centre is cropped.
-            flip: average the logits of each image and its mirror.
+            views: 1 for the image; 2 averages its logits and those of its mirror image; 6 also those of both moved by a pixel:
+                `steps.average_over_views`.
 
         Raises:
             UserError: in a process that was forked after the network was loaded.
-            ValueError: if the images are not as described.
+            ValueError: if the images are not as described, or `views` is another number.
         """
-        temperature = np.float32(self.temperatures.get(flip, 1.0))
-        probabilities = calibration.softmax(self.logits(images, flip) / temperature)
+        temperature = np.float32(self.temperatures.get(views, 1.0))
+        probabilities = calibration.softmax(self.logits(images, views) / temperature)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
-    def logits(self, images: Any, flip: bool = False) -> np.ndarray:
+    def logits(self, images: Any, views: int = 1) -> np.ndarray:
         """Return the logits, float32 [N, num_classes]; arguments and errors are those of `predict`."""
         if os.getpid() != self._process:
             raise UserError(
@@ -133,7 +134,7 @@ class Model:
             part = batch[start : start + LARGEST_BATCH]
             padding = (1 << (len(part) - 1).bit_length()) - len(part)
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
-            logits.append(np.asarray(self._logits(self._variables, padded, flip=flip))[: len(part)])
+            logits.append(np.asarray(self._logits(self._variables, padded, views=views))[: len(part)])
         return np.concatenate(logits)
 
     def in_float32(self) -> "Model":
@@ -167,17 +168,16 @@ def _network(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
     layers = kernels.layers_for(train_state.make_mesh(1), config.model)
     network = models.from_config(config.model, num_classes, layers)
 
-    def logits(variables: Any, images: jax.Array, flip: bool = False) -> jax.Array:
-        return steps.eval_logits(network.apply, variables, images, config.data, flip)
+    def logits(variables: Any, images: jax.Array, views: int = 1) -> jax.Array:
+        return steps.eval_logits(network.apply, variables, images, config.data, views)
 
     return logits
 
 
-def _run(program: export.Exported, variables: None, images: jax.Array, flip: bool = False) -> jax.Array:
+def _run(program: export.Exported, variables: None, images: jax.Array, views: int = 1) -> jax.Array:
     """Return the logits of a program that takes only uint8; floats in 0..255 are rounded."""
     pixels = images if images.dtype == np.uint8 else jnp.round(images).astype(np.uint8)
-    logits: jax.Array = program.call(pixels)
-    return (logits + program.call(pixels[:, :, ::-1])) / 2 if flip else logits
+    return steps.average_over_views(program.call, pixels, views)
 
 
 def _saliency(network: Callable[..., jax.Array], variables: Any, images: jax.Array) -> jax.Array:

@@ -24,29 +24,29 @@ from resnet_jax.runs.progress import waiting
 
 
 def run(
-    config: ConfigDict, directory: Path, which: str, flip: bool = False, fit_temperature: bool = False
+    config: ConfigDict, directory: Path, which: str, views: int = 1, fit_temperature: bool = False
 ) -> dict[str, Any]:
     """Restore a checkpoint, evaluate it on validation and test, print the report, write `eval.json` and `reliability.png`.
 
-    With `flip` these are `eval-flip.json` and `reliability-flip.png`.
+    With two or six views these are `eval-2-views.json`, `reliability-2-views.png` and so on.
 
     Args and errors are those of `restore_run`, and:
-        flip: average the logits of each image and its mirror.
+        views: how many views of each image to average: `steps.average_over_views`.
         fit_temperature: on the validation split; keep it in `temperature.json` for `load` if it helps on held-out images.
 
     Returns:
         What `eval.json` holds.
     """
-    _warn_of_mirrors(config, flip)
+    _warn_of_mirrors(config, views)
     run_setup, state, step = restore_run(config, directory, which)
     config = run_setup.config
     if fit_temperature and not len(run_setup.validation.labels):
         raise UserError("--fit-temperature needs a validation split, and the run has none: leave it out")
-    eval_step = steps.jit_eval_step(config, run_setup.mesh, flip)
+    eval_step = steps.jit_eval_step(config, run_setup.mesh, views)
     report: dict[str, Any] = {
         "checkpoint": which,
         "checkpoint_step": step,
-        "flip": flip,
+        "views": views,
         "dataset": datasets.describe(run_setup.dataset, run_setup.train, run_setup.validation),
         "environment": environment.collect(),
     }
@@ -61,13 +61,13 @@ def run(
             report[name] = _describe(result, split.labels, names, temperature)
     if jax.process_index() == 0:
         print(_as_text(report, names))
-        kind = "-flip" if flip else ""
+        kind = _kind(views)
         files.write_json(directory / f"eval{kind}.json", report)
         test = report["test"]
         curves = {"uncalibrated": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
-            calibration.keep_temperature(directory, step, flip, temperature)
+            calibration.keep_temperature(directory, step, views, temperature)
         figures.save(partial(figures.draw_reliability, curves), directory / f"reliability{kind}.png", "light", "white")
         print(f"written to {directory / f'eval{kind}.json'}")
     return report
@@ -83,12 +83,19 @@ def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     return None
 
 
-def _warn_of_mirrors(config: ConfigDict, flip: bool) -> None:
-    if flip and not config.augment.flip_probability and jax.process_index() == 0:
-        print("warning: --flip mirrors images, but the run was trained without mirrored ones", file=sys.stderr)
+def _warn_of_mirrors(config: ConfigDict, views: int) -> None:
+    if views > 1 and not config.augment.flip_probability and jax.process_index() == 0:
+        print(
+            f"warning: --views={views} mirrors images, but the run was trained without mirrored ones", file=sys.stderr
+        )
 
 
-def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: bool = False) -> dict[str, Any]:
+def _kind(views: int) -> str:
+    """Return what the names of an evaluation's files end in."""
+    return f"-{views}-views" if views > 1 else ""
+
+
+def run_on(config: ConfigDict, directory: Path, which: str, data: str, views: int = 1) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on another labelled set, print the report, and write it to a file of its own.
 
     Args:
@@ -96,7 +103,7 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
         directory: the run's workdir, whose other files stay as they are.
         which: "best", "latest" or a step.
         data: names the set, as `config.data.name` does; its images are scaled to the size of the run's.
-        flip: average the logits of each image and its mirror.
+        views: how many views of each image to average: `steps.average_over_views`.
 
     Returns:
         What the file holds: as `eval.json`, with that set as "test".
@@ -104,7 +111,7 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
     Raises:
         UserError: if the run or the data cannot be read, or the data have other classes or an image size that does not fit.
     """
-    _warn_of_mirrors(config, flip)
+    _warn_of_mirrors(config, views)
     model = trained_model.load(directory, which)
     kind, _, path = data.partition(":")
     height, width, _ = model.image_shape
@@ -121,7 +128,7 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
         )
     labels = np.array([model.class_names.index(name) for name in names], np.int32)[split.labels]
     waiting(f"evaluating {len(labels):,} images of {data} ({'all' if part == 'train' else f'its {part} images'})")
-    logits = model.logits(split.images, flip)
+    logits = model.logits(split.images, views)
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
     loss = calibration.negative_log_likelihood(logits, labels)
@@ -129,14 +136,14 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, flip: boo
     report = {
         "checkpoint": which,
         "checkpoint_step": model.step,
-        "flip": flip,
+        "views": views,
         "dataset": {"name": data, "fingerprint": fingerprint, "splits": {"test": len(labels)}},
         "environment": environment.collect(),
         "test": _describe(result, labels, model.class_names, None),
     }
     print(_as_text(report, model.class_names))
     label = Path(os.path.realpath(path)).name.removesuffix(".npz") if kind in ("npz", "folder") else data
-    file = directory / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{fingerprint[:8]}{'-flip' if flip else ''}.json"
+    file = directory / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{fingerprint[:8]}{_kind(views)}.json"
     files.write_json(file, report)
     print(f"written to {file}")
     return report
@@ -175,8 +182,10 @@ def _describe(
 
 def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
     """Return the report as text: one line per split, then the test split by class."""
-    mirrored = ", each image and its mirror averaged" * report["flip"]
-    lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}{mirrored}"]
+    averaged = {1: "", 2: ", each image and its mirror averaged", 6: ", six views of each image averaged"}[
+        report["views"]
+    ]
+    lines = [f"checkpoint {report['checkpoint']}, step {report['checkpoint_step']}{averaged}"]
     for split in ("validation", "test"):
         if split in report:
             of_split = report[split]

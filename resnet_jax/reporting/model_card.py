@@ -86,14 +86,14 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
     from resnet_jax.inference import trained_model
 
     hint = f"evaluate the run again: python -m resnet_jax eval {directory}"
-    evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "flip", "dataset", "test"), hint)
+    evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "views", "dataset", "test"), hint)
     for key, wanted in (
         ("checkpoint_step", result.checkpoint_step),
         ("dataset", result.dataset),
-        ("flip", False),
+        ("views", 1),
     ):
         if evaluation[key] != wanted:
-            raise UserError(f"{directory / 'eval.json'} has another {key.replace('_', ' ')} than result.json: {hint}")
+            raise UserError(f"{directory / 'eval.json'} and result.json differ in the {key.replace('_', ' ')}: {hint}")
 
     model = trained_model.load(directory, result.checkpoint_step)
     templates = jinja2.Environment(

@@ -125,13 +125,15 @@ def test_what_it_says_of_a_file(run, capsys):
 
 def test_safetensors_are_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
-        json.dumps({"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
+        json.dumps(
+            {"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3, "moved": 1.2}}
+        )
     )
     tool("export", run, "--format", "safetensors")
     one, other = trained_model.load(run), trained_model.load(files["safetensors"])
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(one.predict(images).probabilities, other.predict(images).probabilities)
-    assert one.temperatures == other.temperatures == {False: 1.5, True: 1.3}
+    assert one.temperatures == other.temperatures == {1: 1.5, 2: 1.3, 6: 1.2}
     for name in ("class_names", "image_shape", "step"):
         assert getattr(one, name) == getattr(other, name)
     assert replaced(one.config, {"data.cache_dir": ""}) == other.config  # a path of this machine
@@ -230,15 +232,17 @@ def test_stablehlo_is_for_every_platform(files):
 
 def test_stablehlo_is_loaded_as_the_run_is(run, files):
     (run / "temperature.json").write_text(
-        json.dumps({"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3}})
+        json.dumps(
+            {"checkpoint_step": trained_model.load(run).step, "temperature": {"plain": 1.5, "flip": 1.3, "moved": 1.2}}
+        )
     )
     tool("export", run, "--format", "stablehlo")
     one, other = trained_model.load(run), trained_model.load(files["stablehlo"])
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
-    for flip in (False, True):
-        np.testing.assert_allclose(one.logits(images, flip), other.logits(images, flip), atol=1e-4)
+    for views in (1, 2, 6):
+        np.testing.assert_allclose(one.logits(images, views), other.logits(images, views), atol=1e-4)
     np.testing.assert_allclose(one.predict(images).probabilities, other.predict(images / 255).probabilities, atol=1e-5)
-    assert one.temperatures == other.temperatures == {False: 1.5, True: 1.3}
+    assert one.temperatures == other.temperatures == {1: 1.5, 2: 1.3, 6: 1.2}
     for name in ("class_names", "image_shape", "step"):
         assert getattr(one, name) == getattr(other, name)
     assert replaced(one.config, {"data.cache_dir": ""}) == other.config  # a path of this machine

@@ -96,12 +96,30 @@ def test_what_is_transparent_is_white(model, images):
         np.testing.assert_allclose(model.logits(same), model.logits(white), atol=1e-4)
 
 
-def test_flip_averages_the_logits_of_an_image_and_its_mirror(model, images):
+def test_two_views_average_the_logits_of_an_image_and_its_mirror(model, images):
     few = images[:6]
     expected = (model.logits(few) + model.logits(few[:, :, ::-1])) / 2
-    np.testing.assert_allclose(model.logits(few, flip=True), expected, atol=1e-5)
-    both = [model.predict(view, flip=True).probabilities for view in (few, few[:, :, ::-1])]
+    np.testing.assert_allclose(model.logits(few, views=2), expected, atol=1e-5)
+    both = [model.predict(view, views=2).probabilities for view in (few, few[:, :, ::-1])]
     np.testing.assert_allclose(*both, atol=1e-5)
+
+
+def test_six_views_also_average_those_of_both_moved_by_a_pixel(model, images):
+    few = images[:6]
+    bordered = np.pad(few, [(0, 0), (1, 1), (1, 1), (0, 0)], "reflect")
+    weights = {(1, 1): 1 / 4, (0, 0): 1 / 8, (2, 2): 1 / 8}
+    expected = np.zeros((6, 10))
+    for (y, x), weight in weights.items():
+        moved = bordered[:, y : y + 8, x : x + 8]
+        expected += weight * (model.logits(moved) + model.logits(moved[:, :, ::-1]))
+    np.testing.assert_allclose(model.logits(few, views=6), expected, atol=1e-5)
+    assert np.abs(expected - model.logits(few, views=2)).max() > 1e-3
+
+
+@pytest.mark.parametrize("views", [0, 3, -1])
+def test_another_number_of_views_is_refused(model, images, views):
+    with pytest.raises(ValueError, match=f"views must be 1, 2 or 6, got {views}"):
+        model.predict(images[:2], views=views)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 9), (9, 24), (3, 5), (8, 40)])

@@ -72,7 +72,7 @@ def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn():
     accuracies = described["accuracy_per_class"]
     assert accuracies["d"] is None  # it has no image
     assert np.mean([accuracies[name] for name in "abc"]) == pytest.approx(described["balanced_accuracy"])
-    report = {"checkpoint": "best", "checkpoint_step": 1, "flip": False, "test": described}
+    report = {"checkpoint": "best", "checkpoint_step": 1, "views": 1, "test": described}
     assert evaluation._as_text(report, tuple("abcd")).splitlines()[-1].split() == ["d", "-", "0", "0", "0", "0"]
 
 
@@ -102,15 +102,15 @@ def test_a_run_of_another_config_and_a_folder_without_a_run_are_refused(finished
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
+def test_two_views_average_logits_with_those_of_the_mirrors(finished, capsys):
     directory, _, config = finished
-    (directory / "eval.json").write_text("of a run without --flip")
-    report = evaluation.run(config, directory, "best", flip=True)
+    (directory / "eval.json").write_text("of one view")
+    report = evaluation.run(config, directory, "best", views=2)
     printed = capsys.readouterr()
     assert "each image and its mirror averaged" in printed.out
-    assert "warning: --flip mirrors images, but the run was trained without mirrored ones\n" in printed.err
-    assert json.loads((directory / "eval-flip.json").read_text()) == report
-    assert (directory / "eval.json").read_text() == "of a run without --flip"
+    assert "warning: --views=2 mirrors images, but the run was trained without mirrored ones\n" in printed.err
+    assert json.loads((directory / "eval-2-views.json").read_text()) == report
+    assert (directory / "eval.json").read_text() == "of one view"
     setup, state, _ = restore_run(config, directory, "best")
     test = setup.dataset.test
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -121,12 +121,12 @@ def test_flip_averages_logits_with_those_of_the_mirrors(finished, capsys):
     assert report["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_flip_does_not_warn_where_training_mirrored(finished, tmp_path, monkeypatch, capsys):
+def test_two_views_do_not_warn_where_training_mirrored(finished, tmp_path, monkeypatch, capsys):
     config = finished[2]
     config.augment.flip_probability = 0.5
     monkeypatch.setattr(evaluation, "restore_run", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
-        evaluation.run(config, tmp_path, "best", flip=True)
+        evaluation.run(config, tmp_path, "best", views=2)
     assert capsys.readouterr().err == ""
 
 
@@ -136,15 +136,15 @@ def test_a_temperature_is_fitted_on_validation_kept_and_used(finished, capsys):
     assert f"at temperature {report['test']['calibrated']['temperature']:.3f}" in capsys.readouterr().out
     validation = report["validation"]
     assert validation["calibrated"]["loss"] < validation["loss"]
-    flipped = evaluation.run(config, directory, "best", flip=True, fit_temperature=True)
+    flipped = evaluation.run(config, directory, "best", views=2, fit_temperature=True)
     model = trained_model.load(directory)
     temperatures = [r["test"]["calibrated"]["temperature"] for r in (report, flipped)]
-    assert model.temperatures == dict(zip((False, True), temperatures, strict=True))
+    assert model.temperatures == dict(zip((1, 2), temperatures, strict=True))
     assert 1.0 not in temperatures
     setup, _, _ = restore_run(config, directory, "best")
     test = setup.dataset.test
-    for flip, of in ((False, report), (True, flipped)):
-        probabilities = model.predict(test.images, flip=flip).probabilities
+    for views, of in ((1, report), (2, flipped)):
+        probabilities = model.predict(test.images, views=views).probabilities
         losses = -np.log(probabilities[np.arange(len(test.labels)), test.labels])
         assert losses.mean() == pytest.approx(of["test"]["calibrated"]["loss"], rel=1e-4)
     with Image.open(directory / "reliability.png") as image:

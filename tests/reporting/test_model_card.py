@@ -186,14 +186,22 @@ def test_a_run_without_validation_says_so(changed):
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("eval.json", lambda value: value.update(checkpoint_step=7), "eval.json has another checkpoint step"),
-        ("eval.json", lambda value: value["dataset"].update(fingerprint="0"), "eval.json has another dataset"),
+        (
+            "eval.json",
+            lambda value: value.update(checkpoint_step=7),
+            "eval.json and result.json differ in the checkpoint step",
+        ),
+        (
+            "eval.json",
+            lambda value: value["dataset"].update(fingerprint="0"),
+            "eval.json and result.json differ in the dataset",
+        ),
         ("eval.json", lambda value: value["test"].pop("confusion"), "result.json or eval.json is corrupt"),
         ("eval.json", lambda value: value["test"].update(confusion=[["a"]]), "result.json or eval.json is corrupt"),
         ("eval.json", lambda value: value["test"].update(confusion=[[1] * 10] * 10), "does not match the accuracy"),
         ("eval.json", lambda value: value["test"].update(accuracy=float("inf")), "result.json or eval.json is corrupt"),
         ("eval.json", lambda value: value["test"]["confusion"][0].append(1), "result.json or eval.json is corrupt"),
-        ("eval.json", lambda value: value.update(flip=True), "eval.json has another flip than result.json"),
+        ("eval.json", lambda value: value.update(views=2), "eval.json and result.json differ in the views"),
         ("result.json", lambda value: value.pop("checkpoint_step"), "it lacks checkpoint_step"),
         ("result.json", lambda value: value["environment"].update(devices=[]), "result.json or eval.json is corrupt"),
         ("eval.json", lambda value: value.pop("test"), r"it lacks test\): evaluate the run again"),
