@@ -12,8 +12,8 @@ For each batch size, dtype and number of devices it measures these, or those of 
     save                    how long a checkpoint blocks the loop
     memory                  peak memory of launch.py on the host and, if the backend reports it, on the device
 
-Images have their full size: `half_size_epochs` is 0. Throughputs are measured after a warm-up, without compilation, and
-alternately (A B A B); ratios are computed per round. The table shows the median and the spread. The JSON holds all repeats, the config and the environment.
+Throughputs are measured after a warm-up, without compilation, and alternately (A B A B); ratios are computed per round.
+The table shows the median and the spread. The JSON holds all repeats, the config and the environment.
 """
 
 import argparse
@@ -95,8 +95,7 @@ def cases_of(config: ConfigDict, arguments: argparse.Namespace) -> Iterator[tupl
     dtypes = arguments.dtypes.split(",") if arguments.dtypes else [config.model.dtype]
     counts = arguments.device_counts or [None]
     for batch_size, dtype, count in itertools.product(batch_sizes, dtypes, counts):
-        fields = {"batch_size": batch_size, "model.dtype": dtype, "half_size_epochs": 0.0}
-        yield config_lib.replaced(config, fields), count
+        yield config_lib.replaced(config, {"batch_size": batch_size, "model.dtype": dtype}), count
 
 
 def measure_case(config: ConfigDict, num_devices: int | None, arguments: argparse.Namespace) -> dict[str, Any]:

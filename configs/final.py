@@ -16,7 +16,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0  # for the parameters, the order of the images and their augmentation
     config.init_from = ""  # a run or .safetensors whose weights to start from; "" to draw them from the seed
     config.batch_size = 128  # images per step, over all devices; report 3b
-    config.half_size_epochs = 0.0  # the first epochs, with images of half the height and width; report: none
     config.accumulation_steps = 1  # parts of a batch, one after another, whose gradients are averaged: less memory
     config.num_epochs = 50.0  # passes over the training images; report 3b
     config.label_smoothing = 0.0  # share of the target spread over all classes; not in the report

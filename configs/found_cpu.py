@@ -10,7 +10,6 @@ def get_config() -> ConfigDict:
     """The config, whole."""
     config = ConfigDict()
     config.abort_grad_norm = 10000.0
-    config.half_size_epochs = 0.0
     config.accumulation_steps = 1
     config.augment = ConfigDict()
     config.augment.brightness = 0.2
@@ -79,4 +78,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-# f30177ab54d7a38f2fcec435831176dc9f969235573a3647d320dae8193e9f57, of the lines above: an edited file is not written over
+# 8b04b859b7327ff74f92d22aa81a30ec2a74f8bc5b9eee118e608b2e85a47662, of the lines above: an edited file is not written over

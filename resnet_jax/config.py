@@ -107,7 +107,6 @@ FIELDS: dict[str, Field] = {
     "init_from": _TEXT,
     "batch_size": integer(1, 2**20),
     "num_epochs": _POSITIVE,
-    "half_size_epochs": NOT_NEGATIVE,
     "accumulation_steps": integer(1, 2**20),
     "label_smoothing": _FRACTION,
     "class_weights": Field(

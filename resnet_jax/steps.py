@@ -80,24 +80,18 @@ def _of_part(
     """Return what `loss_and_gradient` does, from the whole of a batch, or a part, at once."""
     frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
-    def loss_fn(params: optax.Params, half_size: bool = False) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
+    def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:
         if frozen:
             params = jax.lax.stop_gradient(params) | {"classifier": params["classifier"]}
         images, share = normalize(batch["images"], config.data), None
         if "mix" in batch:
             images, share = mix(images, batch["mix"])
-        if half_size:
-            B, H, W, C = images.shape
-            images = jax.image.resize(images, (B, (H + 1) // 2, (W + 1) // 2, C), "linear")
         logits, updates = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats}, images, train=not frozen, mutable=["batch_stats"]
         )
         return training_loss(logits, batch["labels"], config, share), (logits, updates["batch_stats"])
 
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    if not state.half_size_steps:
-        return gradient(state.params)
-    return jax.lax.cond(state.step < state.half_size_steps, partial(gradient, half_size=True), gradient, state.params)
+    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
 
 def loss_and_gradient(
@@ -107,8 +101,7 @@ def loss_and_gradient(
 
     The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts,
     i + 2 parts and so on, so that each device keeps its own. Batch norm normalises over a part, and its running statistics
-    take in each part. An image is mixed with one of its part. In the first `state.half_size_steps`, the images are scaled to
-    half their height and width, bilinearly.
+    take in each part. An image is mixed with one of its part.
     """
     parts = config.accumulation_steps
     if parts == 1:
@@ -232,13 +225,10 @@ def eval_logits(
 
 
 def average_over_views(network: Callable[[jax.Array], jax.Array], images: jax.Array, views: int) -> jax.Array:
-    """Average the logits [B, num_classes] that a network gives to views of each image (arXiv:2404.00498, section 3.5).
+    """Average the logits [B, num_classes] that a network gives to views of images [B, H, W, 3] (arXiv:2404.00498, section 3.5).
 
-    Args:
-        network: computes the logits of images.
-        images: [B, H, W, 3].
-        views: 1 for the image, 2 for it and its mirror image, 6 for these and both moved by one pixel along the diagonal, in
-            either direction, with reflected borders. These four views weigh as much as the other two.
+    One view is the image, and two are it and its mirror image. Six are these and both moved by one pixel along the diagonal,
+    in either direction, with reflected borders; the four weigh as much as the two.
     """
     if views not in (1, 2, 6):
         raise ValueError(f"views must be 1, 2 or 6, got {views}")

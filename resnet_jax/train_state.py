@@ -39,7 +39,6 @@ class TrainState(flax.struct.PyTreeNode):
         failed: bool [], whether a step was rejected because of its loss or gradient; all later steps are rejected too.
         apply_fn: the model's `apply`; not saved.
         tx: the optimizer; not saved.
-        half_size_steps: the steps of `config.half_size_epochs`; not saved.
     """
 
     step: jax.Array
@@ -50,7 +49,6 @@ class TrainState(flax.struct.PyTreeNode):
     failed: jax.Array
     apply_fn: Any = flax.struct.field(pytree_node=False)
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    half_size_steps: int = flax.struct.field(pytree_node=False)
 
     @property
     def variables(self) -> Any:
@@ -120,7 +118,7 @@ def create(
         config: the whole config.
         num_classes: size of the output.
         image_shape: (H, W, C) of an image.
-        steps_per_epoch: for the learning-rate schedule, and the end of `config.half_size_epochs`.
+        steps_per_epoch: for the learning-rate schedule.
         mesh: the devices.
     """
     model = models.from_config(config.model, num_classes, kernels.layers_for(mesh, config.model))
@@ -138,7 +136,6 @@ def create(
         failed=jnp.zeros((), jnp.bool_),
         apply_fn=model.apply,
         tx=tx,
-        half_size_steps=math.ceil(config.half_size_epochs * steps_per_epoch),
         **average,
     )
     return jax.device_put(state, NamedSharding(mesh, P()))

@@ -40,7 +40,6 @@ SHIPPED = {
 RANGES = {
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
     "init_from": (["", "runs/final"], []),
-    "half_size_epochs": ([0, 0.5, 60.0], [-0.1]),
     "accumulation_steps": ([1, 2], [0, -1]),
     "class_weights": (["", "balanced", "1e-6,1,1e6"], ["balance", "1,,2", "0,1", "-1,1", "nan,1", "1e7,1"]),
     "batch_size": ([1], [0, -1]),

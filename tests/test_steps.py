@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from PIL import Image
 
 from resnet_jax import steps, train_state
 from resnet_jax.data import feed, sampling
@@ -254,21 +253,6 @@ def test_the_parts_of_a_batch_give_the_mean_of_their_gradients(tiny_config, devi
     close(got_logits, logits)
     jax.tree.map(close, got_stats, batch_stats)
     jax.tree.map(lambda ours, *parts: close(ours, np.mean(parts, axis=0)), got, *gradients)
-
-
-def test_the_first_steps_see_images_of_half_the_size_as_pillow_scales_them(tiny_config):
-    tiny_config.half_size_epochs = 1.5
-    mesh, batch = mesh_of(1), random_batch(24)
-    state = train_state.create(tiny_config, 10, (8, 8, 3), 7.0, mesh)
-    assert state.half_size_steps == 11
-    plain = state.replace(half_size_steps=0)
-    channels = [[Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)] for image in batch["images"]]
-    half = [[np.asarray(c.resize((4, 4), Image.Resampling.BILINEAR)) for c in image] for image in channels]
-    scaled = batch | {"images": np.stack(half).transpose(0, 2, 3, 1)}
-    of_batch = jax.jit(functools.partial(steps.loss_and_gradient, config=tiny_config))
-    for step, seen in ((0, scaled), (10, scaled), (11, batch)):
-        got = of_batch(state.replace(step=jnp.int32(step)), batch)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, of_batch(plain, seen))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -71,14 +71,13 @@ def die():
 
 @pytest.fixture(params=["adamw", "sgd", "muon", "device"])
 def config(request, tiny_config):
-    """Three optimizers, Muon with an average, a max-pool, a whitened stem and smaller images at first, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
+    """Three optimizers, Muon with an average, a max-pool and a whitened stem, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
     if request.param == "sgd":
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     if request.param == "muon":
         tiny_config.model.stem = "whitened"
         tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon", 0.9, 0.5
         tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
-        tiny_config.half_size_epochs = 0.7
     if request.param == "device":
         tiny_config.pipeline, tiny_config.steps_per_call = "device", 5
     return tiny_config

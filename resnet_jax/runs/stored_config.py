@@ -30,7 +30,6 @@ LATER_FIELDS: dict[str, Any] = {
     "augment.policy": "",
     "accumulation_steps": 1,
     "class_weights": "",
-    "half_size_epochs": 0.0,
     "init_from": "",
     "model.downsample": "stride",
     "model.global_pool": "mean",

@@ -131,12 +131,6 @@ def test_each_batch_size_dtype_and_number_of_devices_is_a_case(measured):
         assert [len(figure["repeats"]) for figure in case["figures"].values()] == [2, 2]
 
 
-def test_images_of_the_full_size_are_measured(final_config):
-    final_config.half_size_epochs = 3.0
-    ((case, _),) = benchmark.cases_of(final_config, benchmark._parser().parse_args([]))
-    assert case.half_size_epochs == 0
-
-
 def test_a_number_of_devices_that_the_machine_has_not_is_made(tmp_path):
     output = tmp_path / "result.json"
     flags = ("--only=train_step", "--repeats=1", "--seconds=0.1", "--device-counts=4", f"--output={output}")
