@@ -263,7 +263,8 @@ def test_the_largest_picture_takes_less_than_a_gigabyte_and_gives_it_back(run):
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda upload: answered(url, "POST", "/predict", upload)[0], uploads * 2))
         assert answers == [200] * 6
-        assert psutil.Process(process.pid).memory_info().rss < 1.1 * before
+        one_picture = 3 * serve.MAX_PIXELS  # bytes; threads and allocators keep less than that for themselves
+        assert psutil.Process(process.pid).memory_info().rss < before + one_picture
         peak_kib = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]
         assert int(peak_kib) < 1_000_000
 

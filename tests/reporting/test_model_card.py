@@ -153,7 +153,7 @@ def test_markdown_shows_names_as_they_are(name, shown):
 
 def test_a_temperature_is_named_while_load_applies_it(evaluated, tmp_path):
     kept = evaluated / "temperature.json"
-    assert f"before the temperature of {trained_model.load(evaluated).temperatures[False]:.3g}" in model_card.card(
+    assert f"before the temperature of {trained_model.load(evaluated).temperatures[1]:.3g}" in model_card.card(
         evaluated
     )
     kept.rename(tmp_path / "kept")
