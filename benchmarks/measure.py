@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,9 @@ def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]
         return result["peak_memory_bytes"]
 
 
-@contextmanager
 def torch_step(
     config: ConfigDict, num_classes: int, image_shape: tuple[int, ...], python: str, mode: str = "train"
-) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
+) -> AbstractContextManager[tuple[timing.Contender, dict[str, Any]]]:
     """Yield a step of the same network in PyTorch, which runs `benchmarks/torch_step.py`, and its description.
 
     Args:
@@ -247,10 +246,26 @@ def torch_step(
         "image_shape": image_shape,
         "mode": mode,
     }
+    return in_torch("benchmarks.torch_step", spec, python)
+
+
+@contextmanager
+def in_torch(module: str, spec: dict[str, Any], python: str) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
+    """Yield a contender that runs in another Python, and its description.
+
+    Args:
+        module: reads `spec` as a line of JSON and answers with a line, its description. Each further line is a number of
+            seconds to measure for, and the answer to it the images/s.
+        spec: what it is told.
+        python: a Python that has PyTorch.
+
+    Raises:
+        UserError: if that Python has no PyTorch.
+    """
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(
-            [os.path.abspath(python), "-m", "benchmarks.torch_step"],
+            [os.path.abspath(python), "-m", module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

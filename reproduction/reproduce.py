@@ -14,9 +14,10 @@ On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the dat
 `best` and `speedrun` are also evaluated on two and six views of each test image: "test_accuracy_over_views" and
 "evaluation_seconds", which is the time of the whole command. "total_seconds" counts that and the training but for its startup.
 
-On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and
+On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and these:
 
     narrow        configs/narrow.py: SGD, AdamW, each also plain; one run per seed -> cpu-narrow-<variant>-seed<seed>.json
+    ladder        configs/ladder.py: each of its changes; one run per seed, added to  -> ladder-<device>.json
 
 Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the
 compilation cache is warm; the others use the cache. To test the GPU's parts on a CPU:
@@ -38,6 +39,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.ladder import CHANGES
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
@@ -133,6 +135,14 @@ def over_views(arguments: argparse.Namespace, name: str, seed: int, flags: list[
     }
 
 
+def median_speed(result: dict[str, Any]) -> float:
+    """Return the median of the speeds in images/s that a run logged."""
+    speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
+    if not speeds:
+        raise UserError("the run is too short to log its speed: give more --epochs")
+    return statistics.median(speeds)
+
+
 def train_with_speed(
     arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False, views: int = 1
 ) -> None:
@@ -143,10 +153,7 @@ def train_with_speed(
         if flops is None:
             (case,) = benchmark(*flags, "--only=save", "--repeats=1")["cases"]
             flops = case["train_flops_per_image"]
-        speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
-        if not speeds:
-            raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
-        speed = statistics.median(speeds)
+        speed = median_speed(result)
         result |= {
             "seconds_after_startup": result["seconds"] - result["startup_seconds"],
             "images_per_second": speed,
@@ -201,6 +208,26 @@ def narrow(arguments: argparse.Namespace) -> None:
             write(arguments.results / f"cpu-narrow-{variant}-seed{seed}.json", summary)
 
 
+def ladder(arguments: argparse.Namespace) -> None:
+    """Train the short runs with one change each, and add them to one file, in which the same run is replaced."""
+    for change in arguments.changes:
+        for seed in arguments.seeds:
+            flags = config_flags(arguments, f"configs/ladder.py:{change}")
+            result = train(arguments, f"ladder-{change}", seed, flags)
+            path = result_path(arguments, "ladder", result["environment"])
+            changes = json.loads(path.read_text("utf-8"))["changes"] if path.exists() else {}
+            of_change = changes.setdefault(change, {})
+            of_change["fields"] = CHANGES[change]
+            of_change["environment"] = result["environment"]
+            run_of_seed = {
+                "validation_accuracy": result["validation_accuracy"],
+                "images_per_second": median_speed(result),
+                "steps": result["steps"],
+            }
+            of_change["runs"] = of_change.get("runs", {}) | {str(seed): run_of_seed}
+            write(path, {"changes": changes})
+
+
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:
     """Return what all cases of one result have in common: config, commit and versions."""
     return result["config"], result["environment"]["git"], result["environment"]["versions"]
@@ -249,7 +276,7 @@ def resnet18(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     on_gpu = {part.__name__: part for part in (final, final_f32, sgd, autoaugment, best, speedrun, step, resnet18)}
-    on_cpu = {part.__name__: part for part in (narrow, speedrun, resnet18)}
+    on_cpu = {part.__name__: part for part in (narrow, speedrun, ladder, resnet18)}
     parser = ArgumentParser("python -m reproduction.reproduce", __doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help="what to measure (default: everything that this machine can measure)"
@@ -262,6 +289,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=float, help="epochs of each run (default: as in its config)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--changes",
+        nargs="+",
+        choices=CHANGES,
+        default=[*CHANGES],
+        metavar="CHANGE",
+        help="changes of ladder (default: all)",
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of resnet18 (default: 5)")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")

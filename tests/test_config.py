@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from ml_collections import ConfigDict
 
-from configs import best, final, finetune, found_cpu, narrow, quickstart, search, sgd, speedrun
+from configs import best, final, finetune, found_cpu, ladder, narrow, quickstart, search, sgd, speedrun
 from resnet_jax import config as config_lib
 from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
@@ -33,6 +33,7 @@ SHIPPED = {
     "search": search.get_config,
     "search:cpu": lambda: search.get_config("cpu"),
     "search:smoke": lambda: search.get_config("smoke"),
+    **{f"ladder:{change}": partial(ladder.get_config, change) for change in ladder.CHANGES},
     **{f"narrow:{variant}": partial(narrow.get_config, variant) for variant in NARROW},
 }
 

@@ -157,6 +157,18 @@ def test_the_cpus_protocol_is_four_runs_a_seed_that_the_report_takes(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_ladders_runs_join_one_file_by_change_and_seed(tmp_path):
+    short = ("ladder", "--changes", "nothing", "no_crop", "--seeds")
+    first = results_of(tmp_path, *short, "0", epochs=30)["ladder-cpu.json"]["changes"]
+    both = results_of(tmp_path, *short, "1", epochs=30)["ladder-cpu.json"]["changes"]
+    assert {change: [*of["runs"]] for change, of in both.items()} == {"nothing": ["0", "1"], "no_crop": ["0", "1"]}
+    assert both["no_crop"]["fields"] == {"augment.crop_padding": 0}
+    for change in both:
+        assert both[change]["runs"]["0"] == first[change]["runs"]["0"]
+        assert all(0.2 < run["validation_accuracy"] < 1 for run in both[change]["runs"].values())
+
+
+@pytest.mark.slow
 def test_resnet18_is_compared_in_parameters_operations_and_seconds(tmp_path):
     channels = ("--channels", "8", "16", "16", "16")
     result = results_of(tmp_path, "resnet18", *channels, "--rounds=2")["resnet18-cpu.json"]
