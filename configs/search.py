@@ -26,6 +26,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "":
         config.num_epochs, config.schedule.warmup_epochs = 10.0, 1.0  # of each trial
 
+    config.model.dtype = "float32"  # for all workers, whatever their devices are
+
     config.search = ConfigDict()
     config.search.objective = "accuracy"  # on validation; "accuracy_params", "accuracy_seconds" for a Pareto front
     config.search.max_gflops = 0.0  # forward pass of one image; 0 for no limit; model.max_params limits the parameters

@@ -19,7 +19,7 @@ from resnet_jax.reporting import figures, report, statistics
 from resnet_jax.search import space
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "performance.md", "usage.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "recipes.md", "performance.md", "usage.md")]
 FIGURE = ROOT / "results" / "accuracy.png"
 DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the figure
 RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
@@ -213,6 +213,69 @@ def quickstart_table() -> str:
     return measured_table(rows, runs[0]["environment"])
 
 
+def speedrun_runs() -> list[dict[str, Any]]:
+    """The runs of `configs/speedrun.py` on a CPU, by seed."""
+    return [read_result(path.name) for path in sorted((ROOT / "results").glob("speedrun-cpu-seed*.json"))]
+
+
+def speedrun_table() -> str:
+    """The runs of `configs/speedrun.py`, each by itself, and the mean over the seeds."""
+    runs = speedrun_runs()
+    names = ("test_accuracy", "test_accuracy_over_views", "total_seconds", "evaluation_seconds", "images_per_second")
+    rows = [["seed", "test accuracy, one view", "six views", "seconds in all", "of these evaluation", "images/s"]]
+    for run in runs:
+        one, six, *others = (run[name] for name in names)
+        rows.append([str(run["seed"]), f"{one:.2%}", f"{six:.2%}", *(f"{value:.0f}" for value in others)])
+    accuracies, others = (np.array([[run[name] for name in part] for run in runs]).T for part in (names[:2], names[2:]))
+    means = [statistics.mean_and_spread(values) for values in accuracies]
+    rows.append(["mean", *means, *(f"{values.mean():.0f}" for values in others)])
+    return measured_table(rows, runs[0]["environment"])
+
+
+PUBLISHED = [  # test accuracy in per cent, parameters, PFLOP of the training, where it was published
+    ("airbench94 with Muon", "94.01", "", 0.29, "github.com/KellerJordan/cifar10-airbench"),
+    ("airbench96", "96.0", "", 3.1, "github.com/KellerJordan/cifar10-airbench"),
+    ("ResNet-18", "96.0", "11,173,962", 32.3, "github.com/KellerJordan/cifar10-airbench"),
+    ("the report", "91.8", "4,918,602", 9.9, "the report"),
+]
+
+
+def budget_table() -> str:
+    """Test accuracy beside the floating-point operations of the training, measured here and published elsewhere."""
+    rows = [["training", "test accuracy", "parameters", "PFLOP", "source"]]
+    entries = []
+    for name, runs, accuracy in (
+        ("`speedrun.py`, six views", speedrun_runs(), "test_accuracy_over_views"),
+        ("`final.py`", [read_result(f"final-h200-seed{seed}.json") for seed in (0, 1, 2)], "test_accuracy"),
+    ):
+        first = runs[0]
+        pflop = first["train_flops_per_image"] * first["config"]["batch_size"] * first["steps"] / 1e15
+        mean = statistics.mean_and_spread([run[accuracy] for run in runs]).removesuffix(" %")
+        entries.append((name, mean, f"{first['num_params']:,}", pflop, f"measured here, {len(runs)} seeds"))
+    published = [(*entry[:4], f"published: {entry[4]}") for entry in PUBLISHED]
+    for name, accuracy, params, pflop, source in sorted(entries + published, key=lambda entry: entry[3]):
+        rows.append([name, f"{accuracy} %", params, f"{pflop:.2f}" if pflop < 1 else f"{pflop:.1f}", source])
+    return as_markdown(rows)
+
+
+def ladder_table() -> str:
+    """What each change of `configs/ladder.py` gained: the mean difference to the unchanged run of the same seed."""
+    changes = read_result("ladder-cpu.json")["changes"]
+    base = changes["nothing"]["runs"]
+    rows = [["change", "fields", "validation accuracy", "gain in points, by seed"]]
+    entries = []
+    for name, change in changes.items():
+        accuracies = {seed: run["validation_accuracy"] for seed, run in change["runs"].items() if seed in base}
+        gains = [100 * (accuracy - base[seed]["validation_accuracy"]) for seed, accuracy in accuracies.items()]
+        fields = ", ".join(f"`{field}={value}`" for field, value in change["fields"].items())
+        by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
+        gained = f"{np.mean(gains):+.2f} ({by_seed})" if name != "nothing" else ""
+        shown = statistics.mean_and_spread([*accuracies.values()])
+        entries.append((float(np.mean(gains)), [name.replace("_", " "), fields, shown, gained]))
+    rows += [row for _, row in sorted(entries, key=lambda entry: -entry[0])]
+    return measured_table(rows, changes["nothing"]["environment"])
+
+
 def run_files() -> list[Path]:
     """The summaries of runs in results/."""
     return sorted(path for pattern in RUNS for path in (ROOT / "results").glob(pattern))
@@ -245,6 +308,9 @@ def refreshed(document: str) -> str:
         "claims": claims_table,
         "finetune": finetune_table,
         "quickstart": quickstart_table,
+        "speedrun": speedrun_table,
+        "budget": budget_table,
+        "ladder": ladder_table,
         "evaluations-final": partial(evaluations_table, ["final-h200"]),
         "evaluations-found": partial(evaluations_table, ["found-1", "found-2", "found-3"]),
     }

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.data import cache, datasets, feed, whitening
+from resnet_jax.data import cache, datasets, feed, pipelines, whitening
 from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, plan, processes, stored_config
 from resnet_jax.runs.progress import say, waiting
@@ -66,7 +66,9 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
-    config = datasets.computed(config, train, len(dataset.class_names))
+    config = pipelines.for_devices(datasets.computed(config, train, len(dataset.class_names)), train, mesh)
+    processes.check_agreement("pipeline", config.pipeline)
+    say(f"computing in {config.model.dtype}, pipeline {config.pipeline}", quiet=not first)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = plan.total_steps(config, len(train.labels))
     if total_steps >= 2**31:

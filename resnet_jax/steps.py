@@ -232,14 +232,12 @@ def average_over_views(network: Callable[[jax.Array], jax.Array], images: jax.Ar
     """
     if views not in (1, 2, 6):
         raise ValueError(f"views must be 1, 2 or 6, got {views}")
-    if views == 1:
-        return network(images)
-    logits = (network(images) + network(images[:, :, ::-1])) / 2
-    if views == 2:
-        return logits
-    padded = jnp.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], "reflect")
-    moved = [average_over_views(network, part, 2) for part in (padded[:, :-2, :-2], padded[:, 2:, 2:])]
-    return (logits + (moved[0] + moved[1]) / 2) / 2
+    if views == 6:
+        padded = jnp.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], "reflect")
+        places = images, padded[:, :-2, :-2], padded[:, 2:, 2:]
+        middle, *moved = (average_over_views(network, place, 2) for place in places)
+        return (middle + (moved[0] + moved[1]) / 2) / 2
+    return network(images) if views == 1 else (network(images) + network(images[:, :, ::-1])) / 2
 
 
 def eval_step(state: TrainState, batch: Batch, *, config: ConfigDict, views: int = 1) -> EvalMetrics:

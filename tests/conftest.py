@@ -65,5 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, trained_once: Path) -> Path:
 
 @pytest.fixture
 def final_config() -> ConfigDict:
-    """The report's config."""
-    return final.get_config()
+    """The report's config, as it is on a CPU."""
+    config = final.get_config()
+    config.pipeline, config.model.dtype = "tf_data", "float32"
+    return config

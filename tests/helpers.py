@@ -37,6 +37,7 @@ def make_tiny_config(cache_dir: str) -> ConfigDict:
     config.model.channel_list = (8, 16)
     config.model.block_list = (1, 1)
     config.data.cache_dir = cache_dir
+    config.pipeline, config.model.dtype = "tf_data", "float32"
     return config
 
 

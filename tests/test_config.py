@@ -51,7 +51,7 @@ RANGES = {
     "checkpoint_every_steps": ([0], [-1]),
     "log_every_steps": ([1], [0, -1]),
     "abort_grad_norm": ([0.0, 1e4], [-1.0, math.inf]),
-    "pipeline": (["tf_data", "device"], ["tfdata"]),
+    "pipeline": (["auto", "tf_data", "device"], ["tfdata"]),
     "steps_per_call": ([0, 10_000], [-1, 10_001]),
     "data.name": (["digits", "npz:a file"], ["", " "]),
     "data.data_dir": (["", "a"], []),
@@ -86,7 +86,7 @@ RANGES = {
     "model.block_list": ([(1, 0, 0, 0)], [(1, 0, 0, -1)]),
     "model.batch_norm_momentum": ([0.0, 0.99], [-0.01, 1.0]),
     "model.batch_norm_epsilon": ([1e-12], [0.0, -1e-5]),
-    "model.dtype": (["float32", "bfloat16"], ["float16"]),
+    "model.dtype": (["auto", "float32", "bfloat16"], ["float16"]),
     "model.param_dtype": (["float32", "bfloat16"], ["float64"]),
     "model.max_params": ([0], [-1]),
     "optim.name": ([], ["adam"]),  # another name needs other fields

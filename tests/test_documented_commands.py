@@ -177,6 +177,8 @@ RULES: dict[str, Callable[[Argv], None]] = {
     "python launch.py": run_launch,
     "python -m resnet_jax": run_tool,
     "resnet-jax": run_tool,
+    "python -m benchmarks.airbench": check_module("benchmarks.airbench"),  # it needs PyTorch and a clone
+    "git clone": lambda argv: None,
     "python -m benchmarks.exports": check_module("benchmarks.exports"),  # it needs PyTorch
     "python -m benchmarks.load": check_module("benchmarks.load"),  # test_load.py runs it
     "python -m reproduction.tables": check_module("reproduction.tables"),

@@ -19,10 +19,11 @@ from resnet_jax.runs import preemption, stored_config, workdir
 
 
 def short(config):
-    """A run of half an epoch, 11 steps, whose mean, standard deviation and class weights are computed."""
+    """A run of half an epoch, 11 steps, whose mean, standard deviation, class weights, dtype and pipeline are found out."""
     config.num_epochs, config.schedule.warmup_epochs = 0.5, 0.1
     config.data.mean = config.data.std = ()
     config.class_weights = "balanced"
+    config.model.dtype = config.pipeline = "auto"
     return config
 
 
@@ -49,6 +50,18 @@ def test_mean_and_std_are_those_of_the_training_images_in_every_file_of_the_run(
         assert json.loads((directory / "result.json").read_text())["config"]["data"][name] == numbers
         assert trained_model.load(directory).config.data[name] == tuple(numbers)
     assert own_config.data.mean == own_config.data.std == ()  # the caller's config is as it was
+
+
+def test_the_dtype_and_the_pipeline_of_the_machine_are_in_the_result(trained):
+    assert (trained[1].config["model"]["dtype"], trained[1].config["pipeline"]) == ("float32", "tf_data")
+
+
+def test_a_run_of_an_accelerator_goes_on_in_its_dtype(own_config, tmp_path, capsys):
+    begun = config_lib.replaced(own_config, {"model.dtype": "bfloat16"})
+    with pytest.raises(preemption.TrainingInterrupted):
+        training.train(begun, tmp_path / "run", max_seconds=0.0)
+    assert training.train(own_config, tmp_path / "run").config["model"]["dtype"] == "bfloat16"
+    assert "computing in bfloat16, pipeline tf_data\n" in capsys.readouterr().out
 
 
 def test_balanced_weights_give_each_class_the_same_sum_in_every_file_of_the_run(trained, own_config):

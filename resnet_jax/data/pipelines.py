@@ -15,6 +15,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from resnet_jax import config as config_lib
 from resnet_jax.data import auto_augment, sampling
 from resnet_jax.data.datasets import Split
 from resnet_jax.data.lazy_tensorflow import import_tensorflow
@@ -87,6 +88,22 @@ def batch_shapes(
     }
 
 
+def for_devices(config: ConfigDict, split: Split, mesh: Mesh) -> ConfigDict:
+    """Return a config with what a `model.dtype` and a `pipeline` of "auto" mean on these devices.
+
+    On accelerators, that is bfloat16, and the device pipeline if the training images take at most half of the free memory. On
+    a CPU, it is float32 and tf.data.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    meant = {}
+    if config.model.dtype == "auto":
+        meant["model.dtype"] = "float32" if on_cpu else "bfloat16"
+    if config.pipeline == "auto":
+        needed, free = _bytes_needed_and_free(split, mesh)
+        meant["pipeline"] = "tf_data" if on_cpu or needed > free / 2 else "device"
+    return config_lib.replaced(config, meant)
+
+
 def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
     """Check that the config's pipeline and augmentation suit the training images, before anything is written.
 
@@ -121,18 +138,21 @@ def check_fits(split: Split, mesh: Mesh) -> None:
     Raises:
         UserError: if they do not fit; the message gives the needed and the free bytes.
     """
-    needed = split.images.nbytes + split.labels.nbytes
-    stats = [device.memory_stats() for device in mesh.local_devices]
-    if all(stats):
-        free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-    else:
-        needed *= len(stats)  # the devices of a CPU share the host's memory
-        free = psutil.virtual_memory().available
+    needed, free = _bytes_needed_and_free(split, mesh)
     if needed > free:
         raise UserError(
             f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: set it to "
             "tf_data"
         )
+
+
+def _bytes_needed_and_free(split: Split, mesh: Mesh) -> tuple[int, int]:
+    """Return the bytes of the examples, and those that each device of this process, or all of a CPU together, have free."""
+    needed = split.images.nbytes + split.labels.nbytes
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if all(stats):
+        return needed, min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return needed * len(stats), psutil.virtual_memory().available  # the devices of a CPU share the host's memory
 
 
 def train_batches(

@@ -41,7 +41,12 @@ LATER_FIELDS: dict[str, Any] = {
 
 # Fields that a run computes when it begins, each with the value that asks for it: its stored config has the numbers, and a
 # resumed run takes them.
-COMPUTED_FIELDS: dict[str, Any] = {"data.mean": (), "data.std": (), "class_weights": "balanced"}
+COMPUTED_FIELDS: dict[str, Any] = {
+    "data.mean": (),
+    "data.std": (),
+    "class_weights": "balanced",
+    "model.dtype": "auto",
+}
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

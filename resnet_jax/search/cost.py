@@ -28,7 +28,7 @@ def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...])
     """Return the cost of the network that `config.model` describes.
 
     Args:
-        config: `config.model`.
+        config: `config.model`; the cost does not depend on its `dtype`.
         num_classes: size of the output.
         image_shape: (H, W, C) of an image.
     """
@@ -41,7 +41,9 @@ def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...])
 
     layers = models.flax_layers(jnp.float32, jnp.float32)
     layers = layers._replace(conv=partial(layers.conv, conv_general_dilated=conv))
-    model = models.from_config(config, num_classes, layers)
+    in_float32 = config.copy_and_resolve_references()
+    in_float32.dtype = "float32"
+    model = models.from_config(in_float32, num_classes, layers)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)["params"]
     operations.append(2 * params["classifier"]["kernel"].size)

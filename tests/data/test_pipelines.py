@@ -139,6 +139,25 @@ def test_free_memory_is_that_of_the_fullest_device(split):
         pipelines.check_fits(split, mesh(0, 22_801))
 
 
+@pytest.mark.parametrize(
+    ("platform", "free", "meant"),
+    [
+        ("cpu", None, ("float32", "tf_data")),
+        ("gpu", 2 * 77_200, ("bfloat16", "device")),
+        ("tpu", 2 * 77_200 - 1, ("bfloat16", "tf_data")),
+    ],
+)
+def test_auto_means_what_suits_the_devices(split, config, platform, free, meant):
+    stats = {"bytes_limit": free, "bytes_in_use": 0} if free else None
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    mesh = types.SimpleNamespace(local_devices=[device], devices=np.array([device]))
+    config.model.dtype = config.pipeline = "auto"
+    taken = pipelines.for_devices(config, split, mesh)
+    assert (taken.model.dtype, taken.pipeline) == meant
+    config.model.dtype, config.pipeline = "float32", "tf_data"
+    assert pipelines.for_devices(config, split, mesh) == config
+
+
 @every_ingredient
 def test_a_step_is_the_same_wherever_the_stream_starts(split, config, fields):
     config.augment.update(fields)

@@ -70,8 +70,8 @@ def test_logits_statistics_and_gradients_are_those_of_flaxs_layers_in_float64(se
     assert max(jax.tree.leaves(norms)) <= 2e-5
 
 
-def test_float32_on_cpus_has_ours_and_all_else_flaxs(monkeypatch):
-    config = final.get_config().model
+def test_float32_on_cpus_has_ours_and_all_else_flaxs(final_config, monkeypatch):
+    config = final_config.model
     cpus = train_state.make_mesh(2)
     gpu = type("FakeMesh", (), {"devices": np.array([type("Device", (), {"platform": "gpu"})()])})()
     bfloat16 = config.copy_and_resolve_references()
