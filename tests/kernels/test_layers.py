@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import final
 from resnet_jax import kernels, models, train_state
 from resnet_jax.kernels import layers, native
 
