@@ -64,7 +64,7 @@ def outdated(requirements: str, project: dict) -> Iterator[str]:
             where = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0", "sys_platform": system}
             where |= {"platform_machine": machine, "implementation_name": "cpython"}
             here = {canonicalize_name(p.name): p for p in pins if not p.marker or p.marker.evaluate(where)}
-            for entry in (entry for extra in ("", "test") for entry in declared(project)[extra]):
+            for entry in (entry for extra in ("", "tfds", "test") for entry in declared(project)[extra]):
                 if entry.marker and not entry.marker.evaluate(where):
                     continue
                 pin = here.get(canonicalize_name(entry.name))

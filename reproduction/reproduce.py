@@ -11,7 +11,7 @@ On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the dat
     step          the train step over batch sizes, against PyTorch       -> step-<gpu>.json
     resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
-`best` and `speedrun` are also evaluated on two and six views of each test image: "test_accuracy_over_views" and
+`best` and `speedrun` are also evaluated on two and on six views of each test image: "test_accuracy_over_views" and
 "evaluation_seconds", which is the time of the whole command. "total_seconds" counts that and the training but for its startup.
 
 On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and these:
@@ -91,7 +91,7 @@ def check_machine(results: Path) -> str:
     if probed.returncode:
         reason = (probed.stderr.splitlines() or ["it ended"])[-1]
         raise UserError(
-            f"{sys.executable}: {reason}: run pip install -e '.[cuda]' there, or give make GPU_PYTHON=PYTHON"
+            f"{sys.executable}: {reason}: run pip install -e '.[cuda,tfds]' there, or give make GPU_PYTHON=PYTHON"
         )
     try:
         results.mkdir(parents=True, exist_ok=True)

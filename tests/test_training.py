@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, make_tiny_config, rows
+from helpers import ROOT, assert_user_error, make_tiny_config, rows
 
 from configs import quickstart, sgd
 from resnet_jax import setup, steps, train_state, training
@@ -370,6 +370,38 @@ def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "result.json").exists()
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("tensorflow", "tensorflow_datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())
+import launch
+from resnet_jax.cli import command_line
+command_line.run(launch.main)
+"""
+
+
+def test_without_tensorflow_all_but_its_pipeline_and_its_sets_works(tmp_path):
+    def run(*flags):
+        command = [sys.executable, "-c", WITHOUT_TENSORFLOW, "--config=configs/final.py:smoke", *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run(f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "computing in float32, pipeline device\n" in done.stdout
+    streamed, cifar = (tmp_path / name for name in ("streamed", "cifar"))
+    assert_user_error(run(f"--workdir={streamed}", "--config.pipeline=tf_data"), "needs TensorFlow: pip install")
+    assert_user_error(
+        run(f"--workdir={cifar}", "--config.data.name=cifar10"), "TensorFlow Datasets", "resnet_jax[tfds]"
+    )
+    assert not streamed.exists()
+    assert not cifar.exists()
 
 
 def fails(directory, config):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from resnet_jax import config as config_lib
 from resnet_jax.data import auto_augment, sampling
 from resnet_jax.data.datasets import Split
-from resnet_jax.data.lazy_tensorflow import import_tensorflow
+from resnet_jax.data.lazy_tensorflow import has_tensorflow, import_tensorflow
 from resnet_jax.errors import UserError
 from resnet_jax.host import usable_cores
 
@@ -92,7 +92,7 @@ def for_devices(config: ConfigDict, split: Split, mesh: Mesh) -> ConfigDict:
     """Return a config with what a `model.dtype` and a `pipeline` of "auto" mean on these devices.
 
     On accelerators, that is bfloat16, and the device pipeline if the training images take at most half of the free memory. On
-    a CPU, it is float32 and tf.data.
+    a CPU, it is float32 and tf.data. Without TensorFlow it is the device pipeline.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     meant = {}
@@ -100,7 +100,7 @@ def for_devices(config: ConfigDict, split: Split, mesh: Mesh) -> ConfigDict:
         meant["model.dtype"] = "float32" if on_cpu else "bfloat16"
     if config.pipeline == "auto":
         needed, free = _bytes_needed_and_free(split, mesh)
-        meant["pipeline"] = "tf_data" if on_cpu or needed > free / 2 else "device"
+        meant["pipeline"] = "tf_data" if has_tensorflow() and (on_cpu or needed > free / 2) else "device"
     return config_lib.replaced(config, meant)
 
 
@@ -112,6 +112,8 @@ def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
     """
     if config.pipeline == "device":
         check_fits(split, mesh)
+    elif not has_tensorflow():
+        raise UserError("config.pipeline tf_data needs TensorFlow: pip install 'resnet_jax[tfds]', or set it to device")
     smallest, largest = sorted(split.images.shape[1:3])
     in_int32 = [name for name in _IN_INT32 if config.augment[name]]
     if in_int32 and largest > _MAX_SIDE:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax.data import images, sampling
-from resnet_jax.data.lazy_tensorflow import import_tensorflow
+from resnet_jax.data.lazy_tensorflow import import_tensorflow, import_tfds
 from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.errors import UserError, reason
 
@@ -186,8 +186,7 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
     Raises:
         UserError: if TFDS has no such set, it is not image classification, or it is neither on disk nor reachable.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds(name)
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
