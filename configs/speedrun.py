@@ -17,8 +17,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"speedrun.py takes :tune, not :{variant}")
     config = best.get_config(variant)
     config.batch_size = 1000
-    config.num_epochs = 9.0
-    config.eval_every_epochs = 9
+    config.num_epochs = 11.0
+    config.eval_every_epochs = 11
     config.checkpoint_every_steps = 0
     config.log_every_steps = 10
     config.pipeline = "device"
