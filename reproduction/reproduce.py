@@ -135,14 +135,6 @@ def over_views(arguments: argparse.Namespace, name: str, seed: int, flags: list[
     }
 
 
-def median_speed(result: dict[str, Any]) -> float:
-    """Return the median of the speeds in images/s that a run logged."""
-    speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
-    if not speeds:
-        raise UserError("the run is too short to log its speed: give more --epochs")
-    return statistics.median(speeds)
-
-
 def train_with_speed(
     arguments: argparse.Namespace, name: str, flags: list[str], one_seed: bool = False, views: int = 1
 ) -> None:
@@ -153,7 +145,10 @@ def train_with_speed(
         if flops is None:
             (case,) = benchmark(*flags, "--only=save", "--repeats=1")["cases"]
             flops = case["train_flops_per_image"]
-        speed = median_speed(result)
+        speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
+        if not speeds:
+            raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
+        speed = statistics.median(speeds)
         result |= {
             "seconds_after_startup": result["seconds"] - result["startup_seconds"],
             "images_per_second": speed,
@@ -209,23 +204,20 @@ def narrow(arguments: argparse.Namespace) -> None:
 
 
 def ladder(arguments: argparse.Namespace) -> None:
-    """Train the short runs with one change each, and add them to one file, in which the same run is replaced."""
+    """Train the short runs with one change each, and add their validation accuracies to one file."""
     for change in arguments.changes:
         for seed in arguments.seeds:
             flags = config_flags(arguments, f"configs/ladder.py:{change}")
             result = train(arguments, f"ladder-{change}", seed, flags)
             path = result_path(arguments, "ladder", result["environment"])
             changes = json.loads(path.read_text("utf-8"))["changes"] if path.exists() else {}
-            of_change = changes.setdefault(change, {})
-            of_change["fields"] = CHANGES[change]
-            of_change["environment"] = result["environment"]
-            run_of_seed = {
-                "validation_accuracy": result["validation_accuracy"],
-                "images_per_second": median_speed(result),
-                "steps": result["steps"],
+            before = changes.get(change, {"accuracies": {}})["accuracies"]
+            changes[change] = {
+                "fields": CHANGES[change],
+                "accuracies": before | {str(seed): result["validation_accuracy"]},
+                "environment": result["environment"],
             }
-            of_change["runs"] = of_change.get("runs", {}) | {str(seed): run_of_seed}
-            write(path, {"changes": changes})
+            write(path, {"epochs": result["config"]["num_epochs"], "changes": changes})
 
 
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:

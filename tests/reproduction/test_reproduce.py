@@ -161,11 +161,14 @@ def test_the_ladders_runs_join_one_file_by_change_and_seed(tmp_path):
     short = ("ladder", "--changes", "nothing", "no_crop", "--seeds")
     first = results_of(tmp_path, *short, "0", epochs=30)["ladder-cpu.json"]["changes"]
     both = results_of(tmp_path, *short, "1", epochs=30)["ladder-cpu.json"]["changes"]
-    assert {change: [*of["runs"]] for change, of in both.items()} == {"nothing": ["0", "1"], "no_crop": ["0", "1"]}
+    assert {change: [*of["accuracies"]] for change, of in both.items()} == {
+        "nothing": ["0", "1"],
+        "no_crop": ["0", "1"],
+    }
     assert both["no_crop"]["fields"] == {"augment.crop_padding": 0}
-    for change in both:
-        assert both[change]["runs"]["0"] == first[change]["runs"]["0"]
-        assert all(0.2 < run["validation_accuracy"] < 1 for run in both[change]["runs"].values())
+    for change, of in both.items():
+        assert of["accuracies"]["0"] == first[change]["accuracies"]["0"]
+        assert all(0.2 < accuracy < 1 for accuracy in of["accuracies"].values())
 
 
 @pytest.mark.slow
