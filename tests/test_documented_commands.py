@@ -69,10 +69,12 @@ def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
         return argv
     i = argv.index("--config") + 1
     source, stem = argv[i].partition(":")[0], Path(argv[i].partition(":")[0]).stem
-    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": ""}[stem]
+    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": "", "speedrun": ""}[stem]
     replaced = tuple(flag.partition("=")[0] + "=" for flag in SMALL)  # a tuple that is given twice grows
     argv = [*argv[:i], source + variant, *(word for word in argv[i + 1 :] if not word.startswith(replaced)), *SMALL]
-    argv += ["--config.init_from=runs/final"] if stem == "finetune" else []  # a tiny network too
+    argv = [word.replace("=final-cifar10", "=runs/final") for word in argv]  # a tiny network too
+    argv += ["--config.init_from=runs/final"] if stem == "finetune" else []
+    argv += ["--config.data.name=digits"] if stem == "speedrun" else []
     return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 
