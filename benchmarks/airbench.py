@@ -12,7 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from benchmarks import measure, timing
+from benchmarks.benchmark import check_output
 from resnet_jax import setup
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -27,8 +30,10 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser("python -m benchmarks.airbench", __doc__)
     parser.add_argument("clone", type=Path, metavar="CLONE", help="a clone of KellerJordan/cifar10-airbench")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="a Python that has PyTorch")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="minimum seconds of each measurement (default: 10)")
+    parser.add_argument("--repeats", type=command_line.whole_number(1), default=5, help="rounds (default: 5)")
+    parser.add_argument(
+        "--seconds", type=command_line.seconds, default=10.0, help="minimum seconds of each measurement (default: 10)"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     arguments = parser.parse_args(argv)
     file = arguments.clone / "airbench94_muon.py"
@@ -37,10 +42,14 @@ def main(argv: Sequence[str]) -> None:
     python = shutil.which(arguments.torch_python)
     if python is None:
         raise UserError(f"--torch-python {arguments.torch_python} is not a program: give a Python that has PyTorch")
-    config = command_line.load_config("configs/speedrun.py")
+    if jax.default_backend() != "cpu":
+        raise UserError("airbench94 is measured on a CPU here: set JAX_PLATFORMS=cpu")
+    check_output(arguments.output)
+    start = setup.setup(command_line.load_config("configs/speedrun.py"), 1)
+    config = start.config
     spec = {"source": file.read_text("utf-8")}
     with measure.in_torch("benchmarks.airbench_step", spec, python) as (theirs, about):
-        ours = measure.end_to_end(config, setup.setup(config))
+        ours = measure.end_to_end(config, start)
         rates = timing.interleave({"speedrun": ours, "airbench94": theirs}, arguments.repeats, arguments.seconds)
     of_image = [their / our for our, their in zip(rates["speedrun"], rates["airbench94"], strict=True)]
     of_all = [ratio * config.num_epochs / THEIR_EPOCHS for ratio in of_image]

@@ -33,6 +33,7 @@ from benchmarks import timing
 from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.data.lazy_tensorflow import has_tensorflow
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, stored_config
 
@@ -63,7 +64,11 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser("python -m resnet_jax benchmark", __doc__)
     command_line.add_config_arguments(parser)
     parser.add_argument(
-        "--only", type=_names, default=list(MEASUREMENTS), metavar="NAMES", help="what to measure, separated by commas"
+        "--only",
+        type=_names,
+        default=[name for name in MEASUREMENTS if name != "naive_pipeline" or has_tensorflow()],
+        metavar="NAMES",
+        help="what to measure, separated by commas",
     )
     parser.add_argument("--batch-sizes", type=_counts, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
@@ -104,15 +109,17 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
 
     from benchmarks import measure
     from resnet_jax import setup, train_state
-    from resnet_jax.data import datasets
+    from resnet_jax.data import datasets, pipelines
 
     wanted, repeats = arguments.only, arguments.repeats
     start = setup.setup(config, num_devices)
     config = start.config
+    pipelines.check(config, start.train, start.mesh)
     flops = measure.flops_per_image(config, start)
     case = {
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,
+        "pipeline": config.pipeline,
         "devices": start.mesh.size,
         "num_params": train_state.num_params(start.state.params),
         "train_flops_per_image": flops,

@@ -11,7 +11,7 @@ On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the dat
     step          the train step over batch sizes, against PyTorch       -> step-<gpu>.json
     resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
-`best` and `speedrun` are also evaluated on two and on six views of each test image: "test_accuracy_over_views" and
+`best` is also evaluated on two views of each test image, and `speedrun` on six: "test_accuracy_over_views" and
 "evaluation_seconds", which is the time of the whole command. "total_seconds" counts that and the training but for its startup.
 
 On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and these:
@@ -210,14 +210,18 @@ def ladder(arguments: argparse.Namespace) -> None:
             flags = config_flags(arguments, f"configs/ladder.py:{change}")
             result = train(arguments, f"ladder-{change}", seed, flags)
             path = result_path(arguments, "ladder", result["environment"])
-            changes = json.loads(path.read_text("utf-8"))["changes"] if path.exists() else {}
-            before = changes.get(change, {"accuracies": {}})["accuracies"]
-            changes[change] = {
-                "fields": CHANGES[change],
-                "accuracies": before | {str(seed): result["validation_accuracy"]},
-                "environment": result["environment"],
+            protocol = {
+                "config": {name: result["config"][name] for name in ("num_epochs", "data")},
+                "versions": result["environment"]["versions"],
             }
-            write(path, {"epochs": result["config"]["num_epochs"], "changes": changes})
+            before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            if before and before["protocol"] != protocol:
+                print(f"{path} has other epochs, data or versions: overwriting it")
+                before = {}
+            changes = before.get("changes", {})
+            accuracies = changes.get(change, {}).get("accuracies", {}) | {str(seed): result["validation_accuracy"]}
+            changes[change] = {"fields": CHANGES[change], "accuracies": accuracies}
+            write(path, {"protocol": protocol, "changes": changes, "environment": result["environment"]})
 
 
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -236,7 +236,7 @@ PUBLISHED = [  # test accuracy in per cent, parameters, PFLOP of the training, w
     ("airbench94 with Muon", "94.01", "", 0.29, "github.com/KellerJordan/cifar10-airbench"),
     ("airbench96", "96.0", "", 3.1, "github.com/KellerJordan/cifar10-airbench"),
     ("ResNet-18", "96.0", "11,173,962", 32.3, "github.com/KellerJordan/cifar10-airbench"),
-    ("the report", "91.8", "4,918,602", 9.9, "the report"),
+    ("the report", "91.8", "4,918,602", 9.9, "the report; PFLOP computed here"),
 ]
 
 
@@ -260,12 +260,15 @@ def budget_table() -> str:
 
 def ladder_table() -> str:
     """What each change of `configs/ladder.py` gained: the mean difference to the unchanged run of the same seed."""
-    changes = read_result("ladder-cpu.json")["changes"]
+    result = read_result("ladder-cpu.json")
+    changes = result["changes"]
     base = changes["nothing"]["accuracies"]
     rows = [["change", "fields", "validation accuracy", "gain in points, by seed"]]
     entries = []
     for name, change in changes.items():
         accuracies = {seed: accuracy for seed, accuracy in change["accuracies"].items() if seed in base}
+        if not accuracies:
+            continue
         gains = [100 * (accuracy - base[seed]) for seed, accuracy in accuracies.items()]
         fields = ", ".join(f"`{field}={value}`" for field, value in change["fields"].items())
         by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
@@ -273,7 +276,7 @@ def ladder_table() -> str:
         shown = statistics.mean_and_spread([*accuracies.values()])
         entries.append((float(np.mean(gains)), [name.replace("_", " "), fields, shown, gained]))
     rows += [row for _, row in sorted(entries, key=lambda entry: -entry[0])]
-    return measured_table(rows, changes["nothing"]["environment"])
+    return measured_table(rows, result["environment"])
 
 
 def run_files() -> list[Path]:

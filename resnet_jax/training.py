@@ -143,6 +143,7 @@ def _begin(run: Run, state: TrainState) -> None:
     """Say where the run stands, tell the hooks, and repeat a validation that the session before did not finish."""
     step, total = int(state.step), run.plan.total_steps
     run.progress.note(model_size.describe(state.params, run.config.model.max_params, table=step == 0))
+    run.progress.note(f"computing in {run.config.model.dtype}, pipeline {run.config.pipeline}")
     for text in filter(None, [kernels.why_slow(run.start.mesh, run.config.model), *run.plan.warnings()]):
         run.progress.note(text)
     if step:

@@ -124,8 +124,8 @@ def check_pip(argv: Argv) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert argv[0] == "install"
     for word in argv[1:]:
-        if match := re.fullmatch(r"\.\[(\w+)\]", word):
-            assert match[1] in extras
+        if match := re.fullmatch(r"\.\[([\w,]+)\]", word):
+            assert set(match[1].split(",")) <= extras.keys()
         else:
             assert word in ("-e", ".", "jax[k8s]"), word
 

@@ -24,11 +24,13 @@ def import_tfds(name: str) -> Any:
     """
     try:
         import tensorflow_datasets
-    except ImportError as error:
+    except ImportError:
+        tensorflow_datasets = None
+    if not tensorflow_datasets or not has_tensorflow():
         raise UserError(
-            f"config.data.name {name!r} is a set of TensorFlow Datasets, which cannot be imported ({error}): "
-            "pip install 'resnet_jax[tfds]', or give digits, npz:FILE or folder:DIR"
-        ) from error
+            f"config.data.name {name!r} is a set of TensorFlow Datasets, which needs pip install 'resnet_jax[tfds]': install "
+            "that, or give digits, npz:FILE or folder:DIR"
+        )
     return tensorflow_datasets
 
 

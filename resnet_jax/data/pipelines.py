@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
+from resnet_jax import kernels
 from resnet_jax.data import auto_augment, sampling
 from resnet_jax.data.datasets import Split
 from resnet_jax.data.lazy_tensorflow import has_tensorflow, import_tensorflow
@@ -88,19 +89,28 @@ def batch_shapes(
     }
 
 
-def for_devices(config: ConfigDict, split: Split, mesh: Mesh) -> ConfigDict:
-    """Return a config with what a `model.dtype` and a `pipeline` of "auto" mean on these devices.
+def suit_devices(split: Split, mesh: Mesh) -> bool:
+    """Whether this process would take the device pipeline for these training images.
 
-    On accelerators, that is bfloat16, and the device pipeline if the training images take at most half of the free memory. On
-    a CPU, it is float32 and tf.data. Without TensorFlow it is the device pipeline.
+    It would without TensorFlow, and on accelerators if the images need at most half of the free memory.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    needed, free = _bytes_needed_and_free(split, mesh)
+    return not has_tensorflow() or (not kernels.is_cpu(mesh) and needed <= free / 2)
+
+
+def without_auto(config: ConfigDict, mesh: Mesh, on_devices: bool) -> ConfigDict:
+    """Return a config with what "auto" stands for: bfloat16 on accelerators, float32 on a CPU, and a pipeline.
+
+    Args:
+        config: of a run.
+        mesh: its devices.
+        on_devices: whether to take the device pipeline, which all processes agree on.
+    """
     meant = {}
     if config.model.dtype == "auto":
-        meant["model.dtype"] = "float32" if on_cpu else "bfloat16"
+        meant["model.dtype"] = "float32" if kernels.is_cpu(mesh) else "bfloat16"
     if config.pipeline == "auto":
-        needed, free = _bytes_needed_and_free(split, mesh)
-        meant["pipeline"] = "tf_data" if has_tensorflow() and (on_cpu or needed > free / 2) else "device"
+        meant["pipeline"] = "device" if on_devices else "tf_data"
     return config_lib.replaced(config, meant)
 
 
@@ -144,7 +154,7 @@ def check_fits(split: Split, mesh: Mesh) -> None:
     if needed > free:
         raise UserError(
             f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: set it to "
-            "tf_data"
+            f"tf_data{'' if has_tensorflow() else ', which needs resnet_jax[tfds]'}"
         )
 
 

@@ -96,7 +96,7 @@ def from_names(named: Mapping[str, float]) -> dict[int, float]:
         ValueError: if it is something else, or one is not a number in 0.001..1000.
     """
     if not isinstance(named, dict) or not named.keys() <= set(_NAMES.values()):
-        raise ValueError(f"temperatures are of {' and '.join(_NAMES.values())}")
+        raise ValueError(f"temperatures are of {', '.join(_NAMES.values())}")
     by_views = {views: named[name] for views, name in _NAMES.items() if name in named}
     for temperature in by_views.values():
         if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:

@@ -127,6 +127,8 @@ class Model:
             raise UserError(
                 'JAX does not survive a fork: load the network in each process, and start it with multiprocessing\'s "spawn"'
             )
+        if views not in (1, 2, 6) or isinstance(views, bool):  # True was `flip` once
+            raise ValueError(f"views must be 1, 2 or 6, got {views}")
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
         logits = [np.zeros((0, len(self.class_names)), np.float32)]

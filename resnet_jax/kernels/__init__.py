@@ -21,7 +21,7 @@ def why_slow(mesh: Mesh, model: ConfigDict) -> str:
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Return XLA's options for a mesh of CPUs, where the defaults are slower or need more memory; None elsewhere."""
-    if not _is_cpu(mesh):
+    if not is_cpu(mesh):
         return None
     # One operation at a time, each on all cores. Running them concurrently is not faster and needs 50% more memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -30,9 +30,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return options
 
 
-def _is_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+def is_cpu(mesh: Mesh) -> bool:
+    """Whether a mesh is of CPU devices."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _could_be_ours(mesh: Mesh, model: ConfigDict) -> bool:
-    return _is_cpu(mesh) and model.dtype == model.param_dtype == "float32"
+    return is_cpu(mesh) and model.dtype == model.param_dtype == "float32"

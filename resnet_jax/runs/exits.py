@@ -43,7 +43,8 @@ def exit_on_user_error() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("resnet_jax"):
             raise
-        report(f"{error.name} is not installed: run source .venv/bin/activate, or install resnet_jax again")
+        again = "resnet_jax[tfds]" if (error.name or "").startswith("tensorflow") else "resnet_jax again"
+        report(f"{error.name} is not installed: run source .venv/bin/activate, or install {again}")
         sys.exit(2)
     except BrokenPipeError:  # the reader of the standard output has enough
         sys.exit(128 + signal.SIGPIPE)

@@ -147,15 +147,17 @@ def test_free_memory_is_that_of_the_fullest_device(split):
         ("tpu", 2 * 77_200 - 1, ("bfloat16", "tf_data")),
     ],
 )
-def test_auto_means_what_suits_the_devices(split, config, platform, free, meant):
+def test_auto_stands_for_what_suits_the_devices(split, config, platform, free, meant, monkeypatch):
     stats = {"bytes_limit": free, "bytes_in_use": 0} if free else None
     device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(local_devices=[device], devices=np.array([device]))
     config.model.dtype = config.pipeline = "auto"
-    taken = pipelines.for_devices(config, split, mesh)
+    on_devices = pipelines.suit_devices(split, mesh)
+    taken = pipelines.without_auto(config, mesh, on_devices)
     assert (taken.model.dtype, taken.pipeline) == meant
-    config.model.dtype, config.pipeline = "float32", "tf_data"
-    assert pipelines.for_devices(config, split, mesh) == config
+    assert pipelines.without_auto(taken, mesh, not on_devices) == taken
+    monkeypatch.setattr(pipelines, "has_tensorflow", lambda: False)
+    assert pipelines.suit_devices(split, mesh)
 
 
 @every_ingredient

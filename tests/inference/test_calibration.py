@@ -92,10 +92,11 @@ def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path,
     path.write_text(json.dumps({"checkpoint_step": 7, "temperature": {"plain": temperature}}))
     with pytest.raises(UserError, match=r"temperature\.json cannot be used \(.*: fit the temperature again, or remove"):
         calibration.temperatures(tmp_path, 7)
-    calibration.keep_temperature(tmp_path, 7, True, 1.5)
-    assert calibration.temperatures(tmp_path, 7) == {True: 1.5}
-    calibration.keep_temperature(tmp_path, 7, False, 0.5)
-    assert calibration.temperatures(tmp_path, 7) == {True: 1.5, False: 0.5}
+    calibration.keep_temperature(tmp_path, 7, 2, 1.5)
+    assert calibration.temperatures(tmp_path, 7) == {2: 1.5}
+    calibration.keep_temperature(tmp_path, 7, 1, 0.5)
+    calibration.keep_temperature(tmp_path, 7, 6, 1.1)
+    assert calibration.temperatures(tmp_path, 7) == {1: 0.5, 2: 1.5, 6: 1.1}
 
 
 @pytest.mark.parametrize(

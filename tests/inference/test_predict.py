@@ -104,7 +104,7 @@ def test_the_table_and_the_csv(run, folder, capsys):
     assert table == f"{folder / 'photos' / 'a.png'}  {wanted}\n"
 
 
-def test_flip_changes_what_is_said(run, folder, digits, capsys):
+def test_two_views_change_what_is_said(run, folder, digits, capsys):
     found = json.loads(call(capsys, run, folder / "digits.npz", "--json", "--views=2", "--top=1").out)
     expected = trained_model.load(run).predict(digits, views=2)
     assert [row["predictions"][0]["class"] for row in found] == expected.names

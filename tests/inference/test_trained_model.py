@@ -116,10 +116,11 @@ def test_six_views_also_average_those_of_both_moved_by_a_pixel(model, images):
     assert np.abs(expected - model.logits(few, views=2)).max() > 1e-3
 
 
-@pytest.mark.parametrize("views", [0, 3, -1])
+@pytest.mark.parametrize("views", [0, 3, -1, True])
 def test_another_number_of_views_is_refused(model, images, views):
-    with pytest.raises(ValueError, match=f"views must be 1, 2 or 6, got {views}"):
-        model.predict(images[:2], views=views)
+    for few in (images[:2], []):
+        with pytest.raises(ValueError, match=f"views must be 1, 2 or 6, got {views}"):
+            model.predict(few, views)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 9), (9, 24), (3, 5), (8, 40)])
