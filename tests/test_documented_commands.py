@@ -183,6 +183,7 @@ RULES: dict[str, Callable[[Argv], None]] = {
     "git clone": lambda argv: None,
     "python -m benchmarks.exports": check_module("benchmarks.exports"),  # it needs PyTorch
     "python -m benchmarks.load": check_module("benchmarks.load"),  # test_load.py runs it
+    "python -c": lambda argv: exec(argv[0]),
     "python -m reproduction.tables": check_module("reproduction.tables"),
     ".venv/bin/python -m pytest": check_pytest,
     "make": check_make,

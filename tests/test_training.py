@@ -375,12 +375,18 @@ def test_the_device_pipeline_never_imports_tensorflow(tmp_path):
 WITHOUT_TENSORFLOW = """
 import sys
 
-class Missing:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("tensorflow", "tensorflow_datasets"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Missing())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *where):
+        hidden = name.partition(".")[0] in ("tensorflow", "tensorflow_datasets")
+        return None if hidden else self.finder.find_spec(name, *where)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 import launch
 from resnet_jax.cli import command_line
 command_line.run(launch.main)
