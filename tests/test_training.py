@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers import ROOT, assert_user_error, make_tiny_config, rows
+from PIL import Image
 
 from configs import quickstart, sgd
 from resnet_jax import setup, steps, train_state, training
@@ -398,9 +399,16 @@ def test_without_tensorflow_all_but_its_pipeline_and_its_sets_works(tmp_path):
         command = [sys.executable, "-c", WITHOUT_TENSORFLOW, "--config=configs/final.py:smoke", *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    done = run(f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert "computing in float32, pipeline device\n" in done.stdout
+    images, labels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8), np.arange(60) % 2
+    np.savez(tmp_path / "own.npz", train_images=images, train_labels=labels)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        file = tmp_path / "own" / f"class {label}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    for i, data in enumerate(("digits", f"npz:{tmp_path / 'own.npz'}", f"folder:{tmp_path / 'own'}")):
+        done = run(f"--workdir={tmp_path / str(i)}", f"--config.data.name={data}")
+        assert done.returncode == 0, done.stderr
+        assert "computing in float32, pipeline device\n" in done.stdout
     streamed, cifar = (tmp_path / name for name in ("streamed", "cifar"))
     assert_user_error(run(f"--workdir={streamed}", "--config.pipeline=tf_data"), "needs TensorFlow: pip install")
     assert_user_error(

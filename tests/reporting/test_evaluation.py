@@ -121,6 +121,15 @@ def test_two_views_average_logits_with_those_of_the_mirrors(finished, capsys):
     assert report["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
+def test_six_views_have_files_of_their_own(finished, capsys):
+    directory, _, config = finished
+    report = evaluation.run(config, directory, "best", views=6)
+    assert "six views of each image averaged" in capsys.readouterr().out
+    assert json.loads((directory / "eval-6-views.json").read_text()) == report
+    assert report["views"] == 6
+    assert (directory / "reliability-6-views.png").exists()
+
+
 def test_two_views_do_not_warn_where_training_mirrored(finished, tmp_path, monkeypatch, capsys):
     config = finished[2]
     config.augment.flip_probability = 0.5
