@@ -89,7 +89,7 @@ def batch_shapes(
     }
 
 
-def suit_devices(split: Split, mesh: Mesh) -> bool:
+def prefers_devices(split: Split, mesh: Mesh) -> bool:
     """Whether this process would take the device pipeline for these training images.
 
     It would without TensorFlow, and on accelerators if the images need at most half of the free memory.

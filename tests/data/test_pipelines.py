@@ -152,12 +152,12 @@ def test_auto_stands_for_what_suits_the_devices(split, config, platform, free, m
     device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(local_devices=[device], devices=np.array([device]))
     config.model.dtype = config.pipeline = "auto"
-    on_devices = pipelines.suit_devices(split, mesh)
+    on_devices = pipelines.prefers_devices(split, mesh)
     taken = pipelines.without_auto(config, mesh, on_devices)
     assert (taken.model.dtype, taken.pipeline) == meant
     assert pipelines.without_auto(taken, mesh, not on_devices) == taken
     monkeypatch.setattr(pipelines, "has_tensorflow", lambda: False)
-    assert pipelines.suit_devices(split, mesh)
+    assert pipelines.prefers_devices(split, mesh)
 
 
 @every_ingredient
