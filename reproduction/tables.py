@@ -226,9 +226,9 @@ def speedrun_table() -> str:
     for run in runs:
         one, six, *others = (run[name] for name in names)
         rows.append([str(run["seed"]), f"{one:.2%}", f"{six:.2%}", *(f"{value:.0f}" for value in others)])
-    accuracies, others = (np.array([[run[name] for name in part] for run in runs]).T for part in (names[:2], names[2:]))
-    means = [statistics.mean_and_spread(values) for values in accuracies]
-    rows.append(["mean; median", *means, *(f"{np.median(values):.0f}" for values in others)])
+    means = [statistics.mean_and_spread([run[name] for run in runs]) for name in names[:2]]
+    medians = [f"{np.median([run[name] for run in runs]):.0f}" for name in names[2:]]
+    rows.append(["mean; median", *means, *medians])
     return measured_table(rows, runs[0]["environment"])
 
 
