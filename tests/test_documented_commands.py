@@ -99,7 +99,10 @@ def run_tool(argv: Argv) -> None:
             only = [] if any(word.startswith("--only") for word in rest) else ["--only=train_step"]
             command.main(["benchmark", *tiny(rest), *only, "--seconds=0.01", "--repeats=1"])
         case ["serve", *rest]:
-            command.main(["serve", *rest, "--port=0"])
+            samples = (
+                ["--no-samples"] if "final-cifar10" in rest and "--no-samples" not in rest else []
+            )  # are of CIFAR-10
+            command.main(["serve", *rest, *samples, "--port=0"])
         case ["train", *rest]:
             command.main(["train", *tiny(rest, default_workdir="--help" not in rest)])
         case _:
