@@ -7,7 +7,6 @@ The networks differ, and so do the epochs, 8 there. So two ratios are computed i
 training image takes, and of the time of all training images of all epochs. Below 1, `speedrun.py` is faster.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import measure, timing
-from benchmarks.benchmark import check_output
+from benchmarks.benchmark import check_output, find_torch_python
 from resnet_jax import setup
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -39,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
     file = arguments.clone / "airbench94_muon.py"
     if not file.is_file():
         raise UserError(f"{arguments.clone} holds no airbench94_muon.py: give a clone of KellerJordan/cifar10-airbench")
-    python = shutil.which(arguments.torch_python)
-    if python is None:
-        raise UserError(f"--torch-python {arguments.torch_python} is not a program: give a Python that has PyTorch")
+    python = find_torch_python(arguments.torch_python)
     if jax.default_backend() != "cpu":
         raise UserError("airbench94 is measured on a CPU here: set JAX_PLATFORMS=cpu")
     check_output(arguments.output)

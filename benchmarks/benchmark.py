@@ -140,7 +140,7 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
         contenders = {name: getattr(measure, name)(config, start) for name in THROUGHPUTS if name in wanted}
         if arguments.against_torch:
             data = len(start.dataset.class_names), start.train.images.shape[1:]
-            torch = measure.torch_step(config, *data, shutil.which(arguments.torch_python) or "")
+            torch = measure.torch_step(config, *data, arguments.torch_python)
             contenders["torch_train_step"], case["torch"] = stack.enter_context(torch)
         rates = timing.interleave(contenders, repeats, arguments.seconds)
     for name, repeated in rates.items():
@@ -177,14 +177,22 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path} cannot be written: give a file in a folder that exists and is writable")
 
 
+def find_torch_python(program: str) -> str:
+    """Return the path of `--torch-python`."""
+    path = shutil.which(program)
+    if path is None:
+        raise UserError(f"--torch-python {program} is not a program: give a Python that has PyTorch")
+    return path
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the tool `benchmark`: measure each case, print it and write the result."""
     arguments, config = command_line.parse_config(_parser(), argv)
     output = arguments.output and arguments.output.absolute()
     if output:
         check_output(output)
-    if arguments.against_torch and shutil.which(arguments.torch_python) is None:
-        raise UserError(f"--torch-python {arguments.torch_python} is not a program: give a Python that has PyTorch")
+    if arguments.against_torch:
+        arguments.torch_python = find_torch_python(arguments.torch_python)
     if arguments.against_torch and config.optim.name == "muon":
         raise UserError("--against-torch cannot time Muon, which PyTorch lacks for convolutions: set config.optim.name")
     cases = list(cases_of(config, arguments))

@@ -102,6 +102,7 @@ _ALPHA = number("0 or a number from 0.01 to 100", lambda v: v == 0 or 0.01 <= v 
 _FACTOR = number("a number > 0 and <= 1", lambda v: 0 < v <= 1)
 _TEXT = Field(str, lambda v: True, "text")
 
+VIEWS = (1, 2, 6)  # how many views of an image `steps.average_over_views` can average
 FIELDS: dict[str, Field] = {
     "seed": integer(0, 2**32 - 1),
     "init_from": _TEXT,

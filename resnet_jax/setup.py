@@ -66,7 +66,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
-    on_devices = processes.all_agree(pipelines.prefers_devices(train, mesh))
+    on_devices = config.pipeline == "auto" and processes.all_agree(pipelines.prefers_devices(train, mesh))
     config = pipelines.without_auto(datasets.computed(config, train, len(dataset.class_names)), mesh, on_devices)
     steps_per_epoch = len(train.labels) / config.batch_size
     total_steps = plan.total_steps(config, len(train.labels))

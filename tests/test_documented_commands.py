@@ -99,10 +99,9 @@ def run_tool(argv: Argv) -> None:
             only = [] if any(word.startswith("--only") for word in rest) else ["--only=train_step"]
             command.main(["benchmark", *tiny(rest), *only, "--seconds=0.01", "--repeats=1"])
         case ["serve", *rest]:
-            samples = (
-                ["--no-samples"] if "final-cifar10" in rest and "--no-samples" not in rest else []
-            )  # are of CIFAR-10
-            command.main(["serve", *rest, *samples, "--port=0"])
+            # The samples of the shipped weights are images of CIFAR-10.
+            without = ["--no-samples"] if "final-cifar10" in rest and "--no-samples" not in rest else []
+            command.main(["serve", *rest, *without, "--port=0"])
         case ["train", *rest]:
             command.main(["train", *tiny(rest, default_workdir="--help" not in rest)])
         case _:

@@ -111,7 +111,7 @@ def add_views_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--views",
         type=int,
-        choices=(1, 2, 6),
+        choices=config_lib.VIEWS,
         default=1,
         help="average the logits of the image and its mirror image (2), or of both and their copies moved by a pixel (6)",
     )

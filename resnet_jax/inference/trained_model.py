@@ -127,7 +127,7 @@ class Model:
             raise UserError(
                 'JAX does not survive a fork: load the network in each process, and start it with multiprocessing\'s "spawn"'
             )
-        if views not in (1, 2, 6) or isinstance(views, bool):  # True was `flip` once
+        if views not in config_lib.VIEWS or isinstance(views, bool):  # True was `flip` once
             raise ValueError(f"views must be 1, 2 or 6, got {views}")
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
