@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from resnet_jax.runs.exits import exit_immediately
+
 # SLURM sends USR1 before its time limit, if asked to; a lost terminal sends HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
@@ -50,7 +52,9 @@ class StopRequest:
     def __init__(self, deadline: float | None = None) -> None:
         self._deadline = math.inf if deadline is None else deadline
         self._clock_runs = False
+        self._captured = False
         self._signum: int | None = None
+        self._on_signal: Callable[[int], None] | None = None
         self._posted: jax.Array | None = None
         self._rare_calls = 0
 
@@ -60,63 +64,75 @@ class StopRequest:
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Note the first signal that arrives in this block; a second one acts at once.
+        """Note the first signal that arrives in this block; a second one ends the process at once.
 
-        Only the main thread can handle signals: in another, this does nothing.
+        Python runs a handler only when the main thread leaves XLA, which may compile for minutes. The C handler writes each
+        signal to a pipe at once, and another thread reads it there.
+
+        Only the main thread can handle signals: in another, or in a block of its own, this does nothing.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or self._captured:
             yield
             return
         previous = {s: signal.getsignal(s) for s in SIGNALS}
         if previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
             del previous[signal.SIGHUP]
-
-        def note(signum: int, _: FrameType | None) -> None:
-            self._signum = signum
-            for s in previous:
-                signal.signal(s, signal.SIG_DFL)
-            if sys.stdout is not None and sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
-
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        watcher.start()
+        previous_writer = signal.set_wakeup_fd(writer)
         for s in previous:
-            signal.signal(s, note)
+            signal.signal(s, self._note)
+        self._captured = True
         try:
             yield
         finally:
+            self._captured = False
             for s, handler in previous.items():
                 signal.signal(s, handler)
+            signal.set_wakeup_fd(previous_writer)
+            os.close(writer)
+            watcher.join()
+            os.close(reader)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self._signum = self._signum or signum
+
+    def _watch(self, reader: int) -> None:
+        """Act on the signals that the pipe names, until its other end is closed."""
+        stopping = False
+        while byte := os.read(reader, 1):
+            if byte[0] not in SIGNALS:
+                continue
+            if stopping:
+                exit_immediately(128 + byte[0])
+            stopping = True
+            if sys.stdout is not None and sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
+            if self._on_signal:
+                threading.Thread(target=self._on_signal, args=(128 + byte[0],), daemon=True).start()
 
     @contextmanager
     def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
-        """End the process soon after a signal, even if the main thread is inside XLA for minutes.
+        """End the process soon after a captured signal, even if the main thread is inside XLA for minutes.
 
         Args:
             seconds: how long the block has, after a signal, to end by itself.
             end: called after that in another thread, with the exit code, to end the process.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
         done = threading.Event()
 
-        def watch() -> None:
-            while signum := os.read(reader, 1):
-                if signum[0] in SIGNALS and not done.wait(seconds):
-                    end(128 + signum[0])
+        def end_if_not_done(exit_code: int) -> None:
+            if not done.wait(seconds):
+                end(exit_code)
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        previous = signal.set_wakeup_fd(writer)  # which the C handler writes to at once; Python's waits for its thread
+        self._on_signal = end_if_not_done
         try:
             yield
         finally:
+            self._on_signal = None
             done.set()
-            signal.set_wakeup_fd(previous)
-            os.close(writer)
-            watcher.join()
-            os.close(reader)
 
     def exit_code(self) -> int | None:
         """The exit code to stop with now; None to continue."""
