@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.augment.rotation_degrees = 15.0
     config.augment.saturation = 0.2
     config.batch_size = 128
+    config.checkpoint_every_minutes = 0.0
     config.checkpoint_every_steps = 500
     config.class_weights = ""
     config.data = ConfigDict()

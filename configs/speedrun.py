@@ -17,7 +17,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 1000
     config.num_epochs = 11.0
     config.eval_every_epochs = 11
-    config.checkpoint_every_steps = 0
     config.log_every_steps = 10
     config.pipeline = "device"
 

@@ -116,6 +116,7 @@ FIELDS: dict[str, Field] = {
     "eval_batch_size": integer(1, 2**20),
     "eval_every_epochs": integer(1),
     "checkpoint_every_steps": integer(0),
+    "checkpoint_every_minutes": NOT_NEGATIVE,
     "log_every_steps": integer(1),
     "abort_grad_norm": NOT_NEGATIVE,
     "pipeline": choice("auto", "tf_data", "device"),

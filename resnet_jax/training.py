@@ -178,8 +178,8 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         if pending:
             _log(run, state, *pending)
         pending = call, metrics
-        exit_code = run.stop_request.agreed_exit_code(start.mesh)
-        if exit_code or plan.saves_after(call.end):
+        exit_code, save = run.stop_request.agreed(start.mesh, save_due=run.folder.save_is_due())
+        if save or plan.saves_after(call.end):
             _log(run, state, *pending)
             pending = None
             run.folder.save(state, run.seconds())
@@ -269,7 +269,7 @@ def _evaluate(run: Run, state: TrainState, split: datasets.Split, step: int) -> 
     """Evaluate a state on a split, or stop if asked to; every step up to `step` is saved."""
 
     def stop_if_asked() -> None:
-        if exit_code := run.stop_request.agreed_exit_code(run.start.mesh, rarely=True):
+        if exit_code := run.stop_request.agreed(run.start.mesh, rarely=True)[0]:
             _stop(run, exit_code, step)
 
     def end_process(exit_code: int) -> None:

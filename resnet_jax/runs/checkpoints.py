@@ -10,11 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -79,14 +82,22 @@ def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
     return {name: train_state.digest(part) for name, part in parts.items()}
 
 
-class _Best(policy.PreservationPolicy):
-    """Keep the checkpoint with the best validation."""
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
 
-    def __init__(self, validations: Mapping[int, Validation]) -> None:
-        self._validations = validations
+
+class _Best(policy.PreservationPolicy):
+    """Keep the checkpoint with the best validation.
+
+    Attributes:
+        validations: by step; replaced for each save, because another thread reads it.
+    """
+
+    validations: Mapping[int, Validation] = MappingProxyType({})
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: policy.PreservationContext) -> Sequence[bool]:
-        best = _best([checkpoint.step for checkpoint in checkpoints], self._validations)
+        best = _best([checkpoint.step for checkpoint in checkpoints], self.validations)
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
@@ -110,6 +121,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, validations: Mapping[int, Validation], read_only: bool = False) -> None:
         self._directory, self._validations = directory.absolute(), validations
+        self._best = _Best()
+        self._thread, self._writing = ThreadPoolExecutor(1), Future[None]()
+        self._writing.set_result(None)
         me = jax.process_index()
         reading = ocp.CheckpointManagerOptions(
             create=False,
@@ -118,7 +132,7 @@ class Checkpoints:
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}),
         )
         writing = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), _Best(validations)]),
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), self._best]),
             cleanup_tmp_directories=True,
         )
         with self._readable():
@@ -147,7 +161,7 @@ class Checkpoints:
             if processes.is_lost_peer(error):
                 raise
             self._manager.reload()
-            kept = self.latest
+            kept = self._manager.latest_step()
             raise UserError(
                 f"{self._directory}: a checkpoint cannot be written ({_reason(error)}): fix this and rerun the "
                 + ("command" if kept is None else f"command, which resumes from step {kept}")
@@ -155,30 +169,43 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest checkpoint; None before the first."""
+        """The step of the latest checkpoint, written or being written; None before the first."""
+        wait([self._writing])
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start writing the checkpoint of a state; an error of the previous write is raised here.
 
+        A process alone copies the state on its devices, and another thread does the rest: Orbax spends a tenth of a second
+        before it returns, and the digests take as long. Several processes meet at barriers of Orbax that run on the devices,
+        so they save in the thread that takes the steps.
+
         Args:
-            state: its `step` names the checkpoint.
+            state: its `step` names the checkpoint; it may be donated afterwards.
             meta: kept beside the state, as JSON: {"config", "fingerprint", "class_names", "image_shape", "seconds"}.
 
         Raises:
-            UserError: if this checkpoint or the previous one cannot be written.
-            RuntimeError: if Orbax declines, as it does for a step that is not later than the latest.
+            UserError: if the previous checkpoint cannot be written.
+            ValueError: if the step is not later than the latest.
         """
-        step = int(state.step)
+        self.wait()
+        step, latest = int(state.step), self.latest
+        if latest is not None and step <= latest:
+            raise ValueError(f"the checkpoint of step {step} must be later than the latest, of step {latest}")
+        self._best.validations = dict(self._validations)
+        if jax.process_count() > 1:
+            with self._writable():
+                self._write(step, state, meta)
+        else:
+            self._writing = self._thread.submit(self._write, step, _copy(state), meta)
+
+    def _write(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         meta = meta | {"digests": _digests(_parts(state))}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta | {"digest": files.digest(meta)}),
         )
-        with self._writable():
-            saved = self._manager.save(step, args=arguments)
-        if not saved:
-            raise RuntimeError(f"Orbax did not save step {step}; the latest is {self.latest}")
+        self._manager.save(step, args=arguments)
 
     def choose(self, which: str) -> int:
         """The step that "best", "latest" or a number names.
@@ -325,11 +352,13 @@ class Checkpoints:
             UserError: if something could not be.
         """
         with self._writable():
+            self._writing.result()
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
         """Free the manager. Call `wait` first to learn of a failed write."""
+        self._thread.shutdown()
         with suppress(Exception):
             self._manager.close()
             self._reader.close()

@@ -22,6 +22,7 @@ from resnet_jax.runs.exits import exit_immediately
 # SLURM sends USR1 before its time limit, if asked to; a lost terminal sends HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
+_SAVE = 1  # less than any exit code
 _RARELY = 16  # calls: an agreement among hosts takes as long as a small batch of evaluation
 
 
@@ -140,8 +141,8 @@ class StopRequest:
             return 128 + self._signum
         return TIME_LIMIT if self._clock_runs and time.monotonic() >= self._deadline else None
 
-    def agreed_exit_code(self, mesh: Mesh, rarely: bool = False) -> int | None:
-        """The exit code to stop with now, the same in all processes of a run; None to continue.
+    def agreed(self, mesh: Mesh, save_due: bool = False, rarely: bool = False) -> tuple[int | None, bool]:
+        """What to do now, the same in all processes of a run: the exit code to stop with, or None; whether to save.
 
         A signal reaches the processes at different steps, so each posts its own code to the devices and acts on the
         largest code of the call before, which is ready by then: nothing waits. All processes must make these calls at
@@ -149,17 +150,18 @@ class StopRequest:
 
         Args:
             mesh: the devices of the run.
+            save_due: whether this process asks for a save; a stop asks for one too.
             rarely: several processes agree at one in 16 of these calls only; for an evaluation, which a signal ends in each
                 process by itself (`exit_within`).
         """
-        code = self.exit_code()
-        if jax.process_count() == 1:
-            return code
-        self._rare_calls += rarely
-        if rarely and self._rare_calls % _RARELY:
-            return None
-        posted, self._posted = self._posted, _largest(mesh)(_on_devices(code or 0, mesh))
-        return None if posted is None else int(posted) or None
+        code = self.exit_code() or (_SAVE if save_due else 0)
+        if jax.process_count() > 1:
+            self._rare_calls += rarely
+            if rarely and self._rare_calls % _RARELY:
+                return None, False
+            posted, self._posted = self._posted, _largest(mesh)(_on_devices(code, mesh))
+            code = 0 if posted is None else int(posted)
+        return (code if code > _SAVE else None), code > 0
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from resnet_jax.config import ALL_FIELDS, Field, check_name, flatten, replaced, 
 # Fields that do not change the steps of a run.
 RESUMABLE_FIELDS = frozenset(
     {
-        *("data.data_dir", "data.cache_dir", "eval_batch_size", "log_every_steps", "checkpoint_every_steps"),
-        *("abort_grad_norm", "pipeline", "steps_per_call", "data.num_threads", "search.refine_trials"),
+        *("data.data_dir", "data.cache_dir", "data.num_threads", "pipeline", "steps_per_call", "eval_batch_size"),
+        *("log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "abort_grad_norm"),
+        "search.refine_trials",
     }
 )
 # Fields that a resumed run may change; its data are compared by their fingerprint, wherever they are.
@@ -29,6 +30,7 @@ LATER_FIELDS: dict[str, Any] = {
     "augment.mixup_alpha": 0.0,
     "augment.policy": "",
     "accumulation_steps": 1,
+    "checkpoint_every_minutes": 0.0,
     "class_weights": "",
     "init_from": "",
     "model.downsample": "stride",

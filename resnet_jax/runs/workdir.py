@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -175,6 +176,7 @@ class Workdir:
         self.validations = validations(path)
         self._checkpoints = Checkpoints(path / "checkpoints", self.validations)
         self._log: MetricsLog | None = None
+        self._saved_at = time.monotonic()
 
     @property
     def latest_step(self) -> int | None:
@@ -226,6 +228,12 @@ class Workdir:
         """Start writing a checkpoint; `seconds` were spent on the run until now."""
         self.check_lock()
         self._checkpoints.save(state, {**self._meta, "seconds": seconds})
+        self._saved_at = time.monotonic()
+
+    def save_is_due(self) -> bool:
+        """Whether the last save, or the start of this session, is `config.checkpoint_every_minutes` ago."""
+        minutes = self._config.checkpoint_every_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def wait(self) -> None:
         """Return once every checkpoint is written.

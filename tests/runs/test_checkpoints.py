@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_state, make_tiny_config
@@ -106,8 +107,28 @@ def test_another_process_finds_the_same_checkpoints(tmp_path, state):
 
 def test_saving_a_step_that_is_not_later_is_an_error_and_not_silent(tmp_path, state):
     checkpoints = save_all(tmp_path, state, [0.5, 0.6])
-    with pytest.raises(RuntimeError, match="did not save step 1"):
+    with pytest.raises(ValueError, match="step 1 must be later than the latest, of step 2"):
         checkpoints.save(plus(state, 1), META)
+    checkpoints.close()
+
+
+def test_a_save_returns_before_it_is_written_and_its_state_may_be_donated(tmp_path, state, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {})
+    donated, write = threading.Event(), checkpoints._write
+
+    def write_later(*arguments):
+        assert donated.wait(600)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_write", write_later)
+    later = jax.tree.map(jnp.array, plus(state, 1))  # a copy: the other tests need `state`
+    expected = train_state.digest(later)
+    checkpoints.save(later, {**META, "seconds": 1.0})
+    jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)(later)
+    assert jax.tree.leaves(later.params)[0].is_deleted()
+    donated.set()
+    checkpoints.wait()
+    assert train_state.digest(checkpoints.restore(1, state, accept)[0]) == expected
     checkpoints.close()
 
 

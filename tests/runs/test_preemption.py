@@ -12,19 +12,21 @@ def test_a_process_alone_acts_on_its_own_code_at_once():
     request = preemption.StopRequest()
     mesh = train_state.make_mesh()
     with request.capture_signals():
-        assert request.agreed_exit_code(mesh) is None
+        assert request.agreed(mesh) == (None, False)
+        assert request.agreed(mesh, save_due=True) == (None, True)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert request.agreed_exit_code(mesh) == 128 + signal.SIGUSR1
+        assert request.agreed(mesh) == (128 + signal.SIGUSR1, True)
 
 
 def test_several_processes_act_on_the_largest_code_of_the_call_before(monkeypatch):
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
     request, mesh = preemption.StopRequest(), train_state.make_mesh()
     with request.capture_signals():
-        assert request.agreed_exit_code(mesh) is None
+        assert request.agreed(mesh, save_due=True) == (None, False)  # the others do not know it yet
+        assert request.agreed(mesh) == (None, True)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.agreed_exit_code(mesh) is None  # the others do not know it yet
-        assert request.agreed_exit_code(mesh) == 128 + signal.SIGTERM
+        assert request.agreed(mesh, save_due=True) == (None, False)
+        assert request.agreed(mesh) == (128 + signal.SIGTERM, True)
 
 
 def test_several_processes_agree_at_one_in_16_batches_of_an_evaluation(monkeypatch):
@@ -34,7 +36,7 @@ def test_several_processes_agree_at_one_in_16_batches_of_an_evaluation(monkeypat
     monkeypatch.setattr(preemption, "_largest", lambda mesh: lambda codes: agreements.append(codes))
     request, mesh = preemption.StopRequest(), train_state.make_mesh()
     for _ in range(160):
-        assert request.agreed_exit_code(mesh, rarely=True) is None
+        assert request.agreed(mesh, rarely=True) == (None, False)
     assert len(agreements) == 10
 
 

@@ -1,0 +1,150 @@
+"""Measure what the host adds to a run on an accelerator, without one: `Run` with steps and evaluations that only wait.
+
+    python -m benchmarks.loop_overhead --config configs/final.py --config.pipeline=device --config.model.dtype=float32 \
+        --output results/loop-overhead-cpu.json
+
+A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
+beside it: it logs, saves real states of the config's network, and evaluates. Each evaluation finds a better network, which
+replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, as a share of it.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import timing
+from benchmarks.benchmark import check_output
+from resnet_jax import setup, steps, train_state, training
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.data import feed
+from resnet_jax.evaluate import Evaluation
+from resnet_jax.runs import environment, files, preemption, stored_config, workdir
+from resnet_jax.runs.plan import Plan
+
+_STEPS_PER_CALL = 50  # as on an accelerator
+
+
+@dataclasses.dataclass
+class _Later:
+    """An array on an accelerator, which is ready at a time of `time.perf_counter`."""
+
+    value: np.ndarray
+    ready: float
+
+    def block_until_ready(self) -> "_Later":
+        time.sleep(max(0.0, self.ready - time.perf_counter()))
+        return self
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self.block_until_ready().value
+
+
+def _fake_steps(images_per_second: float) -> Callable[..., tuple[feed.StepFn, int]]:
+    """Return what replaces `feed.make_step`."""
+    ones = dict.fromkeys(("loss", "accuracy", "grad_norm"), jnp.ones(()))
+    means = jax.device_get(train_state.TrainMetrics.single_from_model_output(**ones))
+
+    def make_step(config: ConfigDict, *_: Any) -> tuple[feed.StepFn, int]:
+        free_at = 0.0  # when the accelerator has done what it was given
+
+        def step_fn(state: train_state.TrainState, start: int, count: int) -> Any:
+            nonlocal free_at
+            free_at = max(free_at, time.perf_counter()) + count * config.batch_size / images_per_second
+            step = jax.device_put(np.int32(start + count), state.step.sharding)
+            stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), means)
+            return state.replace(step=step), steps.StepMetrics(stacked, _Later(np.zeros(count, bool), free_at))  # type: ignore[arg-type]
+
+        return step_fn, _STEPS_PER_CALL
+
+    return make_step
+
+
+def _fake_evaluations(images_per_second: float) -> Callable[..., Evaluation]:
+    """Return what replaces `evaluate`."""
+    right = 0
+
+    def evaluate(_: Any, state: Any, split: Any, *__: Any) -> Evaluation:
+        nonlocal right
+        right = min(right + 1, len(split.labels))
+        time.sleep(len(split.labels) / images_per_second)
+        confusion = np.array([[right, len(split.labels) - right], [0, 0]])
+        logits = np.zeros((len(split.labels), 2), np.float32)
+        return Evaluation(1 - right / len(split.labels), right / len(split.labels), confusion, logits)
+
+    return evaluate
+
+
+def seconds_of_loop(config: ConfigDict, start: setup.Setup, images_per_second: float, evaluated: float) -> float:
+    """Return how long the loop of a run takes, its last checkpoint included."""
+    plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
+    with (
+        mock.patch.object(feed, "make_step", _fake_steps(images_per_second)),
+        mock.patch.object(training, "evaluate", _fake_evaluations(evaluated)),
+        tempfile.TemporaryDirectory() as scratch,
+        workdir.open_workdir(Path(scratch), config, start.meta) as folder,
+    ):
+        state, _ = folder.restore(start.state)
+        run = training.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0)
+        began = time.perf_counter()
+        training.take_steps(run, state)
+        folder.wait()
+        return time.perf_counter() - began
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the tool."""
+    parser = ArgumentParser("python -m benchmarks.loop_overhead", __doc__)
+    command_line.add_config_arguments(parser)
+    parser.add_argument(
+        "--images-per-second", type=command_line.whole_number(1), default=40_000, help="of the steps (default: 40000)"
+    )
+    parser.add_argument(
+        "--evaluated-per-second",
+        type=command_line.whole_number(1),
+        default=220_000,
+        help="of evaluations (default: 220000)",
+    )
+    parser.add_argument("--repeats", type=command_line.whole_number(1), default=3, help="runs (default: 3)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    arguments, config = command_line.parse_config(parser, argv)
+    check_output(arguments.output)
+    start = setup.setup(config, 1)
+    config = start.config
+    ideal = start.total_steps * config.batch_size / arguments.images_per_second
+    seconds = [
+        seconds_of_loop(config, start, arguments.images_per_second, arguments.evaluated_per_second)
+        for _ in range(arguments.repeats)
+    ]
+    case = {
+        "batch_size": config.batch_size,
+        "dtype": config.model.dtype,
+        "devices": 1,
+        "figures": {
+            "steps alone": timing.summary([ideal], "s"),
+            "loop": timing.summary(seconds, "s"),
+            "overhead / steps": timing.summary([took / ideal - 1 for took in seconds], "ratio"),
+        },
+    }
+    result = {
+        "cases": [case],
+        "images_per_second": arguments.images_per_second,
+        "evaluated_per_second": arguments.evaluated_per_second,
+        "config": stored_config.to_json(config),
+        "environment": environment.collect(),
+    }
+    files.write_json(arguments.output, result)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
