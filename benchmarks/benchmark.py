@@ -53,7 +53,8 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
+    """The type of a flag that takes whole numbers, separated by commas."""
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise argparse.ArgumentTypeError(f"must be whole numbers >= 1, separated by commas, got {text!r}")
@@ -70,11 +71,11 @@ def _parser() -> ArgumentParser:
         metavar="NAMES",
         help="what to measure, separated by commas",
     )
-    parser.add_argument("--batch-sizes", type=_counts, metavar="SIZES", help="instead of config.batch_size")
+    parser.add_argument("--batch-sizes", type=counts, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
     parser.add_argument(
         "--device-counts",
-        type=_counts,
+        type=counts,
         metavar="COUNTS",
         help="instead of all devices; a CPU simulates that many; startup and memory are measured only on all devices",
     )
@@ -115,7 +116,7 @@ def measure_case(config: ConfigDict, num_devices: int | None, arguments: argpars
     start = setup.setup(config, num_devices)
     config = start.config
     pipelines.check(config, start.train, start.mesh)
-    flops = measure.flops_per_image(config, start)
+    flops = measure.flops_per_image(config, start.train, start.state, len(start.dataset.class_names))
     case = {
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,

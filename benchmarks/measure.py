@@ -29,6 +29,7 @@ from benchmarks import timing
 from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, feed, pipelines
+from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
 from resnet_jax.runs import files, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
@@ -46,14 +47,20 @@ def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.Trai
     return steps.jit_train_step(config, start.mesh), state, batch
 
 
-def flops_per_image(config: ConfigDict, start: Setup) -> float:
+def flops_per_image(config: ConfigDict, train: Split, state: train_state.TrainState, num_classes: int) -> float:
     """Return the floating-point operations of a train step per image, as XLA counts them before compilation.
 
     It counts XLA's convolutions, for one CPU: other backends do not count, and so the number is the same on every machine.
+
+    Args:
+        config: of the run.
+        train: the training images, of which only the shape matters.
+        state: of the run, or its shapes.
+        num_classes: of the data.
     """
-    batch = pipelines.batch_shapes(start.train, config)
-    state = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), start.state)
-    model = models.from_config(config.model, len(start.dataset.class_names))
+    batch = pipelines.batch_shapes(train, config)
+    state = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), state)
+    model = models.from_config(config.model, num_classes)
     cpu = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
     step = steps.jit_train_step(config, cpu).lower(state.replace(apply_fn=model.apply), batch)
     return float(step.cost_analysis()["flops"]) / config.batch_size

@@ -107,6 +107,28 @@ def weights_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         yield [f"`{result['weights']}`", size, kernels, f"{of['accuracy']:.2%}", f"{of['accuracy_flip']:.2%}"]
 
 
+def compiled_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """What `benchmarks.compiled` counted in a training step, and the speed that the data sheet of the device allows it."""
+    yield [
+        *("devices", "batch", "operations", "convolutions", "GB moved", "temporary GB", "sums over devices"),
+        *("images/s, by bytes", "images/s, by FLOP"),
+    ]
+    for program in result["compiled"]:
+        batch, devices = program["batch_size"], program["devices"]
+        sums = (f"{n} of {size / 1e6:.1f} MB in {dtype}" for dtype, (n, size) in program["all_reduces"].items())
+        yield [
+            f"{devices} {program['device']}",
+            f"{batch:,}",
+            f"{program['operations']:,}",
+            str(sum(program["convolutions"].values())),
+            f"{program['bytes'] / 1e9:.1f}",
+            f"{program['temporary_bytes'] / 1e9:.1f}",
+            ", ".join(sums),
+            f"{batch * program['bytes_per_second'] / program['bytes']:,.0f}",
+            f"{devices * program['flops'] / result['train_flops_per_image']:,.0f}",
+        ]
+
+
 def repeat_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """Whether the same run gave the same bits again, compiled anew and resumed."""
     yield ["the same run", "SHA-256 of its state", "equal to the first"]
@@ -121,6 +143,8 @@ def table(result: dict[str, Any]) -> str:
         rows, environment = search_rows(result), result["environments"][0]
     elif "bytes" in result:
         rows, environment = export_rows(result), result["environment"]
+    elif "compiled" in result:
+        rows, environment = compiled_rows(result), result["environment"]
     elif "cases" in result:
         rows, environment = benchmark_rows(result), result["environment"]
     elif "weights" in result:
