@@ -4,7 +4,8 @@
 
 For each batch size, dtype and number of devices it measures these, or those of `--only`:
 
-    train_step, eval_step   the step alone, on one batch in the devices' memory; GFLOP per image as XLA counts them
+    train_step, eval_step   the step alone, on one batch in the devices' memory, as many steps a call as in training; GFLOP
+                            per image as XLA counts them
     pipeline                the training stream alone, beside naive_pipeline: the same augmentation in tf.data, image by image
     end_to_end              the training loop, from the end of its first step to the end of its last; and its ratio to
                             train_step

@@ -27,12 +27,11 @@ from resnet_jax import config as config_lib
 from resnet_jax import steps, train_state
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
-from resnet_jax.data import augment_jax, pipelines
+from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
 from resnet_jax.runs import environment, files, stored_config
 
-STEPS = 50  # of a call, as on an accelerator
 NUM_EXAMPLES, IMAGE_SHAPE, NUM_CLASSES = 45_000, (32, 32, 3), 10
 
 # What XLA asks of a GPU before it compiles for it; from NVIDIA's data sheet and the CUDA programming guide.
@@ -109,7 +108,7 @@ def compile_loop(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Compiled, t
     state = jax.eval_shape(create)
     data, draws = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype),
-        (train._asdict(), pipelines.train_draws(train, config, 0, STEPS)),
+        (train._asdict(), pipelines.train_draws(train, config, 0, feed.STEPS_PER_CALL)),
     )
     build_batch = partial(augment_jax.build_batch, config=config.augment)
     return steps.jit_train_steps(config, mesh, build_batch).lower(state, data, draws).compile(), state
@@ -184,7 +183,7 @@ def _loop(computations: dict[str, list[Instruction]], entry: str) -> list[Instru
 def _moved(body: list[Instruction], config: ConfigDict) -> Iterator[int]:
     """Yield the bytes that each operation reads and writes; of all images or draws, only those of a step."""
     shapes = {instruction.name: instruction.shape for instruction in body}
-    share = {NUM_EXAMPLES: config.batch_size / NUM_EXAMPLES, STEPS: 1 / STEPS}
+    share = {NUM_EXAMPLES: config.batch_size / NUM_EXAMPLES, feed.STEPS_PER_CALL: 1 / feed.STEPS_PER_CALL}
     for instruction in body:
         if instruction.opcode in _NO_WORK or instruction.opcode.endswith("-done"):
             continue

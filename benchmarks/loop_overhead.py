@@ -31,8 +31,6 @@ from resnet_jax.evaluate import Evaluation
 from resnet_jax.runs import environment, files, preemption, stored_config, workdir
 from resnet_jax.runs.plan import Plan
 
-_STEPS_PER_CALL = 50  # as on an accelerator
-
 
 @dataclasses.dataclass
 class _Later:
@@ -64,7 +62,7 @@ def _fake_steps(images_per_second: float) -> Callable[..., tuple[feed.StepFn, in
             stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), means)
             return state.replace(step=step), steps.StepMetrics(stacked, _Later(np.zeros(count, bool), free_at))  # type: ignore[arg-type]
 
-        return step_fn, _STEPS_PER_CALL
+        return step_fn, feed.STEPS_PER_CALL
 
     return make_step
 

@@ -40,13 +40,6 @@ from resnet_jax.setup import Setup
 ROOT = Path(__file__).parent.parent
 
 
-def _train_step(config: ConfigDict, start: Setup) -> tuple[Any, train_state.TrainState, steps.Batch]:
-    """Return the jitted step, a state that it may consume, and a batch on the devices."""
-    batch, _ = feed.batch_of_step(config, start.train, start.mesh, 0)
-    state = jax.tree.map(jnp.copy, start.state)
-    return steps.jit_train_step(config, start.mesh), state, batch
-
-
 def flops_per_image(config: ConfigDict, train: Split, state: train_state.TrainState, num_classes: int) -> float:
     """Return the floating-point operations of a train step per image, as XLA counts them before compilation.
 
@@ -67,15 +60,24 @@ def flops_per_image(config: ConfigDict, train: Split, state: train_state.TrainSt
 
 
 def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
-    """Measure the train step alone, on one batch in the devices' memory."""
-    step, state, batch = _train_step(config, start)
+    """Measure the train step alone, on one batch in the devices' memory: as many steps a call as in training."""
+    batch, _ = feed.batch_of_step(config, start.train, start.mesh, 0)
+    state, count = jax.tree.map(jnp.copy, start.state), feed.steps_per_call(config)
+    arguments: tuple[steps.Batch, ...]
+    if config.pipeline == "device":
+        repeated = jax.tree.map(lambda array: jnp.broadcast_to(array, (count, *array.shape)), jax.device_get(batch))
+        draws = feed.put(repeated | {"indices": repeated["labels"]}, start.mesh, P(None, "data"))
+        step = steps.jit_train_steps(config, start.mesh, lambda _, drawn: {name: drawn[name] for name in batch})
+        arguments = {}, draws
+    else:
+        step, arguments = steps.jit_train_step(config, start.mesh), (batch,)
 
     def dispatch() -> train_state.TrainMetrics:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, *arguments)
         return metrics
 
-    return partial(timing.throughput, dispatch, jax.block_until_ready, config.batch_size)
+    return partial(timing.throughput, dispatch, jax.block_until_ready, count * config.batch_size)
 
 
 def eval_step(config: ConfigDict, start: Setup) -> timing.Contender:
@@ -146,6 +148,7 @@ class _Measure(Hook):
 def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the training loop, without evaluations and saves."""
     endless = 2**31 - 1
+    config = config_lib.replaced(config, {"checkpoint_every_minutes": 0.0})
     plan = dataclasses.replace(
         Plan.from_config(config, endless, len(start.train.labels)), eval_every_epochs=endless, checkpoint_every_steps=0
     )

@@ -18,7 +18,7 @@ from resnet_jax.data.datasets import Split
 from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
-_STEPS_PER_CALL = 50  # on accelerators, so that running a call takes far longer than the milliseconds of its dispatch
+STEPS_PER_CALL = 50  # on accelerators, so that running a call takes far longer than the milliseconds of its dispatch
 
 
 StepFn = Callable[[TrainState, int, int], tuple[TrainState, StepMetrics]]
@@ -60,7 +60,7 @@ def _tf_data(
     def step_fn(state: TrainState, step: int, count: int) -> tuple[TrainState, StepMetrics]:
         return train_step(state, shard_batch(next(batches), mesh))
 
-    return step_fn, 1
+    return step_fn, steps_per_call(config)
 
 
 def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
@@ -72,7 +72,14 @@ def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
         draws = pipelines.train_draws(train, config, step, count, *here)
         return train_steps(state, data, put(draws, mesh, P(None, "data")))
 
-    return step_fn, config.steps_per_call or (1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL)
+    return step_fn, steps_per_call(config)
+
+
+def steps_per_call(config: ConfigDict) -> int:
+    """Return the most steps of one call, for `config.pipeline`."""
+    if config.pipeline == "tf_data":
+        return 1
+    return config.steps_per_call or (1 if jax.default_backend() == "cpu" else STEPS_PER_CALL)
 
 
 def batch_of_step(config: ConfigDict, train: Split, mesh: Mesh, step: int) -> tuple[steps.Batch, np.ndarray]:

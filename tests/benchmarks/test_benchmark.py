@@ -5,7 +5,8 @@ import os
 import pytest
 from helpers import ROOT, launch, tool
 
-from benchmarks import benchmark, timing
+from benchmarks import benchmark, measure, timing
+from resnet_jax import setup
 
 # A network that compiles in a second.
 SMOKE = [
@@ -113,6 +114,18 @@ def test_all_is_measured(measured):
     assert case["figures"]["end_to_end / train_step"]["repeats"] == [end_to_end / step]
     assert 0.3 < case["figures"]["memory_host"]["median"] < 8.0
     assert (case["batch_size"], case["dtype"]) == (128, "float32")
+
+
+def test_the_steps_of_a_call_are_timed_together(tiny_config, monkeypatch):
+    """On an accelerator, training takes 50 steps a call, and a single step is another program."""
+    tiny_config.pipeline, tiny_config.steps_per_call = "device", 3
+    start = setup.setup(tiny_config, 2)
+    monkeypatch.setattr(timing, "throughput", lambda dispatch, wait, images, seconds: (wait(dispatch()), images))
+    metrics, images = measure.train_step(start.config, start)(1.0)
+    assert images == 3 * tiny_config.batch_size
+    assert metrics.rejected.shape == (3,)
+    losses = metrics.means.loss.total / metrics.means.loss.count
+    assert losses[0] > losses[2]  # each step learns the same batch
 
 
 def test_the_streaming_pipeline_is_measured_alone_and_in_the_loop(measured):
