@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax.data import cache, npz, sampling, sources
+from resnet_jax.data.images import TooLargeError
 from resnet_jax.data.npz import KEYS, PARTS, Arrays
 from resnet_jax.errors import UserError
 
@@ -315,6 +316,8 @@ def _cached(
             arrays = npz.read(path)
             if fingerprint(arrays) == str(arrays["fingerprint"]):
                 return arrays
+        except TooLargeError:
+            raise
         except (UserError, KeyError):
             pass
         print(f"{path} is corrupt: decoding {folder} again")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_jax.data.images import check_memory
 from resnet_jax.errors import UserError, reason
 
 PARTS = ("train", "validation", "test")
@@ -23,7 +24,10 @@ def read(path: Path) -> Arrays:
         raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            check_memory(f"the arrays of {path}", sum(member.file_size for member in file.zip.infolist()))
             return {key: file[key] for key in file.files}
+    except UserError:
+        raise
     except Exception as error:  # NumPy and zipfile raise many kinds of errors for a corrupt file
         raise UserError(
             f"{path} cannot be read as an .npz of arrays ({reason(error)}): fix it, or give another"

@@ -8,6 +8,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,15 +143,21 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
     class_names = sorted({file.label for file in files if file.part == "train"})
     arrays: Arrays = {"class_names": np.array(class_names)}
     unreadable = []
-    for part in dict.fromkeys(file.part for file in files):
-        members = [file for file in files if file.part == part]
-        decoded = []
+
+    def decode(members: list[LabelledFile]) -> Iterator[np.ndarray]:
         for file in members:
             try:
-                decoded.append(_as_array(images.read(file.path), image_size))
+                yield _as_array(images.read(file.path), image_size)
             except Exception as error:  # a decoder can raise anything on hostile bytes
                 unreadable.append((file.path, reason(error)))
-        arrays[f"{part}_images"] = np.zeros((0, 0, 0, 3), np.uint8) if unreadable else _stack(decoded)
+
+    for part in dict.fromkeys(file.part for file in files):
+        members = [file for file in files if file.part == part]
+        try:
+            arrays[f"{part}_images"] = _collect(decode(members), len(members), len(files))
+        except UserError:
+            if not unreadable:
+                raise
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
     if len(unreadable) == 1:
         raise UserError("{} cannot be read as an image ({}): fix or remove it".format(*unreadable[0]))
@@ -165,19 +172,32 @@ def _as_array(image: Image.Image, image_size: int) -> np.ndarray:
     return np.asarray(images.fit(image, (image_size, image_size)) if image_size else image)
 
 
-def _stack(arrays: list[np.ndarray]) -> np.ndarray:
-    """Stack images of one size into one array.
+def _collect(decoded: Iterable[np.ndarray], count: int, total: int) -> np.ndarray:
+    """Collect images of one size in one array, as they are decoded.
+
+    Args:
+        decoded: `count` images, uint8 [H, W, 3], or fewer if some cannot be read.
+        count: of this part.
+        total: of all parts of the source.
 
     Raises:
-        UserError: if their sizes differ.
+        UserError: if their sizes differ, or all images of the source would not fit in the memory.
     """
-    sizes = sorted({array.shape[:2] for array in arrays})
+    sizes: set[tuple[int, ...]] = set()
+    collected = np.zeros((count, 0, 0, 3), np.uint8)
+    for i, image in enumerate(decoded):
+        if not sizes:
+            images.check_memory(f"{total:,} images of {image.shape[0]}x{image.shape[1]} pixels", total * image.nbytes)
+            collected = np.empty((count, *image.shape), np.uint8)
+        sizes.add(image.shape[:2])
+        if len(sizes) == 1:
+            collected[i] = image
     if len(sizes) > 1:
         raise UserError(
-            f"the images have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]}: set config.data.image_size to resize "
+            f"the images have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}: set config.data.image_size to resize "
             "them"
         )
-    return np.stack(arrays)
+    return collected
 
 
 def prepared_tfds_builder(name: str, data_dir: str) -> Any:
@@ -268,24 +288,26 @@ def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads
     tf = import_tensorflow(num_threads)
     arrays: Arrays = {"class_names": np.array(builder.info.features["label"].names)}
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    for part, split in splits.items():
-        print(
-            f"decoding {builder.info.splits[split].num_examples} images of {builder.name}'s {split} split", flush=True
-        )
+    counts = {part: builder.info.splits[split].num_examples for part, split in splits.items()}
+    labels: dict[str, list[int]] = {part: [] for part in splits}
+
+    def decode(part: str, split: str) -> Iterator[np.ndarray]:
         examples = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
-        decoded, labels = [], []
+        for example in tfds.as_numpy(examples):
+            pixels = example["image"]
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            labels[part].append(example["label"])
+            yield _as_array(images.to_rgb(image), image_size)
+
+    for part, split in splits.items():
+        print(f"decoding {counts[part]} images of {builder.name}'s {split} split", flush=True)
         try:
-            for example in tfds.as_numpy(examples):
-                pixels = example["image"]
-                image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-                decoded.append(_as_array(images.to_rgb(image), image_size))
-                labels.append(example["label"])
+            arrays[f"{part}_images"] = _collect(decode(part, split), counts[part], sum(counts.values()))
         except tf.errors.OpError as error:
             raise UserError(
                 f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"
             ) from error
-        arrays[f"{part}_images"] = _stack(decoded)
-        arrays[f"{part}_labels"] = np.array(labels, np.int32)
+        arrays[f"{part}_labels"] = np.array(labels[part], np.int32)
     return arrays
 
 

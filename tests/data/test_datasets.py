@@ -6,6 +6,7 @@ import pickle
 import socket
 import threading
 import time
+import types
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from configs import final
-from resnet_jax.data import cache, datasets, sources
+from resnet_jax.data import cache, datasets, images, sources
 from resnet_jax.errors import UserError
 
 DIGITS_FINGERPRINT = "617c980d45980a2ed1f4992c26b10bd1c8fcae2ce2479ec88e0018e8507f9a00"
@@ -606,6 +607,25 @@ def flip(key):
         return content[:first] + bytes([content[first] ^ 1]) + content[first + 1 :]
 
     return damage
+
+
+def test_images_that_would_not_fit_in_the_memory_are_refused_before_they_are_decoded(data, tmp_path, monkeypatch):
+    """As of ImageNet-1k at 224 pixels, which take 193 GB."""
+    import toy_tfds
+
+    toy_tfds.ToyGrey(data_dir=data.data_dir).download_and_prepare()
+    root, file = folder(tmp_path), npz(tmp_path)
+    whole = load(data, f"folder:{root}")
+    decoded, read = [], images.read
+    monkeypatch.setattr(images, "read", lambda path: decoded.append(path) or read(path))
+    monkeypatch.setattr(images.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=6 * 7 * 5 * 3 - 1))
+    refusal(data, f"folder:{root}", "the arrays of", "GB are free: lower config.data.image_size")  # of the cache
+    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take 0.0 GB in memory", image_size=8)
+    assert len(decoded) == 1
+    refusal(data, "toy_grey", "10 images of 8x8 pixels take", "such as cifar10:train[:10%]", image_size=8)
+    refusal(data, file, "the arrays of", "take", image_size=0)
+    monkeypatch.undo()
+    assert same(whole, load(data, f"folder:{root}", image_size=0))
 
 
 @pytest.mark.parametrize(
