@@ -1,11 +1,14 @@
-"""Compile the training loop of a config for accelerators that are not at hand, and count what the programs do.
+"""Compile the training loop of a config for accelerators that are not in this machine, and count what the programs do.
 
     pip install --no-deps --target accelerators 'jax-cuda13-plugin==VERSION' 'jax-cuda13-pjrt==VERSION' 'libtpu==LIBTPU'
     PYTHONPATH=accelerators python -m benchmarks.compiled --config configs/final.py --output results/compiled.json
 
-VERSION is that of jaxlib, and LIBTPU the one that `pip show jax` asks for. XLA compiles for a description of the device, so
-nothing is run, and nothing that depends on running is chosen: cuDNN picks its algorithms on the GPU. The images are taken to
-be those of CIFAR-10.
+VERSION is that of jaxlib, and LIBTPU the one of jax's extra `tpu`, which this prints:
+
+    python -c 'import importlib.metadata as m; print([r for r in m.requires("jax") if "libtpu" in r])'
+
+XLA compiles for a description of the device. Nothing is run, so cuDNN's algorithms, which are chosen by their speed, are not
+known. The images are taken to be those of CIFAR-10.
 """
 
 import math
@@ -202,7 +205,7 @@ def facts(compiled: jax.stages.Compiled, state: train_state.TrainState, config: 
         bfloat16_sums: reductions over an array that return bfloat16.
         all_reduces: by dtype, how many, and their bytes.
         to_host: transfers to the host, or calls of it.
-        bytes: read and written in the memory of one device, by the shapes of the operations.
+        bytes: of all that the operations of one device read and write, as if there were no caches.
         donated: whether the new state takes the memory of the old one.
         temporary_bytes: memory that the program needs beside its arguments.
     """

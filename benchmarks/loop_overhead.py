@@ -4,7 +4,7 @@
         --output results/loop-overhead-cpu.json
 
 A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
-beside it: it logs, saves real states of the config's network, and evaluates. Each evaluation finds a better network, which
+beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a better network, which
 replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, as a share of it.
 """
 
@@ -19,6 +19,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from benchmarks import timing
@@ -26,7 +28,8 @@ from benchmarks.benchmark import check_output
 from resnet_jax import setup, steps, train_state, training
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
-from resnet_jax.data import feed
+from resnet_jax.data import feed, pipelines
+from resnet_jax.data.datasets import Split
 from resnet_jax.evaluate import Evaluation
 from resnet_jax.runs import environment, files, preemption, stored_config, workdir
 from resnet_jax.runs.plan import Plan
@@ -52,11 +55,12 @@ def _fake_steps(images_per_second: float) -> Callable[..., tuple[feed.StepFn, in
     ones = dict.fromkeys(("loss", "accuracy", "grad_norm"), jnp.ones(()))
     means = jax.device_get(train_state.TrainMetrics.single_from_model_output(**ones))
 
-    def make_step(config: ConfigDict, *_: Any) -> tuple[feed.StepFn, int]:
+    def make_step(config: ConfigDict, train: Split, mesh: Mesh, *_: Any) -> tuple[feed.StepFn, int]:
         free_at = 0.0  # when the accelerator has done what it was given
 
         def step_fn(state: train_state.TrainState, start: int, count: int) -> Any:
             nonlocal free_at
+            feed.put(pipelines.train_draws(train, config, start, count), mesh, P(None, "data"))
             free_at = max(free_at, time.perf_counter()) + count * config.batch_size / images_per_second
             step = jax.device_put(np.int32(start + count), state.step.sharding)
             stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), means)

@@ -120,7 +120,7 @@ def compiled_rows(result: dict[str, Any]) -> Iterator[list[str]]:
             f"{devices} {program['device']}",
             f"{batch:,}",
             f"{program['operations']:,}",
-            str(sum(program["convolutions"].values())),
+            str(sum(count for kind, count in program["convolutions"].items() if len(kind.split()[1]) == 4)),
             f"{program['bytes'] / 1e9:.1f}",
             f"{program['temporary_bytes'] / 1e9:.1f}",
             ", ".join(sums),

@@ -178,7 +178,9 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         if pending:
             _log(run, state, *pending)
         pending = call, metrics
-        exit_code, save = run.stop_request.agreed(start.mesh, save_due=run.folder.save_is_due())
+        exit_code, save = run.stop_request.agreed(
+            start.mesh, run.folder.save_is_due() and not plan.saves_after(call.end)
+        )
         if save or plan.saves_after(call.end):
             _log(run, state, *pending)
             pending = None

@@ -197,14 +197,19 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_p
     assert rows(tmp_path / "parts") == expected_rows
 
 
-def test_a_run_saves_when_the_last_save_is_long_ago(tmp_path, whole, tiny_config, monkeypatch):
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_a_run_saves_when_the_last_save_is_long_ago(tmp_path, whole, tiny_config, monkeypatch, steps_per_call):
+    tiny_config.pipeline, tiny_config.steps_per_call = "device", steps_per_call
     expected, expected_rows = whole(tiny_config)
     tiny_config.checkpoint_every_minutes = 1e-9
     with monkeypatch.context() as patch:
-        at_step(patch, 25, die)
+        at_step(patch, 12, die)
         with pytest.raises(Died):
             training.train(tiny_config, tmp_path)
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())[-2:] == [23, 24]
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [
+        12 - 2 * steps_per_call,
+        12 - steps_per_call,
+    ]
     assert training.train(tiny_config, tmp_path).state_digest == expected.state_digest
     assert rows(tmp_path) == expected_rows
 

@@ -47,17 +47,16 @@ class TooLargeError(UserError):
     """Images do not fit in the memory of the host."""
 
 
-def check_memory(what: str, num_bytes: int) -> None:
+def check_memory(what: str, num_bytes: int, remedy: str) -> None:
     """Check that the host has memory for decoded images, before they are decoded.
 
     Raises:
-        TooLargeError: if not; the message says how much they need, and how much is free.
+        TooLargeError: if not; the message says how much they need, how much is free, and the remedy.
     """
     free = psutil.virtual_memory().available
     if num_bytes > free:
         raise TooLargeError(
-            f"{what} take {num_bytes / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free: lower "
-            "config.data.image_size, or give fewer images, such as cifar10:train[:10%] of a TFDS set"
+            f"{what} take {num_bytes / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free: {remedy}"
         )
 
 

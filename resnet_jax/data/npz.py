@@ -24,7 +24,8 @@ def read(path: Path) -> Arrays:
         raise UserError(f"{path} is not a file: give config.data.name as npz:FILE")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            check_memory(f"the arrays of {path}", sum(member.file_size for member in file.zip.infolist()))
+            size = sum(member.file_size for member in file.zip.infolist())
+            check_memory(f"the arrays of {path}", size, "use fewer or smaller images")
             return {key: file[key] for key in file.files}
     except UserError:
         raise

@@ -20,6 +20,7 @@ from resnet_jax.data.lazy_tensorflow import import_tensorflow, import_tfds
 from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.errors import UserError, reason
 
+_SMALLER = "set config.data.image_size, or lower it"
 TEST_SHARE = 0.2  # of each class of a source without a test set
 _FOLDER_NAMES = {  # part -> the names that people give to its folder, in any case
     "train": ("train", "training"),
@@ -151,14 +152,18 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
             except Exception as error:  # a decoder can raise anything on hostile bytes
                 unreadable.append((file.path, reason(error)))
 
+    rest = len(files)
     for part in dict.fromkeys(file.part for file in files):
         members = [file for file in files if file.part == part]
         try:
-            arrays[f"{part}_images"] = _collect(decode(members), len(members), len(files))
+            arrays[f"{part}_images"] = _collect(decode(members), len(members), rest, f"{_SMALLER}, or use fewer images")
+        except images.TooLargeError:
+            raise
         except UserError:
             if not unreadable:
                 raise
         arrays[f"{part}_labels"] = np.array([class_names.index(file.label) for file in members], np.int32)
+        rest -= len(members)
     if len(unreadable) == 1:
         raise UserError("{} cannot be read as an image ({}): fix or remove it".format(*unreadable[0]))
     if unreadable:
@@ -172,22 +177,24 @@ def _as_array(image: Image.Image, image_size: int) -> np.ndarray:
     return np.asarray(images.fit(image, (image_size, image_size)) if image_size else image)
 
 
-def _collect(decoded: Iterable[np.ndarray], count: int, total: int) -> np.ndarray:
+def _collect(decoded: Iterable[np.ndarray], count: int, rest: int, remedy: str) -> np.ndarray:
     """Collect images of one size in one array, as they are decoded.
 
     Args:
         decoded: `count` images, uint8 [H, W, 3], or fewer if some cannot be read.
         count: of this part.
-        total: of all parts of the source.
+        rest: of this part and those that are read after it.
+        remedy: what to do if they are too many.
 
     Raises:
-        UserError: if their sizes differ, or all images of the source would not fit in the memory.
+        UserError: if their sizes differ, or the rest of the source would not fit in the memory.
     """
     sizes: set[tuple[int, ...]] = set()
     collected = np.zeros((count, 0, 0, 3), np.uint8)
     for i, image in enumerate(decoded):
         if not sizes:
-            images.check_memory(f"{total:,} images of {image.shape[0]}x{image.shape[1]} pixels", total * image.nbytes)
+            what = f"{rest:,} images of {image.shape[0]}x{image.shape[1]} pixels"
+            images.check_memory(what, rest * image.nbytes, remedy)
             collected = np.empty((count, *image.shape), np.uint8)
         sizes.add(image.shape[:2])
         if len(sizes) == 1:
@@ -289,7 +296,8 @@ def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads
     arrays: Arrays = {"class_names": np.array(builder.info.features["label"].names)}
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     counts = {part: builder.info.splits[split].num_examples for part, split in splits.items()}
-    labels: dict[str, list[int]] = {part: [] for part in splits}
+    rest, labels = sum(counts.values()), {part: list[int]() for part in splits}
+    remedy = f"{_SMALLER}, or take a part of them, such as {builder.name}:{splits['train'].partition('[')[0]}[:10%]"
 
     def decode(part: str, split: str) -> Iterator[np.ndarray]:
         examples = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
@@ -302,12 +310,13 @@ def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads
     for part, split in splits.items():
         print(f"decoding {counts[part]} images of {builder.name}'s {split} split", flush=True)
         try:
-            arrays[f"{part}_images"] = _collect(decode(part, split), counts[part], sum(counts.values()))
+            arrays[f"{part}_images"] = _collect(decode(part, split), counts[part], rest, remedy)
         except tf.errors.OpError as error:
             raise UserError(
                 f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"
             ) from error
         arrays[f"{part}_labels"] = np.array(labels[part], np.int32)
+        rest -= counts[part]
     return arrays
 
 

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from resnet_jax import host, train_state
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, is_out_of_memory
 from resnet_jax.runs import files, processes
 from resnet_jax.runs.metrics_log import Validation, best_step, validations
 from resnet_jax.train_state import AveragedTrainState, TrainState
@@ -158,7 +158,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if processes.is_lost_peer(error):
+            if processes.is_lost_peer(error) or is_out_of_memory(error):
                 raise
             self._manager.reload()
             kept = self._manager.latest_step()
@@ -185,7 +185,7 @@ class Checkpoints:
             meta: kept beside the state, as JSON: {"config", "fingerprint", "class_names", "image_shape", "seconds"}.
 
         Raises:
-            UserError: if the previous checkpoint cannot be written.
+            UserError: if the previous checkpoint, or this one of several processes, cannot be written.
             ValueError: if the step is not later than the latest.
         """
         self.wait()
@@ -205,7 +205,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta | {"digest": files.digest(meta)}),
         )
-        self._manager.save(step, args=arguments)
+        if not self._manager.save(step, args=arguments):
+            raise RuntimeError(f"Orbax did not save step {step}")
 
     def choose(self, which: str) -> int:
         """The step that "best", "latest" or a number names.

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import jax
@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resnet_jax.runs.exits import exit_immediately
-
 # SLURM sends USR1 before its time limit, if asked to; a lost terminal sends HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = 124  # exit code, that of timeout(1)
 _SAVE = 1  # less than any exit code
+_SAME_SIGNAL_SECONDS = 1.0  # a lost terminal sends HUP twice, and timeout(1) may send TERM twice
 _RARELY = 16  # calls: an agreement among hosts takes as long as a small batch of evaluation
 
 
@@ -65,12 +64,12 @@ class StopRequest:
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Note the first signal that arrives in this block; a second one ends the process at once.
+        """Note the first signal that arrives in this block; a second one, a second later, ends the process at once.
 
         Python runs a handler only when the main thread leaves XLA, which may compile for minutes. The C handler writes each
         signal to a pipe at once, and another thread reads it there.
 
-        Only the main thread can handle signals: in another, or in a block of its own, this does nothing.
+        Only the main thread can handle signals. In another thread, or inside another such block, this does nothing.
         """
         if threading.current_thread() is not threading.main_thread() or self._captured:
             yield
@@ -80,9 +79,9 @@ class StopRequest:
             del previous[signal.SIGHUP]
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
-        watcher.start()
         previous_writer = signal.set_wakeup_fd(writer)
+        watcher = threading.Thread(target=self._watch, args=(reader, previous_writer), daemon=True)
+        watcher.start()
         for s in previous:
             signal.signal(s, self._note)
         self._captured = True
@@ -100,19 +99,20 @@ class StopRequest:
     def _note(self, signum: int, _: FrameType | None) -> None:
         self._signum = self._signum or signum
 
-    def _watch(self, reader: int) -> None:
-        """Act on the signals that the pipe names, until its other end is closed."""
-        stopping = False
+    def _watch(self, reader: int, others: int) -> None:
+        """Act on the signals that the pipe names, until its other end is closed; `others` is the pipe for other signals, or -1."""
+        stopping_since = None
         while byte := os.read(reader, 1):
             if byte[0] not in SIGNALS:
-                continue
-            if stopping:
-                exit_immediately(128 + byte[0])
-            stopping = True
-            if sys.stdout is not None and sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
-            if self._on_signal:
-                threading.Thread(target=self._on_signal, args=(128 + byte[0],), daemon=True).start()
+                if others >= 0:
+                    os.write(others, byte)
+            elif stopping_since is None:
+                stopping_since = time.monotonic()
+                if self._on_signal:
+                    threading.Thread(target=self._on_signal, args=(128 + byte[0],), daemon=True).start()
+                threading.Thread(target=_say_stopping, daemon=True).start()  # a stopped terminal would block this one
+            elif time.monotonic() - stopping_since > _SAME_SIGNAL_SECONDS:
+                os._exit(128 + byte[0])  # without a flush, which would wait for a main thread that is writing
 
     @contextmanager
     def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
@@ -154,14 +154,24 @@ class StopRequest:
             rarely: several processes agree at one in 16 of these calls only; for an evaluation, which a signal ends in each
                 process by itself (`exit_within`).
         """
-        code = self.exit_code() or (_SAVE if save_due else 0)
-        if jax.process_count() > 1:
+        own = self.exit_code() or (_SAVE if save_due else 0)
+        if jax.process_count() == 1:
+            code = own
+        else:
             self._rare_calls += rarely
             if rarely and self._rare_calls % _RARELY:
                 return None, False
-            posted, self._posted = self._posted, _largest(mesh)(_on_devices(code, mesh))
-            code = 0 if posted is None else int(posted)
+            code = 0 if self._posted is None else int(self._posted)
+            posts = 0 if own == code == _SAVE else own  # what is due is saved now
+            self._posted = _largest(mesh)(_on_devices(posts, mesh))
         return (code if code > _SAVE else None), code > 0
+
+
+def _say_stopping() -> None:
+    """Tell a person at a terminal what a signal does."""
+    with suppress(AttributeError, OSError, ValueError):  # no standard output, or a closed one
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
 
 
 @functools.cache

@@ -619,13 +619,23 @@ def test_images_that_would_not_fit_in_the_memory_are_refused_before_they_are_dec
     decoded, read = [], images.read
     monkeypatch.setattr(images, "read", lambda path: decoded.append(path) or read(path))
     monkeypatch.setattr(images.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=6 * 7 * 5 * 3 - 1))
-    refusal(data, f"folder:{root}", "the arrays of", "GB are free: lower config.data.image_size")  # of the cache
-    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take 0.0 GB in memory", image_size=8)
+    refusal(data, f"folder:{root}", "the arrays of", "GB are free: use fewer or smaller images")  # of the cache
+    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take 0.0 GB in memory", "image_size", image_size=8)
     assert len(decoded) == 1
-    refusal(data, "toy_grey", "10 images of 8x8 pixels take", "such as cifar10:train[:10%]", image_size=8)
+    refusal(data, "toy_grey", "10 images of 8x8 pixels take", "such as toy_grey:train[:10%]", image_size=8)
     refusal(data, file, "the arrays of", "take", image_size=0)
+    (root / "train" / "ant" / "0.png").write_bytes(b"")
+    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take", image_size=8)  # not: one file cannot be read
+    save_image(root / "train" / "ant" / "0.png", COLOURS["ant"])
     monkeypatch.undo()
     assert same(whole, load(data, f"folder:{root}", image_size=0))
+
+
+def test_what_is_decoded_already_is_not_counted_again(data, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(images, "check_memory", lambda what, num_bytes, remedy: needed.append(num_bytes))
+    load(data, f"folder:{folder(tmp_path)}")
+    assert needed == [6 * 7 * 5 * 3, 2 * 7 * 5 * 3]  # train and test; test
 
 
 @pytest.mark.parametrize(

@@ -124,20 +124,6 @@ def test_a_signal_in_a_long_evaluation_or_its_compilation_ends_a_run_within_ten_
     assert steps_saved(tmp_path) == [1]
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path):
-    """Before the first step, where the compilation keeps Python from running its handlers."""
-    process = start(*LONG, "--workdir", tmp_path)
-    read_until(process, "initialising")  # the signals are captured by now
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)  # another one: the kernel may join two that are equal
-    sent = time.monotonic()
-    said = "".join(process.communicate(timeout=600))
-    assert time.monotonic() - sent < 2
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
-    assert "stopped by" not in said
-    assert not list(tmp_path.glob("checkpoints/[0-9]*"))
-
-
 # 4. Writes
 
 

@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -23,7 +26,8 @@ def test_several_processes_act_on_the_largest_code_of_the_call_before(monkeypatc
     request, mesh = preemption.StopRequest(), train_state.make_mesh()
     with request.capture_signals():
         assert request.agreed(mesh, save_due=True) == (None, False)  # the others do not know it yet
-        assert request.agreed(mesh) == (None, True)
+        assert request.agreed(mesh, save_due=True) == (None, True)
+        assert request.agreed(mesh) == (None, False)  # saved once
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.agreed(mesh, save_due=True) == (None, False)
         assert request.agreed(mesh) == (128 + signal.SIGTERM, True)
@@ -38,6 +42,43 @@ def test_several_processes_agree_at_one_in_16_batches_of_an_evaluation(monkeypat
     for _ in range(160):
         assert request.agreed(mesh, rarely=True) == (None, False)
     assert len(agreements) == 10
+
+
+IN_C = """
+import hashlib
+from resnet_jax.runs.preemption import StopRequest
+with StopRequest().capture_signals():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # for many minutes, in which Python runs no handler
+"""
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    with subprocess.Popen([sys.executable, "-c", IN_C], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)  # as one: a lost terminal sends HUP twice
+        time.sleep(preemption._SAME_SIGNAL_SECONDS + 1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+def test_signals_of_others_reach_their_pipe():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    handler = signal.signal(signal.SIGUSR2, lambda *_: None)
+    try:
+        with preemption.StopRequest().capture_signals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert os.read(reader, 1) == bytes([signal.SIGUSR2])
+    finally:
+        signal.signal(signal.SIGUSR2, handler)
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize("seconds", [0.0, None])
