@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resnet_jax import config as config_lib
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.errors import UserError
 from resnet_jax.host import __version__
@@ -38,8 +39,8 @@ _TOLERANCE = 1e-4  # of the largest logit: runtimes add float32 numbers in diffe
 _CHECKED_ON = (1, 2, 17)  # batch sizes of the comparison
 
 
-def metadata(model: "Model") -> dict[str, Any]:
-    """Return the metadata of an export as JSON values; of paths only the last name."""
+def metadata(model: "Model", views: int = 1) -> dict[str, Any]:
+    """Return the metadata of an export as JSON values; of paths only the last name. `views` are those that it averages."""
     from resnet_jax import train_state
     from resnet_jax.inference import calibration
 
@@ -50,6 +51,7 @@ def metadata(model: "Model") -> dict[str, Any]:
         "image_shape": list(model.image_shape),
         "checkpoint_step": model.step,
         "temperature": calibration.to_names(model.temperatures),
+        **({"views": views} if views > 1 else {}),
         "weights": train_state.digest(model.variables),
         "resnet_jax": __version__,
     }
@@ -111,8 +113,14 @@ def write_safetensors(model: "Model", path: Path, float16: bool = False) -> Run:
     return trained_model.load(path).logits
 
 
-def write_stablehlo(model: "Model", path: Path) -> Run:
-    """Write the network as a `jax.export` program for any number of images, and read it back."""
+def write_stablehlo(model: "Model", path: Path, views: int = 1) -> Run:
+    """Write the network as a `jax.export` program for any number of images, and read it back.
+
+    Args:
+        model: the network.
+        path: the file.
+        views: of each image, whose logits the program averages: `steps.average_over_views`.
+    """
     import jax
     from jax import export
 
@@ -124,14 +132,14 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
     variables = jax.device_get(model.variables)
 
     def logits(images: jax.Array) -> jax.Array:
-        return steps.eval_logits(network.apply, variables, images, model.config.data)
+        return steps.eval_logits(network.apply, variables, images, model.config.data, views)
 
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *model.image_shape), np.uint8)
     program_bytes = export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(images).serialize()
     path.write_bytes(program_bytes)
     with zipfile.ZipFile(path, "a") as archive:  # after the program, where its reader ignores it
-        meta = sealed(metadata(model), hashlib.sha256(program_bytes).hexdigest())
+        meta = sealed(metadata(model, views), hashlib.sha256(program_bytes).hexdigest())
         archive.writestr(
             zipfile.ZipInfo("metadata.json"), meta
         )  # without a date, so that the same network gives the same bytes
@@ -139,7 +147,7 @@ def write_stablehlo(model: "Model", path: Path) -> Run:
     return lambda images: np.asarray(program.call(images))
 
 
-def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPSET) -> Run:
+def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPSET, views: int = 1) -> Run:
     """Write the network as an ONNX graph, and read it back.
 
     Args:
@@ -147,6 +155,7 @@ def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPS
         path: the file.
         fold: fold batch norm into the convolutions.
         opset: the version of ONNX's operators; an older runtime needs a lower one.
+        views: as in `write_stablehlo`.
     """
     try:
         import onnx
@@ -157,8 +166,8 @@ def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPS
 
     if opset not in onnx_graph.OPSETS:
         raise UserError(f"--opset {opset} must be from {onnx_graph.OPSETS[0]} to {onnx_graph.OPSETS[-1]}")
-    graph = onnx_graph.build(model, fold, opset)
-    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model).items()})
+    graph = onnx_graph.build(model, fold, opset, views)
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in metadata(model, views).items()})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
@@ -172,13 +181,13 @@ WRITERS: dict[str, Callable[..., Run]] = {
 }
 
 
-def largest_difference(model: "Model", run: Run) -> float:
-    """Return the largest difference of the logits / the largest logit, on random images."""
+def largest_difference(model: "Model", run: Run, views: int = 1) -> float:
+    """Return the largest difference of the logits, over `views` views, / the largest logit, on random images."""
     rng = np.random.default_rng()  # different images each time
     differences = []
     for count in _CHECKED_ON:
         images = rng.integers(0, 256, (count, *model.image_shape), np.uint8)
-        expected = model.logits(images)
+        expected = model.logits(images, views)
         differences.append(np.abs(run(images) - expected).max() / np.abs(expected).max())
     return float(max(differences))
 
@@ -200,7 +209,7 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     try:
         with files.scratch_directory(path.parent) as scratch:
             new = scratch / path.name
-            difference = largest_difference(model, WRITERS[kind](model, new, **settings))
+            difference = largest_difference(model, WRITERS[kind](model, new, **settings), settings.get("views", 1))
             if not difference <= _TOLERANCE:
                 raise RuntimeError(
                     f"the {kind} export differs by {difference:.1e} of the largest logit: it was not written"
@@ -227,6 +236,7 @@ def main(argv: Sequence[str]) -> None:
         "--opset", type=int, metavar="N", help=f"version of ONNX's operators, 13 to 21 (default: {_OPSET}; onnx only)"
     )
     parser.add_argument("--float16", action="store_true", help="store the kernels in float16 (safetensors only)")
+    command_line.add_views_argument(parser)
     arguments = parser.parse_args(argv)
     beside = arguments.run.with_suffix("") if shipped.find(arguments.run).is_file() else arguments.run / "model"
     path = arguments.output or Path(f"{beside}.{arguments.format}")
@@ -238,11 +248,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--opset needs --format onnx")
     if arguments.float16 and arguments.format != "safetensors":
         raise UserError("--float16 needs --format safetensors")
+    if arguments.views > 1 and arguments.format == "safetensors":
+        raise UserError(f"--views={arguments.views} needs --format onnx or stablehlo: weights alone average nothing")
     say_loading(arguments.run)
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
     settings = {name: given for name in ("fold", "float16", "opset") if (given := getattr(arguments, name))}
+    if arguments.views > 1:
+        settings["views"] = arguments.views
     difference = write(model, arguments.format, path, **settings)
     if arguments.float16:
         difference = largest_difference(model, trained_model.load(path).logits)  # rounding included

@@ -71,14 +71,56 @@ class _Graph:
             x = self.conv_norm(x, (name,), "shortcut_conv", "shortcut_norm", stride)
         return self.add("Relu", self.add("Add", y, x))
 
+    def views(self, x: str, views: int) -> tuple[str, list[float]]:
+        """Join the views of images [N, C, H, W] to [views * N, C, H, W]; return also the weight of each view.
 
-def build(model: "Model", fold: bool, opset: int) -> onnx.ModelProto:
-    """Build the graph of a network; `fold` folds batch norm into the convolutions, `opset` is one of `OPSETS`."""
+        They are those of `steps.average_over_views`.
+        """
+        places, shares = [x], [1.0]
+        if views == 6:
+            padded = self.add("Pad", x, self.integers("pads", [0, 0, 1, 1, 0, 0, 1, 1]), mode="reflect")
+            axes = self.integers("axes", [2, 3])
+            for name, first, last in (("upper", 0, -2), ("lower", 2, 2**31)):
+                corners = [self.integers(f"{name}_{end}", [at, at]) for end, at in (("first", first), ("last", last))]
+                places.append(self.add("Slice", padded, *corners, axes))
+            shares = [1 / 2, 1 / 4, 1 / 4]
+        mirror = [self.integers(name, [value]) for name, value in zip(_OF_MIRROR, (-1, -(2**31), 3, -1), strict=True)]
+        mirrored = [self.add("Slice", place, *mirror) for place in places]
+        return self.add("Concat", *places, *mirrored, axis=0), [share / 2 for share in [*shares, *shares]]
+
+    def average(self, logits: str, shares: list[float], num_classes: int, output: str) -> None:
+        """Average logits [views * N, num_classes] over the views, as the graph's output."""
+        by_view = self.add("Reshape", logits, self.integers("by_view", [len(shares), -1, num_classes]))
+        weighted = self.add("Mul", by_view, self.weight("shares", np.reshape(shares, (-1, 1, 1))))
+        axis = self.integers("view", [0])
+        self.nodes.append(helper.make_node("ReduceSum", [weighted, axis], [output], keepdims=0))
+
+    def integers(self, name: str, values: list[int]) -> str:
+        """Add a constant of integers; return its name."""
+        self.weights.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+
+_OF_MIRROR = ("mirror_first", "mirror_last", "mirror_axis", "mirror_step")  # of a slice from right to left
+
+
+def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelProto:
+    """Build the graph of a network.
+
+    Args:
+        model: the network.
+        fold: fold batch norm into the convolutions.
+        opset: one of `OPSETS`.
+        views: of each image, whose logits the graph averages: `steps.average_over_views`.
+    """
     graph, config = _Graph(model, fold), model.config
     x = graph.add("Cast", "images", to=TensorProto.FLOAT)
     mean, std = (255 * np.array(value).reshape(1, 1, 1, 3) for value in (config.data.mean, config.data.std))
     x = graph.add("Div", graph.add("Sub", x, graph.weight("mean", mean)), graph.weight("std", std))
     x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
+    shares = [1.0]
+    if views > 1:
+        x, shares = graph.views(x, views)
     imagenet = config.model.stem == "imagenet"
     x = graph.add("Relu", graph.conv_norm(x, (), "stem_conv", "stem_norm", 2 if imagenet else 1))
     if imagenet:
@@ -95,7 +137,10 @@ def build(model: "Model", fold: bool, opset: int) -> onnx.ModelProto:
     classifier = graph.params["classifier"]
     kernel, bias = (graph.weight(f"classifier/{key}", classifier[key]) for key in ("kernel", "bias"))
     scale = {"alpha": config.model.logit_scale, "beta": config.model.logit_scale}
-    graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], ["logits"], **scale))
+    output = "logits" if views == 1 else "logits_of_views"
+    graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], [output], **scale))
+    if views > 1:
+        graph.average(output, shares, len(model.class_names), "logits")
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
     graph_proto = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)

@@ -61,8 +61,9 @@ class Model:
         step: number of steps done at its checkpoint.
         temperatures: logits are divided by these before the softmax, by the number of `views`; 1.0 if missing.
         program: computes the logits of uint8 images instead of `variables`.
+        program_views: how many views of an image `program` averages.
 
-    All arguments but `program` are attributes.
+    All arguments but the last two are attributes.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class Model:
         step: int,
         temperatures: Mapping[int, float] = MappingProxyType({}),
         program: export.Exported | None = None,
+        program_views: int = 1,
     ) -> None:
         self.config, self.class_names, self.image_shape = config, class_names, image_shape
         self._variables, self.step, self.temperatures = variables, step, temperatures
-        self._process = os.getpid()
+        self._program_views, self._process = program_views, os.getpid()
         network = _network(config, len(class_names))
         self._logits = jax.jit(partial(_run, program) if program else network, static_argnames="views")
         self._saliency = jax.jit(partial(_saliency, network))
@@ -113,10 +115,11 @@ class Model:
                 `steps.average_over_views`.
 
         Raises:
-            UserError: in a process that was forked after the network was loaded.
+            UserError: in a process that was forked after the network was loaded, or if the network is a program that averages
+                views itself, and `views` is not 1.
             ValueError: if the images are not as described, or `views` is another number.
         """
-        temperature = np.float32(self.temperatures.get(views, 1.0))
+        temperature = np.float32(self.temperatures.get(max(views, self._program_views), 1.0))
         probabilities = calibration.softmax(self.logits(images, views) / temperature)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
@@ -129,6 +132,8 @@ class Model:
             )
         if views not in config_lib.VIEWS or isinstance(views, bool):  # True was `flip` once
             raise ValueError(f"views must be 1, 2 or 6, got {views}")
+        if views > 1 and self._program_views > 1:
+            raise UserError(f"this program averages {self._program_views} views itself: leave --views out")
         batch = as_batch(images, self.image_shape)
         batch = batch if batch.dtype == np.uint8 else batch * np.float32(255)
         logits = [np.zeros((0, len(self.class_names)), np.float32)]
@@ -302,7 +307,10 @@ def _load_file(path: Path) -> Model:
             wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
             if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
                 raise ValueError("its weights do not fit its config")
-        return Model(config, names, shape, variables, step, calibration.from_names(meta["temperature"]), program)
+        if (views := meta.get("views", 1)) not in config_lib.VIEWS:
+            raise ValueError(f"its program averages {views} views")
+        temperatures = calibration.from_names(meta["temperature"])
+        return Model(config, names, shape, variables, step, temperatures, program, views)
     except KeyError as error:
         raise UserError(f"{path} cannot be used (it lacks {error}): export it again with this version") from error
     except Exception as error:  # a reader can raise anything for a corrupt file

@@ -94,6 +94,36 @@ def test_an_export_holds_no_path_of_this_machine(cache_dir, tmp_path, kind):
     assert cache_dir.encode() not in content
 
 
+@pytest.mark.parametrize("views", [2, 6])
+@pytest.mark.parametrize("kind", ["stablehlo", "onnx", "folded"])
+def test_a_program_averages_views_itself(cache_dir, tmp_path, kind, views):
+    pytest.importorskip("onnxruntime")
+    model = random_model(cache_dir)
+    settings = {"views": views} | ({"fold": True} if kind == "folded" else {})
+    kind = "onnx" if kind == "folded" else kind
+    path = tmp_path / f"model.{kind}"
+    assert export.write(model, kind, path, **settings) < 2e-5
+    images = np.random.default_rng(0).integers(0, 256, (3, *model.image_shape), np.uint8)
+    plain, averaged = model.logits(images), model.logits(images, views)
+    assert np.abs(plain - averaged).max() > 1e-3 * np.abs(plain).max()
+    if kind == "stablehlo":
+        program = trained_model.load(path)
+        np.testing.assert_allclose(program.logits(images), averaged, rtol=1e-4, atol=1e-4)
+        with pytest.raises(UserError, match=f"this program averages {views} views itself: leave --views out"):
+            program.predict(images, views=2)
+
+
+def test_a_program_that_averages_views_has_their_temperature(run, tmp_path):
+    step = trained_model.load(run).step
+    temperatures = {"checkpoint_step": step, "temperature": {"plain": 1.5, "flip": 1.3, "moved": 1.2}}
+    (run / "temperature.json").write_text(json.dumps(temperatures))
+    tool("export", run, "--format=stablehlo", "--views=6", f"--output={tmp_path}/model.stablehlo")
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    expected = trained_model.load(run).predict(images, views=6).probabilities
+    found = trained_model.load(tmp_path / "model.stablehlo").predict(images).probabilities
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_folding_leaves_no_batch_norm(cache_dir, tmp_path):
     onnx = pytest.importorskip("onnx")
     model = random_model(cache_dir)
@@ -144,7 +174,7 @@ def test_an_opset_has_only_the_operators_of_its_time(cache_dir, tmp_path, opset)
     """ONNX's checker refuses what an opset does not have, and the runtime runs each operator as its opset defines it."""
     onnx = pytest.importorskip("onnx")
     model = random_model(cache_dir, stem="imagenet")
-    assert export.write(model, "onnx", tmp_path / "model.onnx", opset=opset) < 2e-5
+    assert export.write(model, "onnx", tmp_path / "model.onnx", opset=opset, views=6) < 2e-5
     graph = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
     assert [entry.version for entry in graph.opset_import] == [opset]
@@ -352,6 +382,10 @@ MISTAKES = {
     "an opset of another format": (["{run}", "--format=stablehlo", "--opset=13"], "--opset needs --format onnx"),
     "an opset that is too old": (["{run}", "--format=onnx", "--opset=12"], "--opset 12 must be from 13 to 21"),
     "half of a program": (["{run}", "--format=stablehlo", "--float16"], "--float16 needs --format safetensors"),
+    "views of weights": (
+        ["{run}", "--format=safetensors", "--views=2"],
+        "--views=2 needs --format onnx or stablehlo: weights alone average nothing",
+    ),
     "no such folder": (["{run}", "--format=safetensors", "--output=no/m.safetensors"], "cannot be written"),
     "no such checkpoint": (["{run}", "--format=onnx", "--checkpoint=7"], "no checkpoint of step 7"),
 }
