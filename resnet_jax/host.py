@@ -8,9 +8,7 @@ __version__ = "0.2.0"
 _PACKAGE = Path(__file__).parent
 CHECKOUT = _PACKAGE.parent  # the repository, unless the package was installed from a wheel
 TEMPLATES = _PACKAGE / "templates"  # of pages and model cards
-CONFIGS = _PACKAGE / "configs"  # in a wheel
-if not CONFIGS.is_dir():
-    CONFIGS = CHECKOUT / "configs"
+CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else CHECKOUT) / "configs"  # the former in a wheel
 
 
 def usable_cores() -> int:

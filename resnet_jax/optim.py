@@ -32,7 +32,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
 
     def piece(xp: Any, step: Any, epochs: float, warmup_epochs: float) -> Any:
         if schedule.name == "step":
-            return eta * schedule.decay_factor ** xp.floor(step / (schedule.decay_every_epochs * steps_per_epoch))
+            period = round(schedule.decay_every_epochs * steps_per_epoch, 6)
+            return eta * schedule.decay_factor ** xp.floor(step / period)
         warmup_steps, eta_min = warmup_epochs * steps_per_epoch, schedule.min_ratio * eta
         done = xp.clip((step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps), 0.0, 1.0)
         decay = 1.0 - done if schedule.name == "warmup_linear" else 0.5 * (1.0 + xp.cos(xp.pi * done))
@@ -42,7 +43,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
         xp: Any = np if isinstance(step, int) else jnp  # on the host for the log, which must not wait for a device
         rate = piece(xp, step, ends[0], schedule.get("warmup_epochs", 0.0))
         for start, end in itertools.pairwise(ends):
-            since = step - start * steps_per_epoch
+            since = step - round(start * steps_per_epoch, 6)  # 1,875, where floats make it 1,875.0000000000002
             rate = xp.where(since < 0, rate, piece(xp, since, end - start, 0.0))
         return rate
 

@@ -178,10 +178,9 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         if pending:
             _log(run, state, *pending)
         pending = call, metrics
-        exit_code, save = run.stop_request.agreed(
-            start.mesh, run.folder.save_is_due() and not plan.saves_after(call.end)
-        )
-        if save or plan.saves_after(call.end):
+        planned = plan.saves_after(call.end)
+        exit_code, due = run.stop_request.agreed(start.mesh, not planned and run.folder.save_is_due())
+        if planned or due:
             _log(run, state, *pending)
             pending = None
             run.folder.save(state, run.seconds())

@@ -107,6 +107,24 @@ def test_step_decay_is_that_of_pytorchs_step_lr():
         assert float(schedule(step)) == pytest.approx(0.01 * 0.7**power, rel=1e-6), step
 
 
+@pytest.mark.parametrize("name", ["step", "restarts"])
+def test_a_rate_changes_at_the_step_at_which_its_epochs_end(name):
+    """11 epochs of 45,000 images are 1,875 steps of 264, which floats make a little more."""
+    assert 11 * (45_000 / 264) > 1875
+    if name == "step":
+        config = sgd.get_config()
+        config.schedule.decay_every_epochs = 11
+    else:
+        config = final.get_config()
+        config.schedule.restart_epochs = (11.0,)
+    schedule = optim.make_schedule(config, 45_000 / 264)
+    for convert in (int, jnp.int32):
+        before, after = (float(schedule(convert(step))) for step in (1874, 1875))
+        assert after == pytest.approx(
+            before * config.schedule.decay_factor if name == "step" else config.optim.learning_rate
+        )
+
+
 def test_clipping_bounds_the_global_norm(final_config):
     final_config.optim.name, final_config.optim.max_grad_norm = "sgd", 0.5
     final_config.optim.momentum, final_config.optim.dampening, final_config.optim.weight_decay = 0.0, 0.0, 0.0
