@@ -237,19 +237,21 @@ def quickstart_table() -> str:
     return measured_table(rows, runs[0]["environment"])
 
 
-def speedrun_runs() -> list[dict[str, Any]]:
-    """The runs of `configs/speedrun.py` on a CPU, by seed."""
-    return [read_result(path.name) for path in sorted((ROOT / "results").glob("speedrun-cpu-seed*.json"))]
+def runs_of(name: str) -> list[dict[str, Any]]:
+    """The runs of a config on a CPU, by seed."""
+    return [read_result(path.name) for path in sorted((ROOT / "results").glob(f"{name}-cpu-seed*.json"))]
 
 
-def speedrun_table() -> str:
-    """The runs of `configs/speedrun.py`, each by itself, their mean accuracy, and the medians of the rest."""
-    runs = speedrun_runs()
+def views_table(name: str) -> str:
+    """The runs of a config on a CPU, with one view and six; of several, their mean accuracy, and the medians of the rest."""
+    runs = runs_of(name)
     names = ("test_accuracy", "test_accuracy_over_views", "total_seconds", "evaluation_seconds", "images_per_second")
     rows = [["seed", "test accuracy, one view", "six views", "seconds in all", "of these evaluation", "images/s"]]
     for run in runs:
         one, six, *others = (run[name] for name in names)
         rows.append([str(run["seed"]), f"{one:.2%}", f"{six:.2%}", *(f"{value:.0f}" for value in others)])
+    if len(runs) == 1:
+        return measured_table(rows, runs[0]["environment"])
     means = [statistics.mean_and_spread([run[name] for run in runs]) for name in names[:2]]
     medians = [f"{np.median([run[name] for run in runs]):.0f}" for name in names[2:]]
     rows.append(["mean; median", *means, *medians])
@@ -269,13 +271,16 @@ def budget_table() -> str:
     rows = [["training", "test accuracy", "parameters", "PFLOP", "source"]]
     entries = []
     for name, runs, accuracy in (
-        ("`speedrun.py`, six views", speedrun_runs(), "test_accuracy_over_views"),
+        ("`speedrun.py`, six views", runs_of("speedrun"), "test_accuracy_over_views"),
+        ("`best.py`, six views", runs_of("best"), "test_accuracy_over_views"),
         ("`final.py`", [read_result(f"final-h200-seed{seed}.json") for seed in (0, 1, 2)], "test_accuracy"),
     ):
         first = runs[0]
         pflop = first["train_flops_per_image"] * first["config"]["batch_size"] * first["steps"] / 1e15
         mean = statistics.mean_and_spread([run[accuracy] for run in runs]).removesuffix(" %")
-        entries.append((name, mean, f"{first['num_params']:,}", pflop, f"measured here, {len(runs)} seeds"))
+        entries.append(
+            (name, mean, f"{first['num_params']:,}", pflop, f"measured here, {len(runs)} seed{'s' * (len(runs) > 1)}")
+        )
     published = [(*entry[:4], f"published: {entry[4]}") for entry in PUBLISHED]
     for name, accuracy, params, pflop, source in sorted(entries + published, key=lambda entry: entry[3]):
         rows.append([name, f"{accuracy} %", params, f"{pflop:.2f}" if pflop < 1 else f"{pflop:.1f}", source])
@@ -335,7 +340,8 @@ def refreshed(document: str) -> str:
         "claims": claims_table,
         "finetune": finetune_table,
         "quickstart": quickstart_table,
-        "speedrun": speedrun_table,
+        "speedrun": partial(views_table, "speedrun"),
+        "best": partial(views_table, "best"),
         "budget": budget_table,
         "ladder": ladder_table,
         "evaluations-final": partial(evaluations_table, ["final-h200"]),

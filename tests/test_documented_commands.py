@@ -69,12 +69,12 @@ def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
         return argv
     i = argv.index("--config") + 1
     source, stem = argv[i].partition(":")[0], Path(argv[i].partition(":")[0]).stem
-    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": "", "speedrun": ""}[stem]
+    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": "", "speedrun": "", "best": ""}[stem]
     replaced = tuple(flag.partition("=")[0] + "=" for flag in SMALL)  # a tuple that is given twice grows
     argv = [*argv[:i], source + variant, *(word for word in argv[i + 1 :] if not word.startswith(replaced)), *SMALL]
     argv = [word.replace("=final-cifar10", "=runs/final") for word in argv]  # a tiny network too
     argv += ["--config.init_from=runs/final"] if stem == "finetune" else []
-    argv += ["--config.data.name=digits"] if stem == "speedrun" else []
+    argv += ["--config.data.name=digits"] if stem in ("speedrun", "best") else []
     return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 
@@ -172,7 +172,8 @@ def check_module(module: str) -> Callable[[Argv], None]:
         spec = importlib.util.find_spec(module)
         assert spec
         source = Path(str(spec.origin)).read_text()
-        assert all(f'"{word.partition("=")[0]}"' in source for word in argv if word.startswith("-"))
+        flags = [word.partition("=")[0] for word in argv if word.startswith("--") and not word.startswith("--config")]
+        assert all(f'"{flag}"' in source for flag in flags)
 
     return check
 
@@ -185,6 +186,8 @@ RULES: dict[str, Callable[[Argv], None]] = {
     "git clone": lambda argv: None,
     "python -m benchmarks.exports": check_module("benchmarks.exports"),  # it needs PyTorch
     "python -m benchmarks.load": check_module("benchmarks.load"),  # test_load.py runs it
+    "python -m benchmarks.loop_overhead": check_module("benchmarks.loop_overhead"),  # test_loop_overhead.py runs it
+    "python -m benchmarks.compiled": check_module("benchmarks.compiled"),  # test_compiled.py runs it
     "python -c": lambda argv: exec(argv[0]),
     "python -m reproduction.tables": check_module("reproduction.tables"),
     ".venv/bin/python -m pytest": check_pytest,
