@@ -75,6 +75,7 @@ def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
     argv = [word.replace("=final-cifar10", "=runs/final") for word in argv]  # a tiny network too
     argv += ["--config.init_from=runs/final"] if stem == "finetune" else []
     argv += ["--config.data.name=digits"] if stem in ("speedrun", "best") else []
+    argv += ["--config.data.image_size=16"] if stem == "best" else []  # its Cutout takes 12 pixels
     return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import jaxlib
 import pytest
 from helpers import ROOT
 
@@ -78,7 +77,9 @@ def programs(tmp_path_factory):
     """What `benchmarks.compiled` counts for an H100 and four v5e at batch 128, and for eight H100 at 1,024."""
     folder = tmp_path_factory.mktemp("accelerators")
     (libtpu,) = (re.sub(r";.*", "", r) for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu"))
-    cuda = (f"{package}=={jaxlib.__version__}" for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"))
+    cuda = (
+        f"{package}=={importlib.metadata.version('jaxlib')}" for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+    )
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *cuda, libtpu]
     installed = subprocess.run(install, capture_output=True, text=True)
     if installed.returncode:
