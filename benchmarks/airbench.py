@@ -19,7 +19,6 @@ from resnet_jax import setup
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, stored_config
 
 THEIR_EPOCHS = 8
 
@@ -60,14 +59,7 @@ def main(argv: Sequence[str]) -> None:
             "time of all epochs / airbench94's": timing.summary(of_all, "ratio"),
         },
     }
-    result = {
-        "cases": [case],
-        "torch": about,
-        "config": stored_config.to_json(config),
-        "environment": environment.collect(),
-    }
-    files.write_json(arguments.output, result)
-    print(arguments.output)
+    measure.write_result(arguments.output, {"cases": [case], "torch": about}, config)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def counts(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     """The type of a flag that takes whole numbers, separated by commas."""
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
@@ -72,11 +72,11 @@ def _parser() -> ArgumentParser:
         metavar="NAMES",
         help="what to measure, separated by commas",
     )
-    parser.add_argument("--batch-sizes", type=counts, metavar="SIZES", help="instead of config.batch_size")
+    parser.add_argument("--batch-sizes", type=whole_numbers, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
     parser.add_argument(
         "--device-counts",
-        type=counts,
+        type=whole_numbers,
         metavar="COUNTS",
         help="instead of all devices; a CPU simulates that many; startup and memory are measured only on all devices",
     )

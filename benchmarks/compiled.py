@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import measure
-from benchmarks.benchmark import check_output, counts
+from benchmarks.benchmark import check_output, whole_numbers
 from resnet_jax import config as config_lib
 from resnet_jax import steps, train_state
 from resnet_jax.cli import command_line
@@ -33,7 +33,6 @@ from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, stored_config
 
 NUM_EXAMPLES, IMAGE_SHAPE, NUM_CLASSES = 45_000, (32, 32, 3), 10
 
@@ -135,9 +134,15 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in _ARRAY.findall(shape)]
 
 
+def bytes_by_array(shape: str) -> list[tuple[int, int]]:
+    """Return the leading size, 0 of a scalar, and the bytes of each array of a shape."""
+    widths = {dtype: max(1, int(re.sub(r"\D", "", dtype) or 8) // 8) for dtype, _ in arrays(shape)}
+    return [((*sizes, 0)[0], math.prod(sizes) * widths[dtype]) for dtype, sizes in arrays(shape)]
+
+
 def num_bytes(shape: str) -> int:
     """Return the bytes of all arrays of a shape."""
-    return sum(math.prod(sizes) * max(1, int(re.sub(r"\D", "", dtype) or 8) // 8) for dtype, sizes in arrays(shape))
+    return sum(size for _, size in bytes_by_array(shape))
 
 
 def _end_of_parentheses(text: str) -> int:
@@ -183,16 +188,19 @@ def _loop(computations: dict[str, list[Instruction]], entry: str) -> list[Instru
     return max((computations[body] for body in bodies), key=len)
 
 
+def _work(body: list[Instruction]) -> list[Instruction]:
+    """Return the instructions that read or write memory, or compute; the end of one that is asynchronous does not count again."""
+    return [i for i in body if i.opcode not in _NO_WORK and not i.opcode.endswith("-done")]
+
+
 def _moved(body: list[Instruction], config: ConfigDict) -> Iterator[int]:
     """Yield the bytes that each operation reads and writes; of all images or draws, only those of a step."""
     shapes = {instruction.name: instruction.shape for instruction in body}
     share = {NUM_EXAMPLES: config.batch_size / NUM_EXAMPLES, feed.STEPS_PER_CALL: 1 / feed.STEPS_PER_CALL}
-    for instruction in body:
-        if instruction.opcode in _NO_WORK or instruction.opcode.endswith("-done"):
-            continue
+    for instruction in _work(body):
         for shape in (instruction.shape, *(shapes[name] for name in instruction.operands if name in shapes)):
-            for dtype, sizes in arrays(shape):
-                yield round(num_bytes(f"{dtype}[{','.join(map(str, sizes))}]") * share.get((*sizes, 0)[0], 1))
+            for leading, size in bytes_by_array(shape):
+                yield round(size * share.get(leading, 1))
 
 
 def facts(compiled: jax.stages.Compiled, state: train_state.TrainState, config: ConfigDict) -> dict[str, Any]:
@@ -214,7 +222,6 @@ def facts(compiled: jax.stages.Compiled, state: train_state.TrainState, config: 
     body = _loop(computations, entry)
     everything = [instruction for instructions in computations.values() for instruction in instructions]
     shapes = {instruction.name: instruction.shape for instruction in everything}
-    work = [i for i in body if i.opcode not in _NO_WORK and not i.opcode.endswith("-done")]
     convolutions: dict[str, int] = {}
     for i in everything:
         if i.opcode == "convolution" or "__cudnn$conv" in i.attributes:
@@ -231,7 +238,7 @@ def facts(compiled: jax.stages.Compiled, state: train_state.TrainState, config: 
             of_dtype[1] += num_bytes(i.shape)
     memory = compiled.memory_analysis()
     return {
-        "operations": len(work),
+        "operations": len(_work(body)),
         "convolutions": convolutions,
         "transposed_activations": sum(
             i.opcode in ("transpose", "copy") and math.prod(arrays(i.shape)[0][1]) > largest for i in everything
@@ -252,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
     command_line.add_config_arguments(parser)
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="NAMES", help=f"of {', '.join(TARGETS)}")
     parser.add_argument(
-        "--batch-sizes", type=counts, metavar="SIZES", help="for each target, instead of those of the docs"
+        "--batch-sizes", type=whole_numbers, metavar="SIZES", help="for each target, instead of those of the docs"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     arguments, config = command_line.parse_config(parser, argv)
@@ -270,14 +277,8 @@ def main(argv: Sequence[str]) -> None:
             target = {"target": name, **TARGETS[name]._asdict(), "batch_size": batch_size}
             programs.append({**target, **facts(compiled, state, sized)})
             print(f"{name}, batch {batch_size}: {programs[-1]['operations']} operations a step", flush=True)
-    result = {
-        "compiled": programs,
-        "train_flops_per_image": measure.flops_per_image(config, _images(), state, NUM_CLASSES),
-        "config": stored_config.to_json(config),
-        "environment": environment.collect(),
-    }
-    files.write_json(arguments.output, result)
-    print(arguments.output)
+    flops = measure.flops_per_image(config, _images(), state, NUM_CLASSES)
+    measure.write_result(arguments.output, {"compiled": programs, "train_flops_per_image": flops}, config)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from resnet_jax import config as config_lib
 from resnet_jax import train_state
 from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.inference import export, trained_model
-from resnet_jax.runs import environment, files, stored_config
 
 BATCH_SIZES = (1, 128)
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -114,11 +113,8 @@ def main(argv: Sequence[str]) -> None:
             "bytes": {name: path.stat().st_size for name, path in paths.items()} | {"torch": about_torch["bytes"]},
             "differences": differences,
             "torch": about_torch,
-            "config": stored_config.to_json(model.config),
-            "environment": environment.collect(),
         }
-        files.write_json(arguments.output, result)
-        print(arguments.output)
+        measure.write_result(arguments.output, result, model.config)
 
 
 if __name__ == "__main__":

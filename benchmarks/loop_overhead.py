@@ -4,8 +4,9 @@
         --output results/loop-overhead-cpu.json
 
 A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
-beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a better network, which
-replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, as a share of it.
+beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a
+better network, which replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, as a
+share of it.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from benchmarks import timing
+from benchmarks import measure, timing
 from benchmarks.benchmark import check_output
 from resnet_jax import setup, steps, train_state, training
 from resnet_jax.cli import command_line
@@ -31,7 +32,7 @@ from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data import feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.evaluate import Evaluation
-from resnet_jax.runs import environment, files, preemption, stored_config, workdir
+from resnet_jax.runs import preemption, workdir
 from resnet_jax.runs.plan import Plan
 
 
@@ -137,15 +138,8 @@ def main(argv: Sequence[str]) -> None:
             "overhead / steps": timing.summary([took / ideal - 1 for took in seconds], "ratio"),
         },
     }
-    result = {
-        "cases": [case],
-        "images_per_second": arguments.images_per_second,
-        "evaluated_per_second": arguments.evaluated_per_second,
-        "config": stored_config.to_json(config),
-        "environment": environment.collect(),
-    }
-    files.write_json(arguments.output, result)
-    print(arguments.output)
+    speeds = {name: getattr(arguments, name) for name in ("images_per_second", "evaluated_per_second")}
+    measure.write_result(arguments.output, {"cases": [case], **speeds}, config)
 
 
 if __name__ == "__main__":

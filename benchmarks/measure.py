@@ -31,7 +31,7 @@ from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, preemption, stored_config, workdir
+from resnet_jax.runs import environment, files, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call, Plan
@@ -169,6 +169,13 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
         raise AssertionError("the loop ended by itself")
 
     return measure
+
+
+def write_result(path: Path, result: dict[str, Any], config: ConfigDict) -> None:
+    """Write the result of a tool of its own, with its config and this machine, and print its path."""
+    described = {"config": stored_config.to_json(config), "environment": environment.collect()}
+    files.write_json(path, result | described)
+    print(path)
 
 
 THROUGHPUTS = {"train_step": train_step, "eval_step": eval_step, "pipeline": pipeline, "end_to_end": end_to_end}

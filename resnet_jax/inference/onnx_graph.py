@@ -84,24 +84,22 @@ class _Graph:
                 corners = [self.integers(f"{name}_{end}", [at, at]) for end, at in (("first", first), ("last", last))]
                 places.append(self.add("Slice", padded, *corners, axes))
             shares = [1 / 2, 1 / 4, 1 / 4]
-        mirror = [self.integers(name, [value]) for name, value in zip(_OF_MIRROR, (-1, -(2**31), 3, -1), strict=True)]
+        from_right = {"first": -1, "last": -(2**31), "axis": 3, "step": -1}
+        mirror = [self.integers(f"mirror_{name}", [value]) for name, value in from_right.items()]
         mirrored = [self.add("Slice", place, *mirror) for place in places]
         return self.add("Concat", *places, *mirrored, axis=0), [share / 2 for share in [*shares, *shares]]
 
-    def average(self, logits: str, shares: list[float], num_classes: int, output: str) -> None:
+    def average(self, logits: str, shares: list[float], num_classes: int) -> None:
         """Average logits [views * N, num_classes] over the views, as the graph's output."""
         by_view = self.add("Reshape", logits, self.integers("by_view", [len(shares), -1, num_classes]))
         weighted = self.add("Mul", by_view, self.weight("shares", np.reshape(shares, (-1, 1, 1))))
         axis = self.integers("view", [0])
-        self.nodes.append(helper.make_node("ReduceSum", [weighted, axis], [output], keepdims=0))
+        self.nodes.append(helper.make_node("ReduceSum", [weighted, axis], ["logits"], keepdims=0))
 
     def integers(self, name: str, values: list[int]) -> str:
         """Add a constant of integers; return its name."""
         self.weights.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
-
-
-_OF_MIRROR = ("mirror_first", "mirror_last", "mirror_axis", "mirror_step")  # of a slice from right to left
 
 
 def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelProto:
@@ -140,7 +138,7 @@ def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelP
     output = "logits" if views == 1 else "logits_of_views"
     graph.nodes.append(helper.make_node("Gemm", [x, kernel, bias], [output], **scale))
     if views > 1:
-        graph.average(output, shares, len(model.class_names), "logits")
+        graph.average(output, shares, len(model.class_names))
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *model.image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(model.class_names)])
     graph_proto = helper.make_graph(graph.nodes, "resnet", [images], [logits], graph.weights)
