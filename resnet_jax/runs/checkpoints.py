@@ -157,6 +157,8 @@ class Checkpoints:
         """Turn what Orbax raises for a failed write, at once or at the next save, into one line."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             if processes.is_lost_peer(error) or is_out_of_memory(error):
                 raise
@@ -173,7 +175,7 @@ class Checkpoints:
         wait([self._writing])
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:
         """Start writing the checkpoint of a state; an error of the previous write is raised here.
 
         A process alone copies the state on its devices, and another thread does the rest: Orbax spends a tenth of a second
@@ -183,6 +185,7 @@ class Checkpoints:
         Args:
             state: its `step` names the checkpoint; it may be donated afterwards.
             meta: kept beside the state, as JSON: {"config", "fingerprint", "class_names", "image_shape", "seconds"}.
+            check: called right before anything is written; raises a `UserError` if the folder is another one by then.
 
         Raises:
             UserError: if the previous checkpoint, or this one of several processes, cannot be written.
@@ -195,16 +198,17 @@ class Checkpoints:
         self._best.validations = dict(self._validations)
         if jax.process_count() > 1:
             with self._writable():
-                self._write(step, state, meta)
+                self._write(step, state, meta, check)
         else:
-            self._writing = self._thread.submit(self._write, step, _copy(state), meta)
+            self._writing = self._thread.submit(self._write, step, _copy(state), meta, check)
 
-    def _write(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    def _write(self, step: int, state: TrainState, meta: dict[str, Any], check: Callable[[], object]) -> None:
         meta = meta | {"digests": _digests(_parts(state))}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta | {"digest": files.digest(meta)}),
         )
+        check()
         if not self._manager.save(step, args=arguments):
             raise RuntimeError(f"Orbax did not save step {step}")
 

@@ -176,7 +176,7 @@ class Workdir:
         self.validations = validations(path)
         self._checkpoints = Checkpoints(path / "checkpoints", self.validations)
         self._log: MetricsLog | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), -1
 
     @property
     def latest_step(self) -> int | None:
@@ -227,8 +227,8 @@ class Workdir:
     def save(self, state: TrainState, seconds: float) -> None:
         """Start writing a checkpoint; `seconds` were spent on the run until now."""
         self.check_lock()
-        self._checkpoints.save(state, {**self._meta, "seconds": seconds})
-        self._saved_at = time.monotonic()
+        self._checkpoints.save(state, {**self._meta, "seconds": seconds}, check=self.check_lock)
+        self._saved_at, self._saved_step = time.monotonic(), int(state.step)
 
     def save_is_due(self) -> bool:
         """Whether the last save, or the start of this session, is `config.checkpoint_every_minutes` ago."""
@@ -265,6 +265,15 @@ class Workdir:
         if self._log:
             self._log.close()
         self._checkpoints.close()
+        if self._lock and not (self.path / ".lock").exists():
+            self._remove_stray()
+
+    def _remove_stray(self) -> None:
+        """Remove the checkpoint that Orbax made in a new folder, where the run's was deleted while the save began."""
+        shutil.rmtree(self.path / "checkpoints" / str(self._saved_step), ignore_errors=True)
+        with suppress(OSError):  # others put something there, or there is no folder
+            (self.path / "checkpoints").rmdir()
+            self.path.rmdir()
 
 
 @contextmanager

@@ -112,6 +112,20 @@ def test_saving_a_step_that_is_not_later_is_an_error_and_not_silent(tmp_path, st
     checkpoints.close()
 
 
+def test_a_folder_that_is_replaced_before_a_save_begins_to_write_is_left_alone(tmp_path, state):
+    """The digests are computed first, in the thread that writes."""
+
+    def check():
+        raise UserError("the run's folder was deleted")
+
+    checkpoints = save_all(tmp_path, state, [0.5])
+    checkpoints.save(plus(state, 2), {**META, "seconds": 2.0}, check)
+    with pytest.raises(UserError, match="the run's folder was deleted"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_save_returns_before_it_is_written_and_its_state_may_be_donated(tmp_path, state, monkeypatch):
     checkpoints = Checkpoints(tmp_path, {})
     donated, write = threading.Event(), checkpoints._write

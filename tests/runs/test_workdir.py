@@ -194,3 +194,19 @@ def test_a_result_whose_config_has_no_number_of_epochs_is_refused(tmp_path, trai
     (tmp_path / "result.json").write_text(json.dumps(result | {"config": config}))
     with pytest.raises(UserError, match=r"result\.json cannot be used \(config\.num_epochs is .*\): choose another"):
         workdir.is_complete(tmp_path, tiny_config)
+
+
+@pytest.mark.parametrize("another_run", [False, True])
+def test_a_checkpoint_made_in_place_of_a_deleted_folder_is_removed_unless_another_run_is_there(
+    tmp_path, tiny_config, another_run
+):
+    directory = tmp_path / "run"
+    meta = META | {"config": {}, "class_names": ["a", "b"], "image_shape": [8, 8, 3]}
+    with workdir.open_workdir(directory, tiny_config, meta) as folder:
+        directory.rename(tmp_path / "elsewhere")
+        folder._saved_step = 20
+        (directory / "checkpoints" / "20").mkdir(parents=True)
+        if another_run:
+            (directory / ".lock").touch()
+    assert directory.exists() == another_run
+    assert (directory / "checkpoints" / "20").exists() == another_run
