@@ -271,7 +271,7 @@ class Workdir:
     def _remove_stray(self) -> None:
         """Remove the checkpoint that Orbax made in a new folder, where the run's was deleted while the save began."""
         shutil.rmtree(self.path / "checkpoints" / str(self._saved_step), ignore_errors=True)
-        with suppress(OSError):  # others put something there, or there is no folder
+        with suppress(OSError):  # others put something there, or the folder is already gone
             (self.path / "checkpoints").rmdir()
             self.path.rmdir()
 
