@@ -35,8 +35,9 @@ from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data.lazy_tensorflow import has_tensorflow
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 
 THROUGHPUTS = ("train_step", "eval_step", "pipeline", "naive_pipeline", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks import timing
 from resnet_jax.cli.command_line import ArgumentParser, run
+from resnet_jax.disk import files
 from resnet_jax.inference import trained_model
-from resnet_jax.runs import environment, files
+from resnet_jax.runs import environment
 
 PROGRAMS = {
     "import": "import resnet_jax.inference.trained_model",

@@ -30,8 +30,9 @@ from resnet_jax import config as config_lib
 from resnet_jax import models, steps, train_state, training
 from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, preemption, stored_config, workdir
+from resnet_jax.runs import environment, preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call, Plan

@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment = ConfigDict()  # report 2c, with torchvision's semantics; 0 switches one off
     config.augment.flip_probability = 0.5  # left to right
     config.augment.flip = "random"  # or "alternating": each image every other epoch, arXiv:2404.00498
+    config.augment.resized_crop_area = 0.0  # of a random crop, scaled to the whole image: least share; arXiv:1409.4842
     config.augment.crop_padding = 4  # pixels on every side before the random crop
     config.augment.crop_fill = "black"  # what they hold; or "reflect": the image mirrored
     config.augment.brightness = 0.2  # factor uniform in 1 +- this

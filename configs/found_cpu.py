@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.augment.flip_probability = 0.5
     config.augment.mixup_alpha = 0.0
     config.augment.policy = ""
+    config.augment.resized_crop_area = 0.0
     config.augment.rotation_degrees = 15.0
     config.augment.saturation = 0.2
     config.batch_size = 128

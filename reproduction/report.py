@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from resnet_jax.cli.command_line import ArgumentParser, run
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files
 
 NOTES = {  # the figures of the report that the page shows again
     "optimizers": "The report's figures 1 and 2.",

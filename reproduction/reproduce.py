@@ -41,8 +41,8 @@ from typing import Any
 
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files
 
 ROOT = Path(__file__).parent.parent
 
 
-def accuracies(model: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def accuracies(model: Any, images: Any, labels: np.ndarray) -> dict[str, float]:
     """The accuracy of a network on images, and that of the mean over each image and its mirror image."""
     return {
         name: float(np.mean(model.logits(images, views).argmax(axis=1) == labels))

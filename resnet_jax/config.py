@@ -132,6 +132,7 @@ FIELDS: dict[str, Field] = {
     "data.std": _channels("from 1e-6", lambda v: v >= 1e-6),
     "augment.flip_probability": number("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "augment.flip": choice("random", "alternating"),
+    "augment.resized_crop_area": _FRACTION,
     "augment.crop_padding": integer(0, 1024),
     "augment.crop_fill": choice("black", "reflect"),
     **dict.fromkeys(("augment.brightness", "augment.contrast", "augment.saturation"), _FRACTION),

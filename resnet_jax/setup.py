@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
-from resnet_jax.data import cache, datasets, feed, pipelines, whitening
+from resnet_jax.data import datasets, feed, pipelines, whitening
+from resnet_jax.disk import cache
 from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, plan, processes, stored_config
 from resnet_jax.runs.progress import say, waiting

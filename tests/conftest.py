@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import final
 from resnet_jax import models, optim, steps, training
-from resnet_jax.data import cache
+from resnet_jax.disk import cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if folder := cache.folder():

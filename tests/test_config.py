@@ -67,6 +67,7 @@ RANGES = {
     "augment.flip": (["random", "alternating"], ["always"]),
     "augment.crop_padding": ([0], [-1]),
     "augment.crop_fill": (["black", "reflect"], ["white"]),
+    "augment.resized_crop_area": ([0.0, 0.08, 0.99], [-0.1, 1.0]),
     "augment.mixup_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
     "augment.cutmix_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
     "augment.cutout": ([0, 1024], [-1, 1025]),

@@ -8,9 +8,10 @@ from PIL import Image
 
 from resnet_jax import errors
 from resnet_jax.data import datasets, images
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model, unlabelled
-from resnet_jax.runs import exits, files
+from resnet_jax.runs import exits
 from resnet_jax.runs.workdir import open_workdir
 
 

@@ -19,11 +19,12 @@ from PIL import Image
 from configs import quickstart, sgd
 from resnet_jax import setup, steps, train_state, training
 from resnet_jax.data import datasets, feed, pipelines
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import files, preemption, stored_config
+from resnet_jax.runs import preemption, stored_config
 
 
 def at_step(monkeypatch, step, action):
@@ -460,7 +461,10 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_state_before_it_saved(t
 
 
 # Every ingredient of `config.augment` that is not in the report, with which both pipelines mix the same images.
-MODERN = {"flip": "alternating", "crop_fill": "reflect", "cutout": 3, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+MODERN = {
+    **{"flip": "alternating", "crop_fill": "reflect", "resized_crop_area": 0.3},
+    **{"cutout": 3, "mixup_alpha": 0.2, "cutmix_alpha": 1.0},
+}
 
 
 @pytest.mark.parametrize("pipeline", ["tf_data", "device"])

@@ -22,8 +22,9 @@ from ml_collections import ConfigDict, config_flags
 from resnet_jax import config as config_lib
 from resnet_jax import host
 from resnet_jax.config import Field
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 from resnet_jax.runs.exits import exit_immediately, exit_on_user_error, hide_closed_loops
 
 _ADDRESS_SPACE = 4 * 10**9  # bytes; a run of final.py:smoke ends well with 4.1e9, and crashes or hangs with 1.8e9

@@ -1,4 +1,4 @@
-"""The augmentation in JAX, batched and traced into the step: flip, crop, colour jitter, AutoAugment, rotation, Cutout.
+"""The augmentation in JAX, batched and traced into the step: crop, flip, colour jitter, AutoAugment, rotation, Cutout.
 
 Each transform has the same name in `augment_tf.py` and gives the same pixels: all arithmetic is on integers.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_jax.data.auto_augment import Kind
-from resnet_jax.data.sampling import JITTER_BITS
+from resnet_jax.data.sampling import JITTER_BITS, RESIZE_BITS
 
 
 def build_batch(
@@ -25,19 +25,22 @@ def build_batch(
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
-    comes last.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. A resized crop
+    comes first, and Cutout last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 to 4, 8];
-            with Cutout also "cutout", int32 [B, 2].
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32
+            [B, 1 to 4, 8]; with Cutout also "cutout", int32 [B, 2]; with resized crops also "resized_crop", int32 [B, H + W, 2].
         config: `config.augment`; static.
 
     Returns:
         uint8 [B, H, W, 3].
     """
+    if config.resized_crop_area > 0:
+        images = resized_crop(images[indices], draws["resized_crop"])
+        indices = jnp.arange(len(indices))
     if config.flip_probability > 0 or config.crop_padding > 0:
         images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
@@ -52,6 +55,29 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
     if config.cutout > 0:
         images = cutout(images, draws["cutout"], config.cutout)
     return images
+
+
+def resized_crop(images: jax.Array, crops: jax.Array) -> jax.Array:
+    """Scale a crop of each image to its whole size, bilinearly: Pillow's `crop` and `resize`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        crops: int32 [B, H + W, 2], from `sampling.resized_crops`.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    height = images.shape[1]
+    pixels = images.astype(jnp.int32)
+    for axis, crop in ((2, crops[:, None, height:, None]), (1, crops[:, :height, None, None])):
+        before, weight = crop[..., 0], crop[..., 1]
+        after = jnp.minimum(before + 1, images.shape[axis] - 1)
+        first, second = (
+            jnp.take_along_axis(pixels, place, axis, mode="promise_in_bounds") for place in (before, after)
+        )
+        rounded = first * 2**RESIZE_BITS + (second - first) * weight + 2 ** (RESIZE_BITS - 1)
+        pixels = rounded >> RESIZE_BITS
+    return pixels.astype(jnp.uint8)
 
 
 def flip_and_crop(

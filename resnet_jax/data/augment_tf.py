@@ -1,4 +1,4 @@
-"""The augmentation in TensorFlow, batched: flip, crop, colour jitter, AutoAugment, rotation, Cutout.
+"""The augmentation in TensorFlow, batched: crop, flip, colour jitter, AutoAugment, rotation, Cutout.
 
 With the same draws, each transform gives exactly the pixels of torchvision on Pillow images. All arithmetic is on
 integers, so the result does not depend on the order of operations, the batch size or the machine. Images stay
@@ -12,7 +12,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from resnet_jax.data.auto_augment import Kind
-from resnet_jax.data.sampling import JITTER_BITS
+from resnet_jax.data.sampling import JITTER_BITS, RESIZE_BITS
 
 _compiled = tf.function(jit_compile=True, autograph=False)
 
@@ -20,19 +20,22 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
-    comes last.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. A resized crop
+    comes first, and Cutout last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 or int64 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32 [B, 1 to 4, 8];
-            with Cutout also "cutout", int32 [B, 2].
+        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32
+            [B, 1 to 4, 8]; with Cutout also "cutout", int32 [B, 2]; with resized crops also "resized_crop", int32 [B, H + W, 2].
         config: `config.augment`.
 
     Returns:
         uint8 [B, H, W, 3].
     """
+    if config.resized_crop_area > 0:
+        images = resized_crop(tf.gather(images, indices), draws["resized_crop"])
+        indices = tf.range(tf.shape(images)[0])
     if config.flip_probability > 0 or config.crop_padding > 0:
         images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
@@ -47,6 +50,29 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
     if config.cutout > 0:
         images = cutout(images, draws["cutout"], config.cutout)
     return images
+
+
+@_compiled
+def resized_crop(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
+    """Scale a crop of each image to its whole size, bilinearly: Pillow's `crop` and `resize`.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        crops: int32 [B, H + W, 2], from `sampling.resized_crops`.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    height = images.shape[1]
+    pixels = tf.cast(images, tf.int32)
+    for axis, crop in ((2, crops[:, height:]), (1, crops[:, :height])):
+        before, weight = crop[..., 0], crop[..., 1]
+        after = tf.minimum(before + 1, images.shape[axis] - 1)
+        first, second = (tf.gather(pixels, place, axis=axis, batch_dims=1) for place in (before, after))
+        weight = weight[:, tf.newaxis, :, tf.newaxis] if axis == 2 else weight[:, :, tf.newaxis, tf.newaxis]
+        rounded = first * 2**RESIZE_BITS + (second - first) * weight + 2 ** (RESIZE_BITS - 1)
+        pixels = tf.bitwise.right_shift(rounded, RESIZE_BITS)
+    return tf.cast(pixels, tf.uint8)
 
 
 @_compiled

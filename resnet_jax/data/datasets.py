@@ -1,17 +1,18 @@
-"""Load a data set by name into memory: uint8 images, labels, class names and a fingerprint.
+"""Load a data set by name: uint8 images, labels, class names and a fingerprint.
 
 A name is `digits` (part of scikit-learn), `npz:FILE`, `folder:DIR` or the name of a TFDS image-classification set. Decoded
-folders and TFDS sets are cached as one `.npz`, which the `npz:` source can read. Of a source without a test set, a share of
-each class becomes one.
+folders and TFDS sets are cached as one `.npz`, which the `npz:` source can read, or, if they do not fit in memory, as a folder
+from which each batch is read. Of a source without a test set, a share of each class becomes one.
 """
 
 import hashlib
 import math
 import os
+import shutil
 import sys
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +21,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
-from resnet_jax.data import cache, npz, sampling, sources
-from resnet_jax.data.images import TooLargeError
+from resnet_jax.data import memory, npz, on_disk, sampling, sources
 from resnet_jax.data.npz import KEYS, PARTS, Arrays
+from resnet_jax.data.on_disk import Images, ImagesOnDisk
+from resnet_jax.disk import cache
+from resnet_jax.disk import files as files_lib
 from resnet_jax.errors import UserError
 
 
 class Split(NamedTuple):
-    """N examples: images uint8 [N, H, W, 3], labels int32 [N]."""
+    """N examples: images uint8 [N, H, W, 3], in memory or on disk, labels int32 [N]."""
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
 
 
 class Dataset(NamedTuple):
-    """A data set in memory.
+    """A data set, whose images are in memory or on disk.
 
     Attributes:
         name: `config.data.name`.
@@ -164,7 +167,9 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
 
 
 def _select(split: Split, positions: np.ndarray) -> Split:
-    return Split(split.images[positions], split.labels[positions])
+    images = split.images
+    chosen = images.select(positions) if isinstance(images, ImagesOnDisk) else images[positions]
+    return Split(chosen, split.labels[positions])
 
 
 def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray) -> np.ndarray:
@@ -208,7 +213,7 @@ def computed(config: ConfigDict, train: Split, num_classes: int) -> ConfigDict:
     return config_lib.replaced(config, {f"data.{name}": statistics[name] for name in wanted})
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and the standard deviation of each channel of uint8 images, scaled to 0..1, to six decimals.
 
     The sums are integers, so the numbers are the same on every machine.
@@ -228,9 +233,14 @@ def fingerprint(arrays: Arrays) -> str:
     """SHA-256 of the name, dtype, shape and bytes of each array, in the order of their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(arrays.keys() & set(KEYS)):
-        array = np.ascontiguousarray(arrays[name])
+        array = arrays[name]
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data if array.dtype.kind != "U" else "\n".join(array.tolist()).encode())
+        if isinstance(array, ImagesOnDisk):
+            for image in array:
+                digest.update(image.data)
+        else:
+            array = np.ascontiguousarray(array)
+            digest.update(array.data if array.dtype.kind != "U" else "\n".join(array.tolist()).encode())
     return digest.hexdigest()
 
 
@@ -286,53 +296,87 @@ def _check_own(dataset: Dataset) -> None:
             f"{dataset.name}: no training image for {len(empty)} of {len(counts)} classes ({', '.join(empty[:5])}): add "
             "images, or remove the class"
         )
-    seen = {hashlib.sha256(image.tobytes()).digest() for image in dataset.train.images}
     for part, split in (("validation", dataset.validation), ("test", dataset.test)):
-        images = () if split is None else split.images
-        num_shared = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in images)
-        if num_shared:
+        if split and (num_shared := _count_shared(dataset.train.images, split.images)):
             print(
-                f"warning: {dataset.name}: {num_shared} of {len(images)} {part} images are training images too, so the "
+                f"warning: {dataset.name}: {num_shared} of {len(split.images)} {part} images are training images too, so the "
                 f"{part} accuracy is too high: remove them from one split",
                 file=sys.stderr,
             )
 
 
+def _count_shared(images: Images, others: Images) -> int:
+    """Count the images of `others` that are in `images` too."""
+    if images.shape[1:] != others.shape[1:]:
+        return 0
+    here, there = on_disk.checksums(images), on_disk.checksums(others)
+    candidates = {images[i].tobytes() for i in np.flatnonzero(np.isin(here, there))}
+    return sum(others[i].tobytes() in candidates for i in np.flatnonzero(np.isin(there, here)))
+
+
 def _cached(
-    config: ConfigDict, folder: Path, files: Iterable[Path], read: Callable[[], Arrays], part: str = ""
+    config: ConfigDict,
+    folder: Path,
+    files: Iterable[Path],
+    read: Callable[[on_disk.Store], Arrays],
+    part: str = "",
 ) -> Arrays:
     """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date.
 
-    `part` names the part of the files that `read` returns; "" for all.
+    They are in an `.npz`, or in a folder of the same name if they did not fit in memory. `part` names the part of the files
+    that `read` returns; "" for all.
     """
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((_DECODER, state, config.image_size, *filter(None, [part]))).encode()).hexdigest()[:16]
     directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache.folder()
     if directory is None:
-        return read()
+        return read(on_disk.Store())
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
-    if path.exists():
-        try:
-            arrays = npz.read(path)
-            if fingerprint(arrays) == str(arrays["fingerprint"]):
+    if arrays := _from_cache(path, folder):
+        return arrays
+    with ExitStack() as stack:
+        with _storing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            new = stack.enter_context(files_lib.scratch_directory(directory)) / "new"
+            new.mkdir()
+        arrays = read(on_disk.Store(new))
+        arrays["fingerprint"] = np.array(fingerprint(arrays))
+        with _storing(directory):
+            if not any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
+                np.savez(new / "data.npz", **arrays)
+                (new / "data.npz").replace(path)
                 return arrays
-        except TooLargeError:
-            raise
-        except (UserError, KeyError):
+            on_disk.write(new, arrays)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # a corrupt one
+            return on_disk.read(new.replace(path.with_suffix("")))
+
+
+def _from_cache(path: Path, folder: Path) -> Arrays | None:
+    """Return what the cache holds of a source, if it is whole: the `.npz`, or the folder of images on disk."""
+    for cached, read in ((path, npz.read), (path.with_suffix(""), on_disk.read)):
+        if not cached.exists():
+            continue
+        try:
+            arrays = read(cached)
+            if cached != path or fingerprint(arrays) == str(arrays["fingerprint"]):
+                return arrays
+        except memory.TooLargeError:
+            continue
+        except (KeyError, OSError, UserError, ValueError):
             pass
-        print(f"{path} is corrupt: decoding {folder} again")
-    arrays = read()
-    arrays["fingerprint"] = np.array(fingerprint(arrays))
+        print(f"{cached} is corrupt: decoding {folder} again")
+    return None
+
+
+@contextmanager
+def _storing(directory: Path) -> Iterator[None]:
+    """Turn a failed write to the cache into a `UserError`."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".incomplete-") as scratch:
-            np.savez(Path(scratch) / "data.npz", **arrays)  # type: ignore[arg-type]
-            os.replace(Path(scratch) / "data.npz", path)
+        yield
     except OSError as error:
         raise UserError(
             f"{directory} cannot store the decoded data ({error}): set config.data.cache_dir to another folder"
         ) from error
-    return arrays
 
 
 def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import psutil
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from resnet_jax import host
-from resnet_jax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's other readers start programs or are rarely fuzzed
 NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
@@ -41,23 +39,6 @@ def read(source: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"it has {width} x {height} pixels: one side may be at most {MAX_RATIO} times as long as the other"
             )
         return to_rgb(opened)
-
-
-class TooLargeError(UserError):
-    """Images do not fit in the memory of the host."""
-
-
-def check_memory(what: str, num_bytes: int, remedy: str) -> None:
-    """Check that the host has memory for decoded images, before they are decoded.
-
-    Raises:
-        TooLargeError: if not; the message says how much they need, how much is free, and the remedy.
-    """
-    free = psutil.virtual_memory().available
-    if num_bytes > free:
-        raise TooLargeError(
-            f"{what} take {num_bytes / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free: {remedy}"
-        )
 
 
 def _tile_pixels(opened: Image.Image) -> int:

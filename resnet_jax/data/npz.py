@@ -1,15 +1,17 @@
 """Read the arrays of an `.npz` as a data set; forms that have one meaning only are converted, and a line says so."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from resnet_jax.data.images import check_memory
+from resnet_jax.data import memory
 from resnet_jax.errors import UserError, reason
 
 PARTS = ("train", "validation", "test")
 KEYS = (*(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")), "class_names")
-Arrays = dict[str, np.ndarray]  # KEYS -> uint8 [N, H, W, 3] and int [N] for each part there is, and str [num_classes]
+# KEYS -> uint8 [N, H, W, 3] and int [N] for each part there is, and str [num_classes]
+Arrays = dict[str, Any]
 
 _ROUNDING = 1e-5  # by which floats may leave 0..1
 
@@ -25,7 +27,7 @@ def read(path: Path) -> Arrays:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             size = sum(member.file_size for member in file.zip.infolist())
-            check_memory(f"the arrays of {path}", size, "use fewer or smaller images")
+            memory.check(f"the arrays of {path}", size, "use fewer or smaller images")
             return {key: file[key] for key in file.files}
     except UserError:
         raise

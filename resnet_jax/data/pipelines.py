@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from resnet_jax import config as config_lib
 from resnet_jax import kernels
-from resnet_jax.data import auto_augment, sampling
+from resnet_jax.data import auto_augment, memory, sampling
 from resnet_jax.data.datasets import Split
 from resnet_jax.data.lazy_tensorflow import has_tensorflow, import_tensorflow
+from resnet_jax.data.on_disk import ImagesOnDisk
 from resnet_jax.errors import UserError
 from resnet_jax.host import usable_cores
 
@@ -55,8 +55,8 @@ def train_draws(
 
     Returns:
         {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], "operations": int32
-        [count, B, 1 or 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout, and
-        "mix": float32 [count, B, H + W], `sampling.mixing_weights` of each example's step, if it mixes images}
+        [count, B, 1 or 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout,
+        "resized_crop": int32 [count, B, H + W, 2] if it has resized crops, and "mix": float32 [count, B, H + W], `sampling.mixing_weights` of each example's step, if it mixes images}
         with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
@@ -68,6 +68,8 @@ def train_draws(
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
         draws["operations"] = auto_augment.policy_operations(config.augment.policy, *where, (height, width))
+    if config.augment.resized_crop_area:
+        draws["resized_crop"] = sampling.resized_crops(*where, config.augment.resized_crop_area, (height, width))
     if config.augment.cutout:
         draws["cutout"] = sampling.cutout_centres(*where, (height, width))
     if sampling.mixes(config.augment):
@@ -92,10 +94,11 @@ def batch_shapes(
 def prefers_devices(split: Split, mesh: Mesh) -> bool:
     """Whether this process would take the device pipeline for these training images.
 
-    It would without TensorFlow, and on accelerators if the images need at most half of the free memory.
+    It would without TensorFlow, and on accelerators if the images are in memory and need at most half of that of a device.
     """
     needed, free = _bytes_needed_and_free(split, mesh)
-    return not has_tensorflow() or (not kernels.is_cpu(mesh) and needed <= free / 2)
+    on_disk = isinstance(split.images, ImagesOnDisk)
+    return not has_tensorflow() or (not kernels.is_cpu(mesh) and not on_disk and needed <= free / 2)
 
 
 def without_auto(config: ConfigDict, mesh: Mesh, on_devices: bool) -> ConfigDict:
@@ -151,10 +154,12 @@ def check_fits(split: Split, mesh: Mesh) -> None:
         UserError: if they do not fit; the message gives the needed and the free bytes.
     """
     needed, free = _bytes_needed_and_free(split, mesh)
+    remedy = f"set it to tf_data{'' if has_tensorflow() else ', which needs resnet_jax[tfds]'}"
+    if isinstance(split.images, ImagesOnDisk):
+        raise UserError(f"config.pipeline device needs the training images in memory, and they are on disk: {remedy}")
     if needed > free:
         raise UserError(
-            f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: set it to "
-            f"tf_data{'' if has_tensorflow() else ', which needs resnet_jax[tfds]'}"
+            f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: {remedy}"
         )
 
 
@@ -164,7 +169,7 @@ def _bytes_needed_and_free(split: Split, mesh: Mesh) -> tuple[int, int]:
     stats = [device.memory_stats() for device in mesh.local_devices]
     if all(stats):
         return needed, min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-    return needed * len(stats), psutil.virtual_memory().available  # the devices of a CPU share the host's memory
+    return needed * len(stats), memory.free()  # the devices of a CPU share the host's memory
 
 
 def train_batches(
@@ -192,15 +197,25 @@ def train_batches(
     tf = import_tensorflow(config.data.num_threads)
     from resnet_jax.data import augment_tf
 
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    on_disk = isinstance(split.images, ImagesOnDisk)
+    in_memory, labels = None if on_disk else tf.constant(split.images), tf.constant(split.labels)
+    unreadable: list[UserError] = []
 
     def draw(step: int) -> dict[str, np.ndarray]:
         draws = train_draws(split, config, step, 1, process_index, process_count)
-        return {name: drawn[0] for name, drawn in draws.items()}
+        draws = {name: drawn[0] for name, drawn in draws.items()}
+        try:
+            return draws | ({"images": split.images[draws["indices"]]} if on_disk else {})
+        except UserError as error:
+            unreadable.append(error)
+            raise
 
     @tf.autograph.experimental.do_not_convert
     def build(draws: Any) -> Any:
-        augmented = augment_tf.augment(images, draws["indices"], draws, config.augment)
+        images, positions = in_memory, draws["indices"]
+        if on_disk:
+            images, positions = draws["images"], tf.range(len(draws["images"]))
+        augmented = augment_tf.augment(images, positions, draws, config.augment)
         mix = {"mix": draws["mix"]} if "mix" in draws else {}
         return {"images": augmented, "labels": tf.gather(labels, draws["indices"]), **mix}
 
@@ -211,7 +226,12 @@ def train_batches(
     options = tf.data.Options()
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1  # several batches at once, each by one thread
-    yield from stream.with_options(options).as_numpy_iterator()
+    try:
+        yield from stream.with_options(options).as_numpy_iterator()
+    except tf.errors.OpError:
+        if unreadable:
+            raise unreadable[0] from None  # in one line, instead of TensorFlow's
+        raise
 
 
 def eval_batches(split: Split, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

@@ -15,10 +15,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 # Never renumber: it would change every run.
-STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3, "flip": 4, "cutout": 5, "mix": 6}
+STREAMS = {"order": 0, "augment": 1, "split": 2, "policy": 3, "flip": 4, "cutout": 5, "mix": 6, "resized_crop": 7}
 
 _WORDS = 8  # 64-bit words that each position draws: two Philox blocks
 JITTER_BITS = 12  # factors are multiples of 1/4096, so that integer arithmetic can apply them
+RESIZE_BITS = 22  # Pillow's, of the weights of a resized image
+_ATTEMPTS = 10  # torchvision's, to draw a crop that lies inside the image
+_RATIOS = (3 / 4, 4 / 3)  # torchvision's, from the narrowest crop to the widest
 
 # The three jitters in each of their 6 orders: 0 brightness, 1 contrast, 2 saturation.
 JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
@@ -54,7 +57,7 @@ def uniform(bits: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def below(bits: np.ndarray, n: int) -> np.ndarray:
+def below(bits: np.ndarray, n: int | np.ndarray) -> np.ndarray:
     """Convert raw bits to int32 in 0..n-1, uniform to within n / 2**32."""
     return (((bits >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int32)
 
@@ -84,13 +87,13 @@ def indices(seed: int, start: int, stop: int, num_examples: int) -> np.ndarray:
     return np.concatenate([permutation(seed, epoch, num_examples)[first:last] for epoch, first, last in pieces])
 
 
-def words(seed: int, stream: str, start: int, stop: int, num_examples: int) -> np.ndarray:
-    """Raw bits for global positions [start, stop): uint64 [stop - start, 8]."""
+def words(seed: int, stream: str, start: int, stop: int, num_examples: int, count: int = _WORDS) -> np.ndarray:
+    """Raw bits for global positions [start, stop): uint64 [stop - start, count], with a multiple of 4 as `count`."""
     pieces = [
-        random_bits(seed, stream, epoch, first * _WORDS, (last - first) * _WORDS)
+        random_bits(seed, stream, epoch, first * count, (last - first) * count)
         for epoch, first, last in _by_epoch(start, stop, num_examples)
     ]
-    return np.concatenate(pieces).reshape(-1, _WORDS)
+    return np.concatenate(pieces).reshape(-1, count)
 
 
 def augment_params(
@@ -136,6 +139,59 @@ def alternating_flip(seed: int, start: int, stop: int, num_examples: int, probab
 def _first_flips(seed: int, num_examples: int, probability: float) -> np.ndarray:
     """Whether epoch 0 mirrors each example, by its index: bool [num_examples]."""
     return uniform(random_bits(seed, "flip", 0, 0, num_examples)) < probability
+
+
+def resized_crops(
+    seed: int, start: int, stop: int, num_examples: int, least_area: float, image_shape: tuple[int, int]
+) -> np.ndarray:
+    """Draw the crops of global positions [start, stop) as torchvision's `RandomResizedCrop` does, and scale them to the whole image.
+
+    A crop's share of the area is uniform in least_area..1, the logarithm of its width by its height is uniform between those of
+    3/4 and 4/3, and its place is uniform inside the image. If ten attempts are too wide or too high, it is the largest crop
+    in the centre.
+
+    Returns:
+        int32 [stop - start, H + W, 2]: for each row, then for each column, of the scaled crop, the first of the two rows or columns
+        of the image between which it lies, and the weight of the second, times 2**22.
+    """
+    height, width = image_shape
+    bits = words(seed, "resized_crop", start, stop, num_examples, count=24)
+    drawn = uniform(bits[:, : 2 * _ATTEMPTS]).reshape(-1, _ATTEMPTS, 2)
+    area = height * width * (least_area + (1.0 - least_area) * drawn[..., 0])
+    low, high = np.log(_RATIOS)
+    ratio = np.exp(low + (high - low) * drawn[..., 1])
+    central = min(height, round(width / _RATIOS[0])), min(width, round(height * _RATIOS[1]))
+    sizes = []
+    inside = np.ones(ratio.shape, bool)
+    for extent, side in ((np.sqrt(area / ratio), height), (np.sqrt(area * ratio), width)):
+        sizes.append(np.rint(extent).astype(np.int64))
+        inside &= (sizes[-1] > 0) & (sizes[-1] <= side)
+    chosen = np.arange(len(bits)), inside.argmax(axis=1)
+    crops = []
+    for axis, (side, size) in enumerate(zip(image_shape, sizes, strict=True)):
+        length = np.where(inside.any(axis=1), size[chosen], central[axis])
+        place = below(bits[:, 2 * _ATTEMPTS + axis], side - length + 1)
+        first = np.where(inside.any(axis=1), place, (side - length) // 2)
+        crops.append(_between(first, length, side))
+    return np.concatenate(crops, axis=1).astype(np.int32)
+
+
+def _between(first: np.ndarray, length: np.ndarray, side: int) -> np.ndarray:
+    """Return where the pixels of a scaled crop lie in the image, along one axis, for bilinear interpolation.
+
+    Args:
+        first: int [B], the crop's first pixel.
+        length: int [B], its pixels, at most `side`.
+        side: pixels that it is scaled to.
+
+    Returns:
+        int64 [B, side, 2]: the pixel before, and the weight of the one after it, times 2**22.
+    """
+    # Pixel i of the scaled crop lies at (i + 1/2) * length / side - 1/2 in the crop.
+    halves = (2 * np.arange(side) + 1) * length[:, None] - side
+    before, rest = np.divmod(np.clip(halves, 0, 2 * side * (length[:, None] - 1)), 2 * side)
+    weight = (rest * 2**RESIZE_BITS + side) // (2 * side)
+    return np.stack([first[:, None] + before, weight], axis=2)
 
 
 def cutout_centres(seed: int, start: int, stop: int, num_examples: int, image_shape: tuple[int, int]) -> np.ndarray:

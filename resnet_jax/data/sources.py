@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data import images, sampling
+from resnet_jax.data import images, memory, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow, import_tfds
 from resnet_jax.data.npz import PARTS, Arrays
+from resnet_jax.data.on_disk import Images, Store
 from resnet_jax.errors import UserError, reason
 
 _SMALLER = "set config.data.image_size, or lower it"
@@ -135,7 +136,7 @@ def _folders(folder: Path) -> list[Path]:
     return folders
 
 
-def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
+def read_folder(files: list[LabelledFile], image_size: int, store: Store) -> Arrays:
     """Decode the images of a folder; the classes are the names of train's folders, sorted.
 
     Raises:
@@ -152,12 +153,12 @@ def read_folder(files: list[LabelledFile], image_size: int) -> Arrays:
             except Exception as error:  # a decoder can raise anything on hostile bytes
                 unreadable.append((file.path, reason(error)))
 
-    rest = len(files)
+    rest, remedy = len(files), f"{_SMALLER}, or use fewer images"
     for part in dict.fromkeys(file.part for file in files):
         members = [file for file in files if file.part == part]
         try:
-            arrays[f"{part}_images"] = _collect(decode(members), len(members), rest, f"{_SMALLER}, or use fewer images")
-        except images.TooLargeError:
+            arrays[f"{part}_images"] = _collect(store, part, decode(members), len(members), rest, remedy)
+        except memory.TooLargeError:
             raise
         except UserError:
             if not unreadable:
@@ -177,25 +178,26 @@ def _as_array(image: Image.Image, image_size: int) -> np.ndarray:
     return np.asarray(images.fit(image, (image_size, image_size)) if image_size else image)
 
 
-def _collect(decoded: Iterable[np.ndarray], count: int, rest: int, remedy: str) -> np.ndarray:
-    """Collect images of one size in one array, as they are decoded.
+def _collect(store: Store, part: str, decoded: Iterable[np.ndarray], count: int, rest: int, remedy: str) -> Images:
+    """Collect the images of a part, which have one size, as they are decoded.
 
     Args:
+        store: where they go.
+        part: one of `PARTS`.
         decoded: `count` images, uint8 [H, W, 3], or fewer if some cannot be read.
         count: of this part.
         rest: of this part and those that are read after it.
         remedy: what to do if they are too many.
 
     Raises:
-        UserError: if their sizes differ, or the rest of the source would not fit in the memory.
+        UserError: if their sizes differ, or there is no room for the rest of the source.
     """
     sizes: set[tuple[int, ...]] = set()
-    collected = np.zeros((count, 0, 0, 3), np.uint8)
+    collected: Images = np.zeros((count, 0, 0, 3), np.uint8)
     for i, image in enumerate(decoded):
         if not sizes:
             what = f"{rest:,} images of {image.shape[0]}x{image.shape[1]} pixels"
-            images.check_memory(what, rest * image.nbytes, remedy)
-            collected = np.empty((count, *image.shape), np.uint8)
+            collected = store.empty(part, (count, *image.shape), rest * image.nbytes, what, remedy)
         sizes.add(image.shape[:2])
         if len(sizes) == 1:
             collected[i] = image
@@ -288,7 +290,7 @@ def _check_part(builder: Any, part: str, split: str) -> None:
         raise UserError(f"config.data.name: {part} holds no image: {example}")
 
 
-def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads: int) -> Arrays:
+def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads: int, store: Store) -> Arrays:
     """Decode the splits of a prepared TFDS set, as `tfds_splits` names them, in its own order."""
     import tensorflow_datasets as tfds
 
@@ -310,7 +312,7 @@ def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads
     for part, split in splits.items():
         print(f"decoding {counts[part]} images of {builder.name}'s {split} split", flush=True)
         try:
-            arrays[f"{part}_images"] = _collect(decode(part, split), counts[part], rest, remedy)
+            arrays[f"{part}_images"] = _collect(store, part, decode(part, split), counts[part], rest, remedy)
         except tf.errors.OpError as error:
             raise UserError(
                 f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"

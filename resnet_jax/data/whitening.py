@@ -3,11 +3,13 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_jax.data.on_disk import Images
+
 _IMAGES = 5000  # are enough for a covariance of 27 numbers
 _EPSILON = 5e-4  # of Jordan's implementation: bounds the scale of directions that hardly vary
 
 
-def filters(images: np.ndarray, data: ConfigDict, count: int) -> np.ndarray:
+def filters(images: Images, data: ConfigDict, count: int) -> np.ndarray:
     """Return filters that give uncorrelated outputs of variance 1 on the 3x3 patches of normalised images (Page, 2018, part 8).
 
     They are the patches' principal directions, each divided by its standard deviation, from the largest on, and the negatives
@@ -21,7 +23,7 @@ def filters(images: np.ndarray, data: ConfigDict, count: int) -> np.ndarray:
     Returns:
         float32 [3, 3, 3, count]: the kernel of a convolution.
     """
-    images = images[:: -(-len(images) // _IMAGES)]
+    images = images[:: -(-len(images) // _IMAGES)]  # in memory, wherever they were
     covariance, patches_seen = np.zeros((27, 27)), 0
     for some in np.array_split(images, -(-len(images) // 500)):
         x = (some.astype(np.float32) / 255 - np.float32(data.mean)) / np.float32(data.std)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files
 
 _BINS = 15  # as in the paper
 _FOLDS = 5

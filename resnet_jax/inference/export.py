@@ -24,10 +24,11 @@ import numpy as np
 from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.host import __version__
 from resnet_jax.inference import shipped
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 
 if TYPE_CHECKING:
     from resnet_jax.inference.trained_model import Model

@@ -26,9 +26,9 @@ import numpy as np
 from resnet_jax import host
 from resnet_jax.cli.command_line import ArgumentParser, add_views_argument, say_loading
 from resnet_jax.data import images
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError, one_line, reason
 from resnet_jax.inference import unlabelled
-from resnet_jax.runs import files
 
 
 def read_npz(path: Path) -> np.ndarray:

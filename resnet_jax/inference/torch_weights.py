@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from resnet_jax import host
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError, reason
-from resnet_jax.runs import files
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 _MODULES = {

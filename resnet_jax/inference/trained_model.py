@@ -26,11 +26,11 @@ from safetensors import safe_open
 
 from resnet_jax import config as config_lib
 from resnet_jax import host, kernels, models, steps, train_state
-from resnet_jax.data import cache
 from resnet_jax.data import images as images_lib
+from resnet_jax.disk import cache, files
 from resnet_jax.errors import UserError, is_out_of_memory, reason
 from resnet_jax.inference import calibration, shipped
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 
 LARGEST_BATCH = 128  # images per call; smaller batches are padded to a power of two, so that few sizes are compiled
 _ROUNDING = 1e-5  # by which floats may leave 0..1

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from resnet_jax import config as config_lib
 from resnet_jax import steps
 from resnet_jax.data import datasets
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import figures
-from resnet_jax.runs import environment, files
+from resnet_jax.runs import environment
 from resnet_jax.runs.progress import waiting
 
 
@@ -128,7 +129,8 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, views: in
         )
     labels = np.array([model.class_names.index(name) for name in names], np.int32)[split.labels]
     waiting(f"evaluating {len(labels):,} images of {data} ({'all' if part == 'train' else f'its {part} images'})")
-    logits = model.logits(split.images, views)
+    parts = range(0, len(labels), trained_model.LARGEST_BATCH)  # images on disk may not fit in memory
+    logits = np.concatenate([model.logits(split.images[i : i + trained_model.LARGEST_BATCH], views) for i in parts])
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
     loss = calibration.negative_log_likelihood(logits, labels)

@@ -20,9 +20,10 @@ from scipy import stats
 
 from resnet_jax import host
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import pages
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 from resnet_jax.runs.result import RunResult
 
 _CONFUSIONS = 5  # listed under "Limits"

@@ -11,9 +11,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from resnet_jax import host
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import figures
-from resnet_jax.runs import files
 
 _GENERATOR = '<meta name="generator" content="resnet_jax">'  # in a page's head
 

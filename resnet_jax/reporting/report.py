@@ -22,11 +22,12 @@ import numpy as np
 from absl import logging
 
 from resnet_jax.cli.command_line import ArgumentParser
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import figures, pages, statistics
 from resnet_jax.reporting.figures import Group, Summary
 from resnet_jax.reporting.pages import Picture
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 
 _ROWS = {  # the metrics in each row, by split
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),

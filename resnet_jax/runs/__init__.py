@@ -1,1 +1,1 @@
-"""The run's folder and its process: files, checkpoints, signals, progress."""
+"""The run's folder and its process: checkpoints, metrics, signals, progress."""

@@ -24,8 +24,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from resnet_jax import host, train_state
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError, is_out_of_memory
-from resnet_jax.runs import files, processes
+from resnet_jax.runs import processes
 from resnet_jax.runs.metrics_log import Validation, best_step, validations
 from resnet_jax.train_state import AveragedTrainState, TrainState
 

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from resnet_jax import host
-from resnet_jax.runs import files
+from resnet_jax.disk import files
 
 
 class MetricsLog:

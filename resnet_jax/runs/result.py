@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import files
 
 _NUMBER = (int, float)
 _NONE = type(None)

@@ -29,6 +29,7 @@ LATER_FIELDS: dict[str, Any] = {
     "augment.flip": "random",
     "augment.mixup_alpha": 0.0,
     "augment.policy": "",
+    "augment.resized_crop_area": 0.0,
     "accumulation_steps": 1,
     "checkpoint_every_minutes": 0.0,
     "class_weights": "",

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 
 from resnet_jax import host
 from resnet_jax.config import replaced
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, processes, stored_config
+from resnet_jax.runs import environment, processes, stored_config
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.metrics_log import MetricsLog, Validation, validations
 from resnet_jax.runs.result import RunResult

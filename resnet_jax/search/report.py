@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError, reason
 from resnet_jax.reporting import pages, statistics
 from resnet_jax.reporting.pages import Picture
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 from resnet_jax.search import figures, space, studies
 from resnet_jax.search.fields import SEARCH_FIELDS
 from resnet_jax.search.summary import Summary, summarise

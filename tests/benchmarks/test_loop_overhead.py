@@ -4,7 +4,8 @@ import pytest
 from helpers import make_tiny_config
 
 from benchmarks import loop_overhead
-from resnet_jax.runs import files, stored_config
+from resnet_jax.disk import files
+from resnet_jax.runs import stored_config
 
 
 def test_a_loop_takes_at_least_the_time_of_its_steps_and_evaluations(tmp_path, cache_dir):

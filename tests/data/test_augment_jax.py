@@ -48,6 +48,12 @@ def test_flip_and_crop(final_config, shape, padding, fill):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_resized_crop(shape):
+    images, crops = some_images(shape), sampling.resized_crops(0, 0, B, 1000, 0.08, shape)
+    assert_same(jax.jit(augment_jax.resized_crop)(images, crops), augment_tf.resized_crop(tf.constant(images), crops))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", [1, 5, 8])
 def test_cutout(shape, side):
     images, centres = some_images(shape), sampling.cutout_centres(0, 0, B, 1000, shape)

@@ -58,6 +58,25 @@ def test_flip_and_crop_equal_pillow_and_numpy(images, final_config, padding, fil
     assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (7, 13), (1, 5), (224, 160)])
+def test_a_resized_crop_equals_pillow(shape):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (B, *shape, 3), dtype=np.uint8)
+    crops = sampling.resized_crops(0, 0, B, B, 0.08, shape)
+    ours = augment_tf.resized_crop(tf.constant(images), crops)
+    for image, crop, own in zip(images, crops, ours.numpy(), strict=True):
+        (top, height), (left, width) = (extent(axis) for axis in np.split(crop, [shape[0]]))
+        box = left, top, left + width, top + height
+        theirs = Image.fromarray(image).crop(box).resize(shape[::-1], Image.Resampling.BILINEAR)
+        assert np.array_equal(own, theirs)
+
+
+def extent(places):
+    """The first pixel of a crop and how many it has, along an axis, from where the pixels of the scaled crop lie."""
+    before, weight = places.T.tolist()
+    return before[0], before[-1] + (weight[-1] > 0) + 1 - before[0]
+
+
 @pytest.mark.parametrize("side", [2, 7, 16, 32])
 def test_cutout_is_that_of_the_papers_code(images, side):
     centres = sampling.cutout_centres(0, 0, B, B, (32, 32))

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from configs import final
-from resnet_jax.data import cache, datasets, images, sources
+from resnet_jax.data import datasets, images, sources
+from resnet_jax.disk import cache
 from resnet_jax.errors import UserError
 
 DIGITS_FINGERPRINT = "617c980d45980a2ed1f4992c26b10bd1c8fcae2ce2479ec88e0018e8507f9a00"

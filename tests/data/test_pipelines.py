@@ -53,6 +53,7 @@ INGREDIENTS = [
     {"policy": "rand-m9-n3"},
     {"flip": "alternating", "crop_fill": "reflect"},
     {"cutout": 5},
+    {"resized_crop_area": 0.08},
     {"mixup_alpha": 0.2},
     {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
 ]

@@ -1,3 +1,4 @@
+import math
 import time
 
 import numpy as np
@@ -20,6 +21,7 @@ GOLDEN_ROTATION = [
 ]
 GOLDEN_ALTERNATING = "111110110101010001111110"
 GOLDEN_CENTRES = [[4, 6], [3, 6], [4, 9]]
+GOLDEN_CROPS = [[[3, 2359296], [2, 3670016]], [[3, 2359296], [5, 524288]]]  # of row 3 and column 4
 GOLDEN_MIXING = [
     [0.0, 0.0, 0.0, 0.0],
     [0.0, 4096.0, 0.0, 0.0],
@@ -179,6 +181,48 @@ def test_the_centres_of_cutout_are_uniform_over_the_pixels_and_of_position_alone
     parts = [sampling.cutout_centres(0, a, b, N, shape) for a, b in ((0, 1), (1, 990), (990, 2500))]
     assert np.array_equal(sampling.cutout_centres(0, 0, 2500, N, shape), np.concatenate(parts))
     assert whole[:3].tolist() == GOLDEN_CENTRES
+
+
+def torchvision_crop(uniforms, least_area, height, width):
+    """`RandomResizedCrop.get_params` with these draws of area and ratio: (height, width), and whether it is in the centre."""
+    for area, ratio in uniforms:
+        target = height * width * (least_area + (1 - least_area) * area)
+        aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return h, w, False
+    if width / height < 3 / 4:
+        return round(width / (3 / 4)), width, True
+    if width / height > 4 / 3:
+        return height, round(height * (4 / 3)), True
+    return height, width, True
+
+
+@pytest.mark.parametrize(
+    ("shape", "least"), [((24, 24), 0.08), ((8, 30), 0.5), ((31, 9), 0.5), ((16, 12), 0.99), ((1, 1), 0.5)]
+)
+def test_resized_crops_are_torchvisions(shape, least):
+    n = 2000
+    crops = sampling.resized_crops(3, 0, n, n, least, shape)
+    uniforms = sampling.uniform(sampling.random_bits(3, "resized_crop", 0, 0, 24 * n)).reshape(n, 24)
+    centred = 0
+    for crop, drawn in zip(crops, uniforms, strict=True):
+        *size, is_centred = torchvision_crop(drawn[:20].reshape(10, 2), least, *shape)
+        centred += is_centred
+        for axis, places in enumerate(np.split(crop, [shape[0]])):
+            side, length = shape[axis], size[axis]
+            drawn_first = int(drawn[20 + axis] * (side - length + 1))
+            first = (side - length) // 2 if is_centred else drawn_first
+            within = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
+            assert np.abs(places[:, 0] + places[:, 1] / 2**22 - (first + within)).max() < 1e-6
+    assert 0 < centred < n or shape in ((24, 24), (1, 1))
+
+
+def test_resized_crops_depend_on_the_position_alone():
+    whole = sampling.resized_crops(0, 0, 2500, N, 0.08, (8, 12))
+    parts = [sampling.resized_crops(0, a, b, N, 0.08, (8, 12)) for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert whole[:2, [3, 12]].tolist() == GOLDEN_CROPS
 
 
 def mixing(augment, start, count, seed=0, shape=(8, 12), **alphas):

@@ -19,9 +19,10 @@ from test_fuzz import fuzz, refusal
 
 from configs import search as search_config
 from resnet_jax.data import images, sources
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import export, predict, torch_weights, trained_model, unlabelled
-from resnet_jax.runs import exits, files, metrics_log, stored_config
+from resnet_jax.runs import exits, metrics_log, stored_config
 from resnet_jax.runs.result import RunResult
 from resnet_jax.search import report, space, studies
 

@@ -13,11 +13,12 @@ from configs import sgd
 from resnet_jax import config as config_lib
 from resnet_jax import load, train, train_state
 from resnet_jax.data import datasets
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import fine_tuning
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation, model_card
-from resnet_jax.runs import files, preemption, stored_config, workdir
+from resnet_jax.runs import preemption, stored_config, workdir
 from resnet_jax.setup import setup
 
 

@@ -15,9 +15,9 @@ from helpers import make_state, make_tiny_config
 from jax.sharding import Mesh
 
 from resnet_jax import train_state
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.runs import checkpoints as checkpoints_lib
-from resnet_jax.runs import files
 from resnet_jax.runs.checkpoints import Checkpoints, CorruptCheckpointError
 from resnet_jax.runs.metrics_log import Validation
 

@@ -9,9 +9,10 @@ from test_training import at_step
 
 from resnet_jax import config as config_lib
 from resnet_jax import training
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import files, stored_config
+from resnet_jax.runs import stored_config
 
 
 @pytest.fixture

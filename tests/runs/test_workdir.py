@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, files, processes, workdir
+from resnet_jax.runs import environment, processes, workdir
 from resnet_jax.runs.metrics_log import MetricsLog
 
 META = {"fingerprint": "0" * 64}

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from resnet_jax.data import cache
+from resnet_jax.disk import cache
 
 COMPILE = (
-    "import jax; from resnet_jax.data import cache; cache.keep_programs(); "
+    "import jax; from resnet_jax.disk import cache; cache.keep_programs(); "
     "jax.jit(lambda x: 3 * x + 1)(1.0); print(jax.config.jax_compilation_cache_dir)"
 )
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from resnet_jax.runs import files
+from resnet_jax.disk import files
 
 _HOLD = """
 import sys
 from pathlib import Path
-from resnet_jax.runs import files
+from resnet_jax.disk import files
 with files.scratch_directory(Path(sys.argv[1])) as scratch:
     (scratch / "half").write_text("written")
     print(scratch, flush=True)

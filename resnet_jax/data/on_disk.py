@@ -1,0 +1,205 @@
+"""Images on disk, for data sets that are larger than the memory: an index reads the images that it names."""
+
+import errno
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_jax.data import memory, npz
+from resnet_jax.data.npz import PARTS, Arrays
+from resnet_jax.errors import UserError
+
+_COPIES = 3  # in memory: the whole set, its training part, and the pipeline's
+_ARRAYS = "arrays.npz"  # all that is not images
+
+
+class _OpenFile:
+    """A file that is closed when nothing refers to it."""
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.descriptor = os.open(path, flags)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class ImagesOnDisk:
+    """N images in a file, of one size; `images[index]` reads some of them as NumPy would take them from an array.
+
+    It stands in a `Split` for an array that does not fit in memory. Each image is checked when it is read.
+
+    Attributes:
+        dtype: uint8.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: Path, shape: tuple[int, ...], checksums: np.ndarray | None = None) -> None:
+        """Open the images of a file.
+
+        Args:
+            path: of the file: the pixels of each image, one after another, with nothing in between.
+            shape: (N, H, W, 3).
+            checksums: of the images; None makes a new file, which `images[i] = image` fills.
+
+        Raises:
+            OSError: if the file cannot be opened.
+            ValueError: if it is not as long as the images.
+        """
+        self._path = path
+        self._file = _OpenFile(path, os.O_RDWR | os.O_CREAT if checksums is None else os.O_RDONLY)
+        self._checksums = np.zeros(shape[0], np.uint32) if checksums is None else checksums
+        self._positions = np.arange(shape[0])
+        self._image_shape = tuple(shape[1:])
+        if checksums is not None and os.fstat(self._file.descriptor).st_size != self.nbytes:
+            raise ValueError(f"{path} is not as long as {shape[0]} images")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, 3)."""
+        return (len(self), *self._image_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all images."""
+        return math.prod(self.shape)
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """The CRC-32 of each image, uint32 [N]."""
+        return self._checksums[self._positions]
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Read one image after another."""
+        return (self[i] for i in range(len(self)))
+
+    def select(self, positions: np.ndarray) -> "ImagesOnDisk":
+        """Return some of the images, int [M], still on disk."""
+        chosen = object.__new__(ImagesOnDisk)
+        chosen.__dict__ |= self.__dict__ | {"_positions": self._positions[positions]}
+        return chosen
+
+    def __setitem__(self, position: int, image: np.ndarray) -> None:
+        """Write an image of a new file.
+
+        Raises:
+            UserError: if it cannot be written, as on a full disk.
+        """
+        pixels = np.ascontiguousarray(image)
+        self._checksums[position] = zlib.crc32(pixels.data)
+        try:
+            if os.pwrite(self._file.descriptor, pixels.data, position * pixels.nbytes) < pixels.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): set config.data.cache_dir to another folder"
+            ) from error
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Read images: uint8 [..., H, W, 3].
+
+        Raises:
+            UserError: if one cannot be read, or is not as it was written.
+        """
+        positions = self._positions[index]
+        images = np.empty((*np.shape(positions), *self._image_shape), np.uint8)
+        for image, position in zip(images.reshape(-1, *self._image_shape), np.ravel(positions).tolist(), strict=True):
+            try:
+                count = os.preadv(self._file.descriptor, [image], position * image.nbytes)
+            except OSError as error:
+                raise UserError(
+                    f"{self._path} cannot be read ({error.strerror}): rerun the command to resume"
+                ) from error
+            if count != image.nbytes or zlib.crc32(image.data) != self._checksums[position]:
+                raise UserError(
+                    f"image {position} of {self._path} is corrupt: delete {self._path.parent}, and rerun the command to decode the images "
+                    "again"
+                )
+        return images
+
+
+Images = np.ndarray | ImagesOnDisk
+
+
+def checksums(images: Images) -> np.ndarray:
+    """Return the CRC-32 of each image, uint32 [N]."""
+    if isinstance(images, ImagesOnDisk):
+        return images.checksums
+    return np.array([zlib.crc32(np.ascontiguousarray(image).data) for image in images], np.uint32)
+
+
+class Store:
+    """Where the images of a data set go while they are decoded: to memory, or to files if they need most of it."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Use an empty folder for the files; None for memory only."""
+        self._folder = folder
+
+    def empty(self, part: str, shape: tuple[int, ...], rest: int, what: str, remedy: str) -> Images:
+        """Return a place for the images of a part.
+
+        Args:
+            part: one of `PARTS`.
+            shape: (N, H, W, 3).
+            rest: the bytes of this part and those after it.
+            what: the images of `rest` in words, for an error.
+            remedy: what to do if there is no room for them.
+
+        Raises:
+            TooLargeError: if neither the memory nor the folder's disk has room.
+            OSError: if the file cannot be made.
+        """
+        if fits(rest) or not self._folder:
+            memory.check(what, rest, remedy)
+            return np.empty(shape, np.uint8)
+        if rest > (free := shutil.disk_usage(self._folder).free):
+            raise memory.TooLargeError(
+                f"{what} take {rest / 1e9:,.1f} GB, and {memory.free() / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB of the disk of "
+                f"{self._folder.parent} are free: set config.data.cache_dir to a folder on a larger disk, or {remedy}"
+            )
+        print(f"{what} take {rest / 1e9:,.1f} GB: they stay on disk, in {self._folder.parent}", flush=True)
+        return ImagesOnDisk(self._folder / f"{part}_images", shape)
+
+
+def fits(num_bytes: int) -> bool:
+    """Whether images can be held in memory, with the copies that training makes of them."""
+    return _COPIES * num_bytes <= memory.free()
+
+
+def write(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Write the rest of a data set to the folder in which a `Store` has its images."""
+    whole: Arrays = {}
+    for name, array in arrays.items():
+        if isinstance(array, ImagesOnDisk):
+            whole |= {f"{name}_shape": np.array(array.shape), f"{name}_checksums": array.checksums}
+        else:
+            whole[name] = array
+    np.savez(folder / _ARRAYS, **whole)
+
+
+def read(folder: Path) -> Arrays:
+    """Return the arrays of a folder: the images on disk if they do not fit in memory.
+
+    Raises:
+        UserError, KeyError, OSError, ValueError: if the folder is not as it was written.
+    """
+    arrays = npz.read(folder / _ARRAYS)
+    for part in PARTS:
+        if (checksums := arrays.pop(f"{part}_images_checksums", None)) is not None:
+            shape = arrays.pop(f"{part}_images_shape").tolist()
+            arrays[f"{part}_images"] = ImagesOnDisk(folder / f"{part}_images", tuple(shape), checksums)
+    on_disk = {name: array for name, array in arrays.items() if isinstance(array, ImagesOnDisk)}
+    if fits(sum(images.nbytes for images in on_disk.values())):
+        arrays |= {name: images[:] for name, images in on_disk.items()}
+    return arrays

@@ -1,0 +1,1 @@
+"""Atomic files and folders, and the user's cache folder."""
