@@ -339,7 +339,7 @@ def _cached(
             directory.mkdir(parents=True, exist_ok=True)
             new = stack.enter_context(files_lib.scratch_directory(directory)) / "new"
             new.mkdir()
-        arrays = read(on_disk.Store(new))
+        arrays = read(on_disk.Store(new, directory))
         arrays["fingerprint"] = np.array(fingerprint(arrays))
         with _storing(directory):
             if not any(isinstance(array, ImagesOnDisk) for array in arrays.values()):

@@ -142,9 +142,9 @@ def checksums(images: Images) -> np.ndarray:
 class Store:
     """Where the images of a data set go while they are decoded: to memory, or to files if they need most of it."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Use an empty folder for the files; None for memory only."""
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, cache: Path | None = None) -> None:
+        """Use an empty folder for the files, which will move to a cache; None for memory only."""
+        self._folder, self._cache = folder, cache
 
     def empty(self, part: str, shape: tuple[int, ...], rest: int, what: str, remedy: str) -> Images:
         """Return a place for the images of a part.
@@ -166,9 +166,9 @@ class Store:
         if rest > (free := shutil.disk_usage(self._folder).free):
             raise memory.TooLargeError(
                 f"{what} take {rest / 1e9:,.1f} GB, and {memory.free() / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB of the disk of "
-                f"{self._folder.parent} are free: set config.data.cache_dir to a folder on a larger disk, or {remedy}"
+                f"{self._cache} are free: set config.data.cache_dir to a folder on a larger disk, or {remedy}"
             )
-        print(f"{what} take {rest / 1e9:,.1f} GB: they stay on disk, in {self._folder.parent}", flush=True)
+        print(f"{what} take {rest / 1e9:,.1f} GB: they stay on disk, in {self._cache}", flush=True)
         return ImagesOnDisk(self._folder / f"{part}_images", shape)
 
 

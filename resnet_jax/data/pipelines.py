@@ -214,7 +214,7 @@ def train_batches(
     def build(draws: Any) -> Any:
         images, positions = in_memory, draws["indices"]
         if on_disk:
-            images, positions = draws["images"], tf.range(len(draws["images"]))
+            images, positions = draws["images"], tf.range(tf.shape(positions)[0])
         augmented = augment_tf.augment(images, positions, draws, config.augment)
         mix = {"mix": draws["mix"]} if "mix" in draws else {}
         return {"images": augmented, "labels": tf.gather(labels, draws["indices"]), **mix}

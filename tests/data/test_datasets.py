@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from configs import final
-from resnet_jax.data import datasets, images, sources
+from resnet_jax.data import datasets, images, memory, on_disk, sources
 from resnet_jax.disk import cache
 from resnet_jax.errors import UserError
 
@@ -557,7 +557,7 @@ def test_a_file_that_is_no_image_is_named(data, tmp_path, content):
     root = folder(tmp_path)
     (root / "train/ant/notes.png").write_bytes(content)
     refusal(data, f"folder:{root}", root / "train/ant/notes.png", "cannot be read as an image")
-    assert not Path(data.cache_dir).exists()
+    assert not list(Path(data.cache_dir).iterdir())
 
 
 def test_pixels_of_more_than_16_bits_are_refused_for_they_would_be_clipped(data, tmp_path):
@@ -619,9 +619,11 @@ def test_images_that_would_not_fit_in_the_memory_are_refused_before_they_are_dec
     whole = load(data, f"folder:{root}")
     decoded, read = [], images.read
     monkeypatch.setattr(images, "read", lambda path: decoded.append(path) or read(path))
-    monkeypatch.setattr(images.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=6 * 7 * 5 * 3 - 1))
-    refusal(data, f"folder:{root}", "the arrays of", "GB are free: use fewer or smaller images")  # of the cache
-    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take 0.0 GB in memory", "image_size", image_size=8)
+    monkeypatch.setattr(memory, "free", lambda: 6 * 7 * 5 * 3 - 1)
+    monkeypatch.setattr(on_disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=6 * 7 * 5 * 3 - 1))
+    refusal(data, f"folder:{root}", "6 images of 5x7 pixels take 0.0 GB, and")  # and not: the cache is corrupt
+    decoded.clear()
+    refusal(data, f"folder:{root}", "6 images of 8x8 pixels take 0.0 GB, and", "image_size", image_size=8)
     assert len(decoded) == 1
     refusal(data, "toy_grey", "10 images of 8x8 pixels take", "such as toy_grey:train[:10%]", image_size=8)
     refusal(data, file, "the arrays of", "take", image_size=0)
@@ -634,7 +636,7 @@ def test_images_that_would_not_fit_in_the_memory_are_refused_before_they_are_dec
 
 def test_what_is_decoded_already_is_not_counted_again(data, tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr(images, "check_memory", lambda what, num_bytes, remedy: needed.append(num_bytes))
+    monkeypatch.setattr(on_disk, "fits", lambda num_bytes: needed.append(num_bytes) or True)
     load(data, f"folder:{folder(tmp_path)}")
     assert needed == [6 * 7 * 5 * 3, 2 * 7 * 5 * 3]  # train and test; test
 
