@@ -252,6 +252,11 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.channel_list has {len(channels)} entries and config.model.block_list {len(blocks)}: give both one entry per stage"
         )
+    if config.augment.resized_crop_area > 0 and config.augment.crop_padding > 0:
+        raise UserError(
+            f"config.augment.resized_crop_area is {config.augment.resized_crop_area} and config.augment.crop_padding "
+            f"{config.augment.crop_padding}: set one of them to 0, because both crop the image"
+        )
     if config.model.stem == "whitened" and (channels[0] % 2 or not 2 <= channels[0] <= 54):
         raise UserError(
             f"config.model.channel_list begins with {channels[0]}: the whitened stem needs an even number from 2 to 54"

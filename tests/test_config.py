@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from ml_collections import ConfigDict
 
-from configs import best, final, finetune, found_cpu, ladder, narrow, quickstart, search, sgd, speedrun
+from configs import best, final, finetune, found_cpu, ladder, narrow, quickstart, resnet50, search, sgd, speedrun
 from resnet_jax import config as config_lib
 from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
@@ -30,6 +30,7 @@ SHIPPED = {
     "finetune:scratch": lambda: finetune.get_config("scratch"),
     "quickstart": quickstart.get_config,
     "found_cpu": found_cpu.get_config,
+    "resnet50": resnet50.get_config,
     "search": search.get_config,
     "search:cpu": lambda: search.get_config("cpu"),
     "search:smoke": lambda: search.get_config("smoke"),
@@ -67,7 +68,7 @@ RANGES = {
     "augment.flip": (["random", "alternating"], ["always"]),
     "augment.crop_padding": ([0], [-1]),
     "augment.crop_fill": (["black", "reflect"], ["white"]),
-    "augment.resized_crop_area": ([0.0, 0.08, 0.99], [-0.1, 1.0]),
+    "augment.resized_crop_area": ([0.0], [-0.1, 1.0]),
     "augment.mixup_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
     "augment.cutmix_alpha": ([0, 0.01, 100], [-0.1, 0.009, 100.1]),
     "augment.cutout": ([0, 1024], [-1, 1025]),

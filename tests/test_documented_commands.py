@@ -69,13 +69,13 @@ def tiny(argv: Argv, default_workdir: bool = False) -> Argv:
         return argv
     i = argv.index("--config") + 1
     source, stem = argv[i].partition(":")[0], Path(argv[i].partition(":")[0]).stem
-    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": "", "speedrun": "", "best": ""}[stem]
+    variant = {"final": ":smoke", "search": ":smoke", "found": "", "finetune": ""}.get(stem, "")
     replaced = tuple(flag.partition("=")[0] + "=" for flag in SMALL)  # a tuple that is given twice grows
     argv = [*argv[:i], source + variant, *(word for word in argv[i + 1 :] if not word.startswith(replaced)), *SMALL]
     argv = [word.replace("=final-cifar10", "=runs/final") for word in argv]  # a tiny network too
     argv += ["--config.init_from=runs/final"] if stem == "finetune" else []
     argv += ["--config.data.name=digits"] if stem in ("speedrun", "best") else []
-    argv += ["--config.data.image_size=16"] if stem == "best" else []  # its Cutout takes 12 pixels
+    argv += ["--config.data.image_size=16"] if stem in ("best", "resnet50") else []  # Cutout takes 12 pixels
     return [*argv, "--workdir", f"runs/{stem}"] if default_workdir and "--workdir" not in argv else argv
 
 
@@ -188,6 +188,7 @@ RULES: dict[str, Callable[[Argv], None]] = {
     "python -m benchmarks.exports": check_module("benchmarks.exports"),  # it needs PyTorch
     "python -m benchmarks.load": check_module("benchmarks.load"),  # test_load.py runs it
     "python -m benchmarks.loop_overhead": check_module("benchmarks.loop_overhead"),  # test_loop_overhead.py runs it
+    "python -m benchmarks.disk_stream": check_module("benchmarks.disk_stream"),  # test_disk_stream.py runs it
     "python -m benchmarks.compiled": check_module("benchmarks.compiled"),  # test_compiled.py runs it
     "python -c": lambda argv: exec(argv[0]),
     "python -m reproduction.tables": check_module("reproduction.tables"),
@@ -232,6 +233,7 @@ def folder(tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> P
     rng = np.random.default_rng(0)
     paths = ["cat.png", "photos/a.png", "photos/b.webp", "more/c.jpg"]
     paths += [f"data/birds/{part}/{name}/{i}.png" for part in ("train", "test") for name in "ab" for i in range(20)]
+    paths += [f"data/imagenet/{part}/{name}/{i}.png" for part in ("train", "test") for name in "ab" for i in range(20)]
     paths += [f"data/birds-2026/{name}/0.png" for name in "ab"]
     for path in paths:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,10 @@ MISTAKES = {
         ["config.augment.policy is 'rand-m9-n5'", "'rand-m9-n2'", "1 to 4 operations"],
     ),
     "unequal lists": ([FINAL, "--config.model.block_list=(3,5)"], ["channel_list has 4 entries", "block_list 2"]),
+    "two crops": (
+        [FINAL, "--config.augment.resized_crop_area=0.08"],
+        ["resized_crop_area is 0.08 and config.augment.crop_padding 4: set one of them to 0"],
+    ),
     "warm-up as long as the run": ([FINAL, "--config.num_epochs=5"], ["warmup_epochs is 5.0", "num_epochs 5.0"]),
     "another optimizer's fields": (
         [FINAL, "--config.optim.name=sgd"],

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import best
+from configs import best, resnet50
+from resnet_jax import config as config_lib
 from resnet_jax import models
 
 
@@ -33,6 +34,11 @@ def test_parameters_are_counted_exactly(model, size):
     logits, variables = shapes(model)
     assert logits.shape == (2, model.num_classes)
     assert count(variables) == size
+
+
+def test_resnet50_has_a_config():
+    config = config_lib.replaced(resnet50.get_config(), {"model.dtype": "float32"})
+    assert models.from_config(config.model, 1000) == models.resnet50(1000, stem="imagenet")
 
 
 def test_config_builds_the_preset(final_config):

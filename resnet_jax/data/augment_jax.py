@@ -25,8 +25,8 @@ def build_batch(
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. A resized crop
-    comes first, and Cutout last.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
@@ -39,9 +39,8 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
         uint8 [B, H, W, 3].
     """
     if config.resized_crop_area > 0:
-        images = resized_crop(images[indices], draws["resized_crop"])
-        indices = jnp.arange(len(indices))
-    if config.flip_probability > 0 or config.crop_padding > 0:
+        images = resized_crop(images[indices], draws["flip"], draws["resized_crop"])
+    elif config.flip_probability > 0 or config.crop_padding > 0:
         images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
         images = images[indices]
@@ -57,11 +56,12 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
     return images
 
 
-def resized_crop(images: jax.Array, crops: jax.Array) -> jax.Array:
-    """Scale a crop of each image to its whole size, bilinearly: Pillow's `crop` and `resize`.
+def resized_crop(images: jax.Array, flip: jax.Array, crops: jax.Array) -> jax.Array:
+    """Scale a crop of each image to its whole size, bilinearly, and mirror it where `flip`: Pillow's `crop` and `resize`.
 
     Args:
         images: uint8 [B, H, W, 3].
+        flip: bool [B].
         crops: int32 [B, H + W, 2], from `sampling.resized_crops`.
 
     Returns:
@@ -69,8 +69,10 @@ def resized_crop(images: jax.Array, crops: jax.Array) -> jax.Array:
     """
     height = images.shape[1]
     pixels = images.astype(jnp.int32)
-    for axis, crop in ((2, crops[:, None, height:, None]), (1, crops[:, :height, None, None])):
-        before, weight = crop[..., 0], crop[..., 1]
+    rows, columns = crops[:, :height], crops[:, height:]
+    columns = jnp.where(flip[:, None, None], columns[:, ::-1], columns)
+    for axis, places in ((2, columns[:, None, :, None]), (1, rows[:, :, None, None])):
+        before, weight = places[..., 0], places[..., 1]
         after = jnp.minimum(before + 1, images.shape[axis] - 1)
         first, second = (
             jnp.take_along_axis(pixels, place, axis, mode="promise_in_bounds") for place in (before, after)

@@ -20,8 +20,8 @@ _compiled = tf.function(jit_compile=True, autograph=False)
 def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], config: ConfigDict) -> tf.Tensor:
     """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
 
-    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. A resized crop
-    comes first, and Cutout last.
+    A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
+    comes last.
 
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
@@ -34,9 +34,8 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
         uint8 [B, H, W, 3].
     """
     if config.resized_crop_area > 0:
-        images = resized_crop(tf.gather(images, indices), draws["resized_crop"])
-        indices = tf.range(tf.shape(images)[0])
-    if config.flip_probability > 0 or config.crop_padding > 0:
+        images = resized_crop(tf.gather(images, indices), draws["flip"], draws["resized_crop"])
+    elif config.flip_probability > 0 or config.crop_padding > 0:
         images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
         images = tf.gather(images, indices)
@@ -53,11 +52,12 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
 
 
 @_compiled
-def resized_crop(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
-    """Scale a crop of each image to its whole size, bilinearly: Pillow's `crop` and `resize`.
+def resized_crop(images: tf.Tensor, flip: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
+    """Scale a crop of each image to its whole size, bilinearly, and mirror it where `flip`: Pillow's `crop` and `resize`.
 
     Args:
         images: uint8 [B, H, W, 3].
+        flip: bool [B].
         crops: int32 [B, H + W, 2], from `sampling.resized_crops`.
 
     Returns:
@@ -65,8 +65,10 @@ def resized_crop(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
     """
     height = images.shape[1]
     pixels = tf.cast(images, tf.int32)
-    for axis, crop in ((2, crops[:, height:]), (1, crops[:, :height])):
-        before, weight = crop[..., 0], crop[..., 1]
+    rows, columns = crops[:, :height], crops[:, height:]
+    columns = tf.where(flip[:, tf.newaxis, tf.newaxis], columns[:, ::-1], columns)
+    for axis, places in ((2, columns), (1, rows)):
+        before, weight = places[..., 0], places[..., 1]
         after = tf.minimum(before + 1, images.shape[axis] - 1)
         first, second = (tf.gather(pixels, place, axis=axis, batch_dims=1) for place in (before, after))
         weight = weight[:, tf.newaxis, :, tf.newaxis] if axis == 2 else weight[:, :, tf.newaxis, tf.newaxis]

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from resnet_jax import host
+from resnet_jax.disk import files
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's other readers start programs or are rarely fuzzed
 NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
@@ -27,7 +27,7 @@ def read(source: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: if it cannot be read, is of another format, or has too many pixels or too narrow a shape.
     """
-    source = host.readable(source) if isinstance(source, Path) else source
+    source = files.readable(source) if isinstance(source, Path) else source
     with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
         width, height = opened.size
         if width * height > max_pixels:

@@ -248,7 +248,7 @@ def tfds_name_and_part(name: str) -> tuple[str, str]:
 
 
 def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
-    """Return the split of each part of a TFDS set: its only one is "train"; without "test", "validation" is the test set.
+    """Return the split of each part of a TFDS set: its only one is "train"; without a labelled "test", "validation" is the test set.
 
     Args:
         builder: of the set.
@@ -259,6 +259,8 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
     """
     there = list(builder.info.splits)
     splits = {"train": "train", "test": "test" if "test" in there else "validation"}
+    if {"test", "validation"} <= set(there) and not _is_labelled(builder, "test"):
+        splits["test"] = "validation"
     if len(there) == 1:
         splits = {"train": there[0]}
     for split in splits.values():
@@ -268,6 +270,15 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
         _check_part(builder, training_part, splits["train"])
         splits["train"] = training_part
     return splits
+
+
+def _is_labelled(builder: Any, split: str) -> bool:
+    """Whether the first example of a split has a label; a contest that keeps them to itself, such as ImageNet's, gives -1."""
+    import tensorflow_datasets as tfds
+
+    undecoded = {"image": tfds.decode.SkipDecoding()}
+    (example,) = tfds.as_numpy(builder.as_dataset(split=f"{split}[:1]", decoders=undecoded))
+    return bool(example["label"] >= 0)
 
 
 def _check_part(builder: Any, part: str, split: str) -> None:

@@ -1,5 +1,6 @@
 """Atomic files and folders: a reader sees the old content or the complete new content."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,7 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from resnet_jax import host
 from resnet_jax.errors import UserError
 
 _SCRATCH = ".incomplete-resnet_jax-"
@@ -92,6 +92,17 @@ def writable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({error.strerror}): fix this or choose another place") from error
 
 
+def readable(path: Path) -> Path:
+    """Return a path that can be opened without waiting for another process.
+
+    Raises:
+        OSError: if it is that of a pipe, a socket or a device.
+    """
+    if path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file")
+    return path
+
+
 def read_json(
     path: Path, keys: Iterable[str] = (), hint: str = "fix it, or choose another --workdir"
 ) -> dict[str, Any]:
@@ -101,7 +112,7 @@ def read_json(
         UserError: if it cannot be read, is not an object or lacks a key.
     """
     try:
-        value = json.loads(host.readable(path).read_text("utf-8"))
+        value = json.loads(readable(path).read_text("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         if missing := [key for key in keys if key not in value]:

@@ -23,7 +23,6 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from resnet_jax import host
 from resnet_jax.cli.command_line import ArgumentParser, add_views_argument, say_loading
 from resnet_jax.data import images
 from resnet_jax.disk import files
@@ -37,7 +36,7 @@ def read_npz(path: Path) -> np.ndarray:
     Raises:
         OSError, ValueError: if it cannot be read, or has several arrays and none is named `images`.
     """
-    arrays = np.load(host.readable(path), allow_pickle=False)
+    arrays = np.load(files.readable(path), allow_pickle=False)
     if isinstance(arrays, np.ndarray):  # an .npy with another suffix
         return arrays
     with arrays:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_jax import host
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.disk import files
@@ -148,16 +147,16 @@ def read(path: Path) -> Weights:
     """
     try:
         if path.suffix == ".npz":
-            with host.readable(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            with files.readable(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return dict(file)
         if path.suffix == ".safetensors":
             import safetensors.numpy
 
-            return safetensors.numpy.load_file(host.readable(path))
+            return safetensors.numpy.load_file(files.readable(path))
         torch = _torch(path)
         return {
             name: _as_array(tensor)
-            for name, tensor in _state_dict(torch, torch.load(host.readable(path), "cpu", weights_only=True))
+            for name, tensor in _state_dict(torch, torch.load(files.readable(path), "cpu", weights_only=True))
         }
     except UserError:
         raise

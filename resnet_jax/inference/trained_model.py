@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from resnet_jax import config as config_lib
-from resnet_jax import host, kernels, models, steps, train_state
+from resnet_jax import kernels, models, steps, train_state
 from resnet_jax.data import images as images_lib
 from resnet_jax.disk import cache, files
 from resnet_jax.errors import UserError, is_out_of_memory, reason
@@ -293,7 +293,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
 
 def _load_file(path: Path) -> Model:
     try:
-        meta, variables, program = _FILES[path.suffix](host.readable(path))
+        meta, variables, program = _FILES[path.suffix](files.readable(path))
         config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
         shape, step = tuple(meta["image_shape"]), int(meta["checkpoint_step"])
         if program:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax import host
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError, reason
 
 _PLAIN_DTYPE = re.compile(r"[<>|=]?[biufSU]\d+")  # numbers, bytes and text: no objects, no fields
@@ -101,10 +101,10 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
     hint = "give a pickled dict with b'data' and b'ids', or an .npz with data and ids"
     try:
         if path.suffix.lower() == ".npz":
-            with np.load(host.readable(path), allow_pickle=False) as arrays:
+            with np.load(files.readable(path), allow_pickle=False) as arrays:
                 content: Any = dict(arrays)
         else:
-            with host.readable(path).open("rb") as file:
+            with files.readable(path).open("rb") as file:
                 content = _ArraysOnly(file, encoding="bytes").load()
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from resnet_jax import host, train_state
+from resnet_jax import train_state
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError, is_out_of_memory
 from resnet_jax.runs import processes
@@ -243,7 +243,7 @@ class Checkpoints:
         """
         with self._readable(step):
             for path in (self._directory / str(step)).rglob("*"):
-                host.readable(path)  # Orbax would wait for a pipe
+                files.readable(path)  # Orbax would wait for a pipe
             arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta: dict[str, Any] = self._reader.restore(step, args=arguments)["meta"]
             _check_types(meta)

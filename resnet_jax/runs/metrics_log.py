@@ -12,7 +12,6 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from resnet_jax import host
 from resnet_jax.disk import files
 
 
@@ -111,7 +110,7 @@ def best_step(validated: Mapping[int, Validation]) -> int | None:
 def _lines(directory: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each line of `metrics.jsonl` with its row; {} for a line that is damaged or incomplete."""
     path = directory / "metrics.jsonl"
-    text = host.readable(path).read_text(errors="replace") if path.exists() else ""
+    text = files.readable(path).read_text(errors="replace") if path.exists() else ""
     return [(line, _row(line)) for line in text.splitlines(keepends=True)]
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from resnet_jax import host
 from resnet_jax.config import replaced
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
@@ -334,7 +333,7 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
     with ExitStack() as stack:
         with files.writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            path = host.readable(directory / ".lock")
+            path = files.readable(directory / ".lock")
             lock = stack.enter_context(path.open("a", encoding="utf-8"))  # "w" would erase the token of another process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

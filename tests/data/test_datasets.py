@@ -885,6 +885,15 @@ def test_a_tfds_set_with_one_split_gives_a_fifth_of_each_class_to_the_test_set(d
         assert toy.layout == "splits full; the test images are a fifth of each class"
 
 
+def test_a_tfds_test_split_without_labels_is_not_the_test_set(data):
+    import toy_tfds
+
+    toy_tfds.ToyContest(data_dir=data.data_dir).download_and_prepare()
+    toy = load(data, "toy_contest")
+    assert toy.layout == "splits train, validation"
+    assert (toy.train.labels.tolist(), toy.test.labels.tolist()) == ([0, 1] * 3, [0, 1] * 2)
+
+
 def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(data, monkeypatch):
     import toy_tfds
 

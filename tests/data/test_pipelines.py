@@ -53,7 +53,7 @@ INGREDIENTS = [
     {"policy": "rand-m9-n3"},
     {"flip": "alternating", "crop_fill": "reflect"},
     {"cutout": 5},
-    {"resized_crop_area": 0.08},
+    {"resized_crop_area": 0.08, "crop_padding": 0},
     {"mixup_alpha": 0.2},
     {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
 ]

@@ -1,6 +1,6 @@
 """A TFDS data set that is not CIFAR: 6 + 4 grey images of 5x7 pixels; importing this registers it as "toy_grey".
 
-And "toy_one_split", of 10 such images in one split."""
+And "toy_one_split", of 10 such images in one split, and "toy_contest", whose test images have no labels."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,3 +33,11 @@ class ToyOneSplit(ToyGrey):
 
     def _split_generators(self, _: Any) -> dict[str, Any]:
         return {"full": self._generate_examples(10)}
+
+
+class ToyContest(ToyGrey):
+    """The same images, of which 4 are the split "validation", and a split "test" without labels."""
+
+    def _split_generators(self, _: Any) -> dict[str, Any]:
+        train, validation, test = (self._generate_examples(count) for count in (6, 4, 3))
+        return {"train": train, "validation": validation, "test": ((i, {**e, "label": -1}) for i, e in test)}
