@@ -221,6 +221,14 @@ def test_a_range_ends_where_it_says(name):
         assert refusal(with_value(name, value)) == f"config.{name} is {value!r}: it must be {EVERY_FIELD[name].words}"
 
 
+def test_a_resized_crop_takes_the_place_of_the_padded_one():
+    config = resnet50.get_config()
+    config.augment.resized_crop_area = 0.99
+    validate(config)
+    config.augment.crop_padding = 1
+    assert "resized_crop_area is 0.99 and config.augment.crop_padding 1: set one of them to 0" in refusal(config)
+
+
 @pytest.mark.parametrize("name", EVERY_FIELD)
 def test_every_field_is_read_by_the_code(name):
     sources = [path.read_text() for path in (ROOT / "resnet_jax").rglob("*.py") if path.name != "config.py"]
