@@ -134,8 +134,8 @@ def main(argv: Sequence[str]) -> None:
             {name: partial(measured, name) for name in streams}, arguments.repeats, arguments.seconds
         )
         sizes = {
-            "record files": sum(f.stat().st_size for f in (folder / "tfds").rglob("*.tfrecord*")),
-            "decoded": train.images.nbytes,
+            "jpeg_bytes": sum(f.stat().st_size for f in (folder / "tfds").rglob("*.tfrecord*")),
+            "decoded_bytes": train.images.nbytes,
         }
     ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
     figures = {name: timing.summary(repeats, "images/s") for name, repeats in rates.items()}
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         "decoding, once": timing.summary([decoding], "images/s"),
     }
     case = {"batch_size": config.batch_size, "dtype": "uint8", "devices": 1, "figures": figures}
-    measure.write_result(arguments.output, {"cases": [case], "images": arguments.images, "bytes": sizes}, config)
+    measure.write_result(arguments.output, {"cases": [case], "images": arguments.images, "set": sizes}, config)
 
 
 if __name__ == "__main__":

@@ -15,5 +15,5 @@ def test_both_streams_and_their_ratios_are_measured(tmp_path):
         ratios, figures["resnet_jax"]["repeats"], figures["tf.data"]["repeats"], strict=True
     ):
         assert ratio == pytest.approx(ours / theirs)
-    assert result["bytes"]["decoded"] == 130 * 224 * 224 * 3 > result["bytes"]["record files"] > 0
+    assert result["set"]["decoded_bytes"] == 130 * 224 * 224 * 3 > result["set"]["jpeg_bytes"] > 0
     assert result["config"]["augment"]["resized_crop_area"] == 0.08
