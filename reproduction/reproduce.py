@@ -1,4 +1,4 @@
-r"""Measure the report's figures again and write results/*.json: `python -m reproduction.reproduce [PART ...]`.
+r"""Measure the report's figures again and write results/*.json: `python -m reproduction.reproduce [PART ...] [--config.FIELD=VALUE ...]`.
 
 On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the data on the device:
 
@@ -20,10 +20,12 @@ On a CPU, where the others take days, it runs resnet18 and speedrun in float32, 
     ladder        configs/ladder.py: each of its changes; one run per seed, added to  -> ladder-<device>.json
 
 Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the
-compilation cache is warm; the others use the cache. To test the GPU's parts on a CPU:
+compilation cache is warm; the others use the cache. A `--config.FIELD=VALUE` changes the config of every part. To test the GPU's
+parts on a CPU with a tiny network:
 
-    JAX_PLATFORMS=cpu python -m reproduction.reproduce final step --config configs/final.py:smoke --data digits --epochs 1 --seeds 0 \
-        --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results
+    JAX_PLATFORMS=cpu python -m reproduction.reproduce final sgd autoaugment best speedrun step --data digits --epochs 12 --seeds 0 \
+        --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results \
+        --config.model.channel_list='(8,8,8)' --config.model.block_list='(0,0,0)' --config.data.image_size=16
 """
 
 import argparse
@@ -69,6 +71,7 @@ def config_flags(arguments: argparse.Namespace, config: str | None = None, dtype
         f"--config.data.name={arguments.data}",
         f"--config.model.dtype={dtype or arguments.dtype}",
         "--config.pipeline=device",
+        *arguments.overrides,
     ]
 
 
@@ -197,7 +200,12 @@ def narrow(arguments: argparse.Namespace) -> None:
     size = ["--config.data.image_size=0"] * (arguments.data == "digits")  # already small
     for seed in arguments.seeds:
         for variant in ("adamw", "sgd", "adamw_plain", "sgd_plain"):
-            flags = [f"--config=configs/narrow.py:{variant}", f"--config.data.name={arguments.data}", *size]
+            flags = [
+                f"--config=configs/narrow.py:{variant}",
+                f"--config.data.name={arguments.data}",
+                *size,
+                *arguments.overrides,
+            ]
             summary = train(arguments, f"narrow-{variant}", seed, flags)
             write(arguments.results / f"cpu-narrow-{variant}-seed{seed}.json", summary)
 
@@ -248,7 +256,10 @@ def resnet18(arguments: argparse.Namespace) -> None:
     """Compare the model with ResNet-18, alternately: parameters, operations, seconds per epoch."""
     network = [f"--config.model.channel_list={tuple(arguments.channels)}", "--config.model.block_list=(2,2,2,2)"]
     flags = [*config_flags(arguments), "--only=end_to_end", "--repeats=1", f"--seconds={arguments.seconds}"]
-    flags_of = {"final": flags, "resnet18": [*flags, *network, "--config.model.max_params=0"]}
+    shared = [
+        flag for flag in flags if not flag.startswith(("--config.model.channel_list=", "--config.model.block_list="))
+    ]
+    flags_of = {"final": flags, "resnet18": [*shared, *network, "--config.model.max_params=0"]}
     rounds = [{name: benchmark(*flags_of[name]) for name in flags_of} for _ in range(arguments.rounds)]
     figures = {}
     for name in flags_of:
@@ -298,7 +309,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
+    argv, overrides = command_line.split_overrides(argv)
     arguments = parser.parse_args(argv)
+    arguments.overrides = overrides
     known = on_cpu | on_gpu
     for part in arguments.parts:
         if part not in known:

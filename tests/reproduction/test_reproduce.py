@@ -130,7 +130,11 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
         reproduce.best,
         reproduce.speedrun,
     ):
-        part(argparse.Namespace(config="configs/final.py", data="digits", dtype="bfloat16"))
+        part(
+            argparse.Namespace(
+                config="configs/final.py", data="digits", dtype="bfloat16", overrides=["--config.seed=7"]
+            )
+        )
     assert set(trained) == set(PARTS)
     for name, (config, one_seed) in trained.items():
         assert PARTS[name] == (
@@ -140,7 +144,7 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
             config.model.dtype == "float32",
             one_seed,
         )
-        assert (config.data.name, config.pipeline) == ("digits", "device")
+        assert (config.data.name, config.pipeline, config.seed) == ("digits", "device", 7)
 
 
 @pytest.mark.slow
