@@ -1,7 +1,7 @@
-"""Write the tables of docs/ and the figure of README.md from results/*.json: `python -m reproduction.tables`.
+"""Write the tables of docs/ and the figures of the documents from results/*.json: `python -m reproduction.tables`.
 
 A table replaces the lines between `<!-- NAME -->` and `<!-- end -->`. NAME is a file, `results/*.json`, or one of those that
-`refreshed` names, which read several files. Tests check that every table and the figure are up to date.
+`refreshed` names, which read several files. Tests check that every table and figure is up to date.
 """
 
 import hashlib
@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from reproduction import claims
 from resnet_jax.reporting import figures, report, statistics
@@ -20,8 +22,7 @@ from resnet_jax.search import space
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "recipes.md", "performance.md", "usage.md")]
-FIGURE = ROOT / "results" / "accuracy.png"
-DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the figure
+DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the README's figure
 RUNS = ("*-seed*.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
 
 
@@ -258,18 +259,36 @@ def views_table(name: str) -> str:
     return measured_table(rows, runs[0]["environment"])
 
 
-PUBLISHED = [  # test accuracy in per cent, parameters, PFLOP of the training, where it was published
-    ("airbench94 with Muon", "94.01", "", 0.29, "github.com/KellerJordan/cifar10-airbench"),
-    ("airbench96", "96.0", "", 3.1, "github.com/KellerJordan/cifar10-airbench"),
-    ("ResNet-18", "96.0", "11,173,962", 32.3, "github.com/KellerJordan/cifar10-airbench"),
-    ("the report", "91.8", "4,918,602", 9.9, "the report; PFLOP computed here"),
+class Training(NamedTuple):
+    """A training in the comparison of accuracy and arithmetic.
+
+    Attributes:
+        name: of the training.
+        accuracies: on the test images, 0..1: one for each seed, or the published one.
+        num_params: parameters of the network; None if they were not published.
+        pflop: floating-point operations of the training, times 10^15.
+        published: where; "" if it was measured here.
+    """
+
+    name: str
+    accuracies: list[float]
+    num_params: int | None
+    pflop: float
+    published: str = ""
+
+
+AIRBENCH = "github.com/KellerJordan/cifar10-airbench"
+PUBLISHED = [
+    Training("airbench94 with Muon", [0.9401], None, 0.29, AIRBENCH),
+    Training("airbench96", [0.96], None, 3.1, AIRBENCH),
+    Training("ResNet-18", [0.96], 11_173_962, 32.3, AIRBENCH),
+    Training("the report", [0.918], 4_918_602, 9.9, "the report; PFLOP computed here"),
 ]
 
 
-def budget_table() -> str:
-    """Test accuracy beside the floating-point operations of the training, measured here and published elsewhere."""
-    rows = [["training", "test accuracy", "parameters", "PFLOP", "source"]]
-    entries = []
+def trainings() -> list[Training]:
+    """The trainings that were measured here and those that were published, by their arithmetic."""
+    measured = []
     for name, runs, accuracy in (
         ("`speedrun.py`, six views", runs_of("speedrun"), "test_accuracy_over_views"),
         ("`best.py`, six views", runs_of("best"), "test_accuracy_over_views"),
@@ -277,14 +296,38 @@ def budget_table() -> str:
     ):
         first = runs[0]
         pflop = first["train_flops_per_image"] * first["config"]["batch_size"] * first["steps"] / 1e15
-        mean = statistics.mean_and_spread([run[accuracy] for run in runs]).removesuffix(" %")
-        entries.append(
-            (name, mean, f"{first['num_params']:,}", pflop, f"measured here, {len(runs)} seed{'s' * (len(runs) > 1)}")
-        )
-    published = [(*entry[:4], f"published: {entry[4]}") for entry in PUBLISHED]
-    for name, accuracy, params, pflop, source in sorted(entries + published, key=lambda entry: entry[3]):
-        rows.append([name, f"{accuracy} %", params, f"{pflop:.2f}" if pflop < 1 else f"{pflop:.1f}", source])
+        measured.append(Training(name, [run[accuracy] for run in runs], first["num_params"], pflop))
+    return sorted(measured + PUBLISHED, key=lambda training: training.pflop)
+
+
+def budget_table() -> str:
+    """Test accuracy beside the floating-point operations of the training, measured here and published elsewhere."""
+    rows = [["training", "test accuracy", "parameters", "PFLOP", "source"]]
+    for name, accuracies, num_params, pflop, published in trainings():
+        accuracy = f"{100 * accuracies[0]:.4g} %" if published else statistics.mean_and_spread(accuracies)
+        seeds = f"{len(accuracies)} seed{'s' * (len(accuracies) > 1)}"
+        source = f"published: {published}" if published else f"measured here, {seeds}"
+        operations = f"{pflop:.2f}" if pflop < 1 else f"{pflop:.1f}"
+        rows.append([name, accuracy, f"{num_params:,}" if num_params else "", operations, source])
     return as_markdown(rows)
+
+
+def draw_budget() -> Figure:
+    """Draw what `budget_table` says: filled markers were measured here, hollow ones published."""
+    figure, axes = figures.new_axes("CIFAR-10: test accuracy by arithmetic")
+    for name, accuracies, _, pflop, published in trainings():
+        point = pflop, float(np.mean(accuracies))
+        colour = figures.NEUTRAL if published else figures.COLOURS[0]
+        axes.plot(*point, "o", color=colour, mfc="none" if published else colour, ms=7)
+        offset, side = ((0, -15), "center") if published else ((8, -3), "left")  # so that no text covers another
+        axes.annotate(name.replace("`", ""), point, xytext=offset, textcoords="offset points", ha=side, fontsize=8)
+    axes.plot([], [], "o", color=figures.COLOURS[0], label="measured here")
+    axes.plot([], [], "o", color=figures.NEUTRAL, mfc="none", label="published")
+    axes.set(xscale="log", xlabel="PFLOP of the training", xlim=(0.05, 100), ylim=(0.91, 0.97))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figures.show_percent(axes.yaxis, "test accuracy")
+    figures.add_legend(figure, axes)
+    return figure
 
 
 def ladder_table() -> str:
@@ -361,9 +404,9 @@ def drawn_groups() -> list[figures.Group]:
     return [group for group in groups() if group.name in DRAWN]
 
 
-def figure_digest() -> str:
-    """SHA-256 of the values in the README's figure, which its file carries."""
-    values = [
+def accuracy_values() -> list[Any]:
+    """The values in the README's figure."""
+    return [
         [
             group.name,
             split,
@@ -372,15 +415,38 @@ def figure_digest() -> str:
         for group in drawn_groups()
         for split in ("train", "validation", "test")
     ]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def draw(path: Path) -> None:
-    """Draw the README's figure as a PNG whose text "Source" is `figure_digest`."""
-    figures.save(partial(figures.draw_accuracy, drawn_groups()), path, "light", "white", {"Source": figure_digest()})
+def draw_accuracy() -> Figure:
+    """Draw the README's figure."""
+    return figures.draw_accuracy(drawn_groups())
+
+
+class Drawn(NamedTuple):
+    """A figure of the documents, and the values from which it is drawn."""
+
+    draw: Callable[[], Figure]
+    values: Callable[[], Any]
+
+
+FIGURES = {  # in results/
+    "accuracy.png": Drawn(draw_accuracy, accuracy_values),
+    "budget.png": Drawn(draw_budget, trainings),
+}
+
+
+def figure_digest(name: str) -> str:
+    """SHA-256 of the values in a figure, which its file carries."""
+    return hashlib.sha256(json.dumps(FIGURES[name].values()).encode()).hexdigest()
+
+
+def draw(name: str, path: Path) -> None:
+    """Draw a figure as a PNG whose text "Source" is `figure_digest`."""
+    figures.save(FIGURES[name].draw, path, "light", "white", {"Source": figure_digest(name)})
 
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(refreshed(document.read_text("utf-8")), "utf-8")
-    draw(FIGURE)
+    for figure_name in FIGURES:
+        draw(figure_name, ROOT / "results" / figure_name)

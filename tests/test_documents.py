@@ -165,18 +165,32 @@ def test_every_benchmark_and_every_comparison_has_its_table():
     }
 
 
-def test_the_figure_is_drawn_from_the_results():
-    assert f"({tables.FIGURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
-    with Image.open(tables.FIGURE) as image:
-        assert image.text["Source"] == tables.figure_digest(), "run python -m reproduction.tables"
+@pytest.mark.parametrize("name", tables.FIGURES)
+def test_a_figure_is_drawn_from_the_results(name):
+    assert any(f"results/{name})" in path.read_text() for path in DOCUMENTS)
+    with Image.open(ROOT / "results" / name) as image:
+        assert image.text["Source"] == tables.figure_digest(name), "run python -m reproduction.tables"
 
 
-def test_the_figure_is_out_of_date_once_a_result_changes(monkeypatch):
-    before, groups = tables.figure_digest(), tables.groups()
+def test_the_figure_of_accuracy_is_out_of_date_once_a_result_changes(monkeypatch):
+    before, groups = tables.figure_digest("accuracy.png"), tables.groups()
     drawn = next(group for group in groups if group.name == "final-h200")
     next(row for row in drawn.runs[0]["metrics"] if row["split"] == "validation")["accuracy"] += 1e-6
     monkeypatch.setattr(tables, "groups", lambda: groups)
-    assert tables.figure_digest() != before
+    assert tables.figure_digest("accuracy.png") != before
+
+
+def test_the_figure_of_arithmetic_shows_every_training_of_the_table():
+    (axes,) = tables.draw_budget().axes
+    shown = {text.get_text(): text.xy for text in axes.texts}
+    rows = [line.strip("| ").split(" | ") for line in tables.budget_table().splitlines()[2:]]
+    assert len(rows) == len(shown) == 7
+    for name, accuracy, _, pflop, _ in rows:
+        x, y = shown[name.replace("`", "")]
+        assert x == pytest.approx(float(pflop), rel=0.02)
+        assert f"{100 * y:.4g}".startswith(accuracy.split(" ")[0].rstrip("0").rstrip("."))
+        assert axes.get_xlim()[0] < x < axes.get_xlim()[1]
+        assert axes.get_ylim()[0] < y < axes.get_ylim()[1]
 
 
 def test_make_report_shows_the_runs_of_the_claims_table():

@@ -263,3 +263,12 @@ def test_a_set_larger_than_the_memory_is_decoded_and_read_within_it(tmp_path):
     kind, num_bytes, read, fingerprint = run.stdout.splitlines()[-1].split()
     assert (kind, int(num_bytes), int(read)) == ("ImagesOnDisk", 78 * 1024 * 1024 * 3, 78)
     assert len(fingerprint) == 64
+
+
+def test_the_images_of_a_decode_that_was_killed_are_removed_by_the_next(data):
+    killed = Path(data.cache_dir) / ".incomplete-resnet_jax-killed" / "new"
+    killed.mkdir(parents=True)
+    (killed / "train_images").write_bytes(b"half")
+    with little_memory():
+        datasets.load(data)
+    assert not killed.exists()
