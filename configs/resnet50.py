@@ -1,4 +1,4 @@
-"""ResNet-50 on ImageNet-1k: 90 epochs of SGD with Nesterov's momentum, images of 224x224 pixels.
+"""ResNet-50 on ImageNet-1k at 224x224 pixels: 90 epochs of SGD with Nesterov's momentum; nobody has trained it yet.
 
 python launch.py --config configs/resnet50.py                                      # TFDS's imagenet2012
 python launch.py --config configs/resnet50.py --config.data.name=folder:data/imagenet
@@ -10,7 +10,11 @@ from configs import final
 
 
 def get_config() -> ConfigDict:
-    """Return the config of Goyal et al., arXiv:1706.02677, with a cosine; other fields are as in `final.py`."""
+    """Return the config; fields that are not set here are as in `final.py`.
+
+    It follows Goyal et al., arXiv:1706.02677, but for a cosine, label smoothing, batch-norm scales that all begin at 1, and
+    crops of the scaled image instead of the photo.
+    """
     config = final.get_config()
     config.batch_size = 1024
     config.num_epochs = 90.0  # section 5.1
@@ -19,9 +23,8 @@ def get_config() -> ConfigDict:
 
     config.data.name = "imagenet2012"
     config.data.image_size = 224
-    config.data.validation_ratio = (
-        0.0  # the test split is the set's validation split; the last checkpoint is the result
-    )
+    # The set's own validation split is the test set, and the last checkpoint is the result.
+    config.data.validation_ratio = 0.0
     config.data.mean = (0.485, 0.456, 0.406)  # torchvision's
     config.data.std = (0.229, 0.224, 0.225)  # likewise
 

@@ -20,8 +20,8 @@ On a CPU, where the others take days, it runs resnet18 and speedrun in float32, 
     ladder        configs/ladder.py: each of its changes; one run per seed, added to  -> ladder-<device>.json
 
 Each part can be rerun: runs resume, and batch sizes are added to the file. The first run compiles unless the
-compilation cache is warm; the others use the cache. A `--config.FIELD=VALUE` changes the config of every part. To test the GPU's
-parts on a CPU with a tiny network:
+compilation cache is warm; the others use the cache. A `--config.FIELD=VALUE` changes the config of every part, whose results then need a
+folder of their own. To test the GPU's parts on a CPU with a tiny network:
 
     JAX_PLATFORMS=cpu python -m reproduction.reproduce final sgd autoaugment best speedrun step --data digits --epochs 12 --seeds 0 \
         --batch-sizes 32 64 --seconds 0.1 --no-torch --runs /tmp/runs --results /tmp/results \
@@ -47,6 +47,7 @@ from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+_FLAGS = {"seed": "--seeds", "num_epochs": "--epochs", "data.name": "--data", "model.dtype": "--dtype"}  # by field
 
 
 def run(*command: object) -> None:
@@ -312,6 +313,13 @@ def main(argv: Sequence[str]) -> None:
     argv, overrides = command_line.split_overrides(argv)
     arguments = parser.parse_args(argv)
     arguments.overrides = overrides
+    for override in overrides:
+        if flag := _FLAGS.get(override.removeprefix("--config.").partition("=")[0]):
+            raise UserError(f"{override} does not change all parts: give {flag}")
+    if overrides and arguments.results == parser.get_default("results"):
+        raise UserError(
+            f"{overrides[0]} makes other results than those in {arguments.results}: give another folder as --results"
+        )
     known = on_cpu | on_gpu
     for part in arguments.parts:
         if part not in known:

@@ -63,7 +63,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     first = jax.process_index() == 0
     waiting(f"loading {config.data.name}", quiet=not first)
     with processes.in_turn():
-        dataset = datasets.load(config.data)
+        dataset = datasets.load(config.data, in_memory=not pipelines.can_read_from_disk(config))
     processes.check_agreement("data", dataset.fingerprint)
     train, validation = datasets.validation_split(dataset, config.data)
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax import errors
-from resnet_jax.data import datasets, images
+from resnet_jax.data import datasets, images, on_disk
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model, unlabelled
@@ -69,7 +69,7 @@ def test_a_file_with_a_terminals_commands_in_its_name_is_named_with_escapes(tmp_
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / part / "cat" / "0.png")
     (tmp_path / "train" / "cat" / "\x1b[31m.png").write_bytes(b"no image")
     with pytest.raises(SystemExit), exits.exit_on_user_error():
-        datasets.sources.read_folder(datasets.sources.list_folder(tmp_path)[0], 0)
+        datasets.sources.read_folder(datasets.sources.list_folder(tmp_path)[0], 0, on_disk.Store())
     said = capsys.readouterr().err
     assert "\\x1b[31m.png" in said
     assert "\x1b" not in said

@@ -24,7 +24,7 @@ def augment(images: tf.Tensor, indices: tf.Tensor, draws: dict[str, tf.Tensor], 
     comes last.
 
     Args:
-        images: uint8 [N, H, W, 3], the whole training set.
+        images: uint8 [N, H, W, 3], all that `indices` name.
         indices: int32 or int64 [B], the examples to take.
         draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32
             [B, 1 to 4, 8]; with Cutout also "cutout", int32 [B, 2]; with resized crops also "resized_crop", int32 [B, H + W, 2].

@@ -8,7 +8,6 @@ from which each batch is read. Of a source without a test set, a share of each c
 import hashlib
 import math
 import os
-import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -62,18 +61,20 @@ _FIFTH_IS_TEST = "the test images are a fifth of each class"
 _DECODER = 2  # counts the versions of `images`: what an earlier one decoded is decoded again
 
 
-def load(config: ConfigDict) -> Dataset:
+def load(config: ConfigDict, in_memory: bool = False) -> Dataset:
     """Load the data set that `config.data` names.
 
     Args:
         config: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
             user's cache folder), `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
             to it and the centre is cropped) and `num_threads`.
+        in_memory: hold the images in memory, or raise, instead of leaving on disk those that do not fit there with the copies
+            that training makes.
 
     Raises:
         UserError: if the data are missing, unreadable or not image classification.
     """
-    splits, class_names, digest, layout = _load(config)
+    splits, class_names, digest, layout = _load(config, in_memory)
     if "test" not in splits:
         splits |= _with_test(config.name, splits["train"])
         layout += f"; {_FIFTH_IS_TEST}"
@@ -98,18 +99,19 @@ def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]
     return splits[part], class_names, digest, part
 
 
-def _load(config: ConfigDict) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
+def _load(config: ConfigDict, in_memory: bool = False) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
     """Return the parts that a source has, its class names, its fingerprint, and its layout in words."""
     try:
-        arrays, layout = _read(config)
+        arrays, layout = _read(config, in_memory)
     except OSError as error:
         raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+    on_disk.say(arrays)
     splits, class_names = _checked(config.name, arrays)
     arrays |= {f"{part}_labels": split.labels for part, split in splits.items()}
     return splits, class_names, str(arrays.get("fingerprint", "")) or fingerprint(arrays), layout
 
 
-def _read(config: ConfigDict) -> tuple[Arrays, str]:
+def _read(config: ConfigDict, in_memory: bool) -> tuple[Arrays, str]:
     """Return the arrays of a source, perhaps with their fingerprint, and its layout in words."""
     source, colon, path = config.name.partition(":")
     if (source in ("npz", "folder") and not path.strip()) or (source == "digits" and colon):
@@ -125,12 +127,14 @@ def _read(config: ConfigDict) -> tuple[Arrays, str]:
         folder = Path(os.path.realpath(os.path.expanduser(path)))
         files, layout = sources.list_folder(folder)
         read = partial(sources.read_folder, files, config.image_size)
-        return _cached(config, folder, [f.path for f in files], read), layout
+        return _cached(config, folder, [f.path for f in files], read, in_memory), layout
     name, part = sources.tfds_name_and_part(config.name)
     builder = sources.prepared_tfds_builder(name, config.data_dir)
-    folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part)
+    folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part, config.num_threads)
+    if splits.get("test") != "test" and "test" in builder.info.splits:
+        part += " tested on validation"
     read = partial(sources.read_tfds, builder, splits, config.image_size, config.num_threads)
-    return _cached(config, folder, folder.iterdir(), read, part), "splits " + ", ".join(splits.values())
+    return _cached(config, folder, folder.iterdir(), read, in_memory, part), "splits " + ", ".join(splits.values())
 
 
 def _with_test(name: str, whole: Split) -> dict[str, Split]:
@@ -310,8 +314,8 @@ def _count_shared(images: Images, others: Images) -> int:
     if images.shape[1:] != others.shape[1:]:
         return 0
     here, there = on_disk.checksums(images), on_disk.checksums(others)
-    candidates = {images[i].tobytes() for i in np.flatnonzero(np.isin(here, there))}
-    return sum(others[i].tobytes() in candidates for i in np.flatnonzero(np.isin(there, here)))
+    digests = {hashlib.sha256(images[i].tobytes()).digest() for i in np.flatnonzero(np.isin(here, there))}
+    return sum(hashlib.sha256(others[i].tobytes()).digest() in digests for i in np.flatnonzero(np.isin(there, here)))
 
 
 def _cached(
@@ -319,12 +323,13 @@ def _cached(
     folder: Path,
     files: Iterable[Path],
     read: Callable[[on_disk.Store], Arrays],
+    in_memory: bool,
     part: str = "",
 ) -> Arrays:
     """Return the arrays of a source and their fingerprint, from the cache if it holds them, valid and up to date.
 
-    They are in an `.npz`, or in a folder of the same name if they did not fit in memory. `part` names the part of the files
-    that `read` returns; "" for all.
+    They are in an `.npz`, or in a folder of the same name if they did not fit in memory. `in_memory` is that of `load`. `part`
+    names the part of the files that `read` returns; "" for all.
     """
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = hashlib.sha256(repr((_DECODER, state, config.image_size, *filter(None, [part]))).encode()).hexdigest()[:16]
@@ -332,39 +337,43 @@ def _cached(
     if directory is None:
         return read(on_disk.Store())
     path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
-    if arrays := _from_cache(path, folder):
+    if arrays := _from_cache(path, folder, in_memory):
         return arrays
     with ExitStack() as stack:
         with _storing(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            new = stack.enter_context(files_lib.scratch_directory(directory)) / "new"
-            new.mkdir()
-        arrays = read(on_disk.Store(new, directory))
+            scratch = stack.enter_context(files_lib.scratch_directory(directory))
+            (scratch / "new").mkdir()
+        arrays = read(on_disk.Store(None if in_memory else scratch / "new", directory))
         arrays["fingerprint"] = np.array(fingerprint(arrays))
         with _storing(directory):
-            if not any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
-                np.savez(new / "data.npz", **arrays)
-                (new / "data.npz").replace(path)
-                return arrays
-            on_disk.write(new, arrays)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # a corrupt one
-            return on_disk.read(new.replace(path.with_suffix("")))
+            if any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
+                on_disk.write(scratch / "new", arrays)
+                on_disk.move(scratch / "new", path.with_suffix(""), scratch / "old", arrays)
+            else:
+                np.savez(scratch / "new" / "data.npz", **arrays)
+                (scratch / "new" / "data.npz").replace(path)
+    return arrays
 
 
-def _from_cache(path: Path, folder: Path) -> Arrays | None:
+def _from_cache(path: Path, folder: Path, in_memory: bool) -> Arrays | None:
     """Return what the cache holds of a source, if it is whole: the `.npz`, or the folder of images on disk."""
-    for cached, read in ((path, npz.read), (path.with_suffix(""), on_disk.read)):
-        if not cached.exists():
-            continue
-        try:
-            arrays = read(cached)
-            if cached != path or fingerprint(arrays) == str(arrays["fingerprint"]):
+    on_disk_path = path.with_suffix("")
+    try:
+        if path.exists() and (in_memory or on_disk.fits(path.stat().st_size)):
+            arrays = npz.read(path)
+            if fingerprint(arrays) == str(arrays["fingerprint"]):
                 return arrays
-        except memory.TooLargeError:
-            continue
-        except (KeyError, OSError, UserError, ValueError):
-            pass
-        print(f"{cached} is corrupt: decoding {folder} again")
+            raise ValueError("it holds other data")
+    except memory.TooLargeError:
+        raise
+    except (KeyError, UserError, ValueError):
+        print(f"{path} is corrupt: decoding {folder} again")
+    try:
+        if on_disk_path.exists():
+            return on_disk.read(on_disk_path, in_memory)
+    except (KeyError, ValueError):
+        print(f"{on_disk_path} is corrupt: decoding {folder} again")
     return None
 
 

@@ -6,7 +6,8 @@ import psutil
 
 from resnet_jax.errors import UserError
 
-_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 class TooLargeError(UserError):
@@ -14,14 +15,30 @@ class TooLargeError(UserError):
 
 
 def free() -> int:
-    """Return the bytes that this process may still use: those that the host has free, within the limit of its container."""
+    """Return the bytes that this process may still use: those that the host has free, within the limits of its control groups.
+
+    Containers, SLURM and systemd set such limits. Those of cgroup v2 are read.
+    """
     available: int = psutil.virtual_memory().available
+    for group in _groups():
+        try:
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # a group without a limit
+            continue
+        reclaimable = sum(int(statistics.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+        available = min(available, max(0, limit - used + reclaimable))
+    return available
+
+
+def _groups() -> list[Path]:
+    """Return the folders of this process's control group and those above it."""
     try:
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # without control groups, or "max": no limit
-        return available
-    return min(available, max(0, limit - used + int(statistics["inactive_file"])))  # which the kernel can give back
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:
+        return []
+    own = [_GROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    return [group for path in own for group in (path, *path.parents) if group.is_relative_to(_GROUPS)]
 
 
 def check(what: str, num_bytes: int, remedy: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from resnet_jax.data import memory, npz
 from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.errors import UserError
 
-_COPIES = 3  # in memory: the whole set, its training part, and the pipeline's
+_COPIES = 3  # in memory: the whole set, its training part, and TensorFlow's
 _ARRAYS = "arrays.npz"  # all that is not images
+
+
+class CorruptImageError(UserError, ValueError):
+    """An image on disk is not as it was written."""
 
 
 class _OpenFile:
@@ -36,6 +41,7 @@ class ImagesOnDisk:
     It stands in a `Split` for an array that does not fit in memory. Each image is checked when it is read.
 
     Attributes:
+        path: of the file, for errors.
         dtype: uint8.
     """
 
@@ -53,7 +59,7 @@ class ImagesOnDisk:
             OSError: if the file cannot be opened.
             ValueError: if it is not as long as the images.
         """
-        self._path = path
+        self.path = path
         self._file = _OpenFile(path, os.O_RDWR | os.O_CREAT if checksums is None else os.O_RDONLY)
         self._checksums = np.zeros(shape[0], np.uint32) if checksums is None else checksums
         self._positions = np.arange(shape[0])
@@ -103,14 +109,19 @@ class ImagesOnDisk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): set config.data.cache_dir to another folder"
+                f"{self.path} cannot be written ({error.strerror}): set config.data.cache_dir to another folder"
             ) from error
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._file.descriptor)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Read images: uint8 [..., H, W, 3].
 
         Raises:
-            UserError: if one cannot be read, or is not as it was written.
+            CorruptImageError: if one is not as it was written.
+            UserError: if one cannot be read.
         """
         positions = self._positions[index]
         images = np.empty((*np.shape(positions), *self._image_shape), np.uint8)
@@ -119,12 +130,12 @@ class ImagesOnDisk:
                 count = os.preadv(self._file.descriptor, [image], position * image.nbytes)
             except OSError as error:
                 raise UserError(
-                    f"{self._path} cannot be read ({error.strerror}): rerun the command to resume"
+                    f"{self.path} cannot be read ({error.strerror}): rerun the command to resume"
                 ) from error
             if count != image.nbytes or zlib.crc32(image.data) != self._checksums[position]:
-                raise UserError(
-                    f"image {position} of {self._path} is corrupt: delete {self._path.parent}, and rerun the command to decode the images "
-                    "again"
+                raise CorruptImageError(
+                    f"image {position} of {self.path} is corrupt: delete {self.path.parent}, and rerun the command to decode the "
+                    "images again"
                 )
         return images
 
@@ -145,6 +156,7 @@ class Store:
     def __init__(self, folder: Path | None = None, cache: Path | None = None) -> None:
         """Use an empty folder for the files, which will move to a cache; None for memory only."""
         self._folder, self._cache = folder, cache
+        self._on_disk: bool | None = None  # decided by the first part
 
     def empty(self, part: str, shape: tuple[int, ...], rest: int, what: str, remedy: str) -> Images:
         """Return a place for the images of a part.
@@ -160,7 +172,9 @@ class Store:
             TooLargeError: if neither the memory nor the folder's disk has room.
             OSError: if the file cannot be made.
         """
-        if fits(rest) or not self._folder:
+        if self._on_disk is None:
+            self._on_disk = bool(self._folder) and not fits(rest)
+        if not self._folder or not self._on_disk:
             memory.check(what, rest, remedy)
             return np.empty(shape, np.uint8)
         if rest > (free := shutil.disk_usage(self._folder).free):
@@ -168,7 +182,6 @@ class Store:
                 f"{what} take {rest / 1e9:,.1f} GB, and {memory.free() / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB of the disk of "
                 f"{self._cache} are free: set config.data.cache_dir to a folder on a larger disk, or {remedy}"
             )
-        print(f"{what} take {rest / 1e9:,.1f} GB: they stay on disk, in {self._cache}", flush=True)
         return ImagesOnDisk(self._folder / f"{part}_images", shape)
 
 
@@ -183,23 +196,78 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> None:
     for name, array in arrays.items():
         if isinstance(array, ImagesOnDisk):
             whole |= {f"{name}_shape": np.array(array.shape), f"{name}_checksums": array.checksums}
+            array.sync()
         else:
             whole[name] = array
-    np.savez(folder / _ARRAYS, **whole)
+    with (folder / _ARRAYS).open("wb") as file:
+        np.savez(file, **whole)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def read(folder: Path) -> Arrays:
+def move(folder: Path, target: Path, old: Path, arrays: Mapping[str, Any]) -> None:
+    """Move a written folder to where `read` will look for it.
+
+    Another process may have moved an equal one there in the meantime. Images that are open stay readable in either case.
+
+    Args:
+        folder: that `write` has written.
+        target: its new path; what is there was found corrupt.
+        old: a path to move that to.
+        arrays: that were written.
+    """
+    with suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    for array in arrays.values():
+        if isinstance(array, ImagesOnDisk):
+            array.path = target / array.path.name
+
+
+def read(folder: Path, in_memory: bool = False) -> Arrays:
     """Return the arrays of a folder: the images on disk if they do not fit in memory.
 
+    Args:
+        folder: that `write` has written.
+        in_memory: return the images in memory, or raise.
+
     Raises:
-        UserError, KeyError, OSError, ValueError: if the folder is not as it was written.
+        KeyError, ValueError: if the folder is not as it was written.
+        TooLargeError: if the images do not fit in memory and must be there.
+        UserError, OSError: if it cannot be read.
     """
-    arrays = npz.read(folder / _ARRAYS)
+    try:
+        arrays = npz.read(folder / _ARRAYS)
+    except memory.TooLargeError:
+        raise
+    except UserError as error:
+        raise ValueError(str(error)) from error
     for part in PARTS:
         if (checksums := arrays.pop(f"{part}_images_checksums", None)) is not None:
             shape = arrays.pop(f"{part}_images_shape").tolist()
             arrays[f"{part}_images"] = ImagesOnDisk(folder / f"{part}_images", tuple(shape), checksums)
     on_disk = {name: array for name, array in arrays.items() if isinstance(array, ImagesOnDisk)}
-    if fits(sum(images.nbytes for images in on_disk.values())):
-        arrays |= {name: images[:] for name, images in on_disk.items()}
+    num_bytes = sum(images.nbytes for images in on_disk.values())
+    if in_memory:
+        memory.check(
+            f"the images in {folder}", num_bytes, "set config.pipeline to tf_data, which can read them from disk"
+        )
+    if in_memory or fits(num_bytes):
+        return arrays | {name: images[:] for name, images in on_disk.items()}
     return arrays
+
+
+def say(arrays: Mapping[str, Any]) -> None:
+    """Say which images are on disk, if some are."""
+    images = [array for array in arrays.values() if isinstance(array, ImagesOnDisk)]
+    if images:
+        count, num_bytes = sum(map(len, images)), sum(array.nbytes for array in images)
+        print(
+            f"{count:,} images take {num_bytes / 1e9:,.1f} GB and do not fit in memory three times: batches are read from "
+            f"{images[0].path.parent}",
+            flush=True,
+        )

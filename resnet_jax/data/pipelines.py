@@ -1,4 +1,4 @@
-"""Turn arrays in memory into batches: a training stream that can start at any step, and padded evaluation batches.
+"""Turn images and labels into batches: a training stream that can start at any step, and padded evaluation batches.
 
 There are two training pipelines. Both apply the draws of `sampling.py`, so they give the same batches. `tf_data`
 streams batches from the host (`train_batches`, which imports TensorFlow at its first batch). `device` keeps all examples
@@ -54,9 +54,10 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...], "operations": int32
-        [count, B, 1 or 2, 8] if the config has a policy, "cutout": int32 [count, B, 2] if it has Cutout,
-        "resized_crop": int32 [count, B, H + W, 2] if it has resized crops, and "mix": float32 [count, B, H + W], `sampling.mixing_weights` of each example's step, if it mixes images}
+        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...]}, and if the config has a
+        policy "operations": int32 [count, B, 1 to 4, 8], Cutout "cutout": int32 [count, B, 2], resized crops "resized_crop":
+        int32 [count, B, H + W, 2], and if it mixes images "mix": float32 [count, B, H + W], `sampling.mixing_weights` of
+        each example's step,
         with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
@@ -89,6 +90,11 @@ def batch_shapes(
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def can_read_from_disk(config: ConfigDict) -> bool:
+    """Whether a run's pipeline may be the one that reads images from disk."""
+    return bool(config.pipeline != "device") and has_tensorflow()
 
 
 def prefers_devices(split: Split, mesh: Mesh) -> bool:
@@ -203,9 +209,12 @@ def train_batches(
 
     def draw(step: int) -> dict[str, np.ndarray]:
         draws = train_draws(split, config, step, 1, process_index, process_count)
-        draws = {name: drawn[0] for name, drawn in draws.items()}
+        return {name: drawn[0] for name, drawn in draws.items()}
+
+    def draw_and_read(step: int) -> dict[str, np.ndarray]:
+        draws = draw(step)
         try:
-            return draws | ({"images": split.images[draws["indices"]]} if on_disk else {})
+            return draws | {"images": split.images[draws["indices"]]}
         except UserError as error:
             unreadable.append(error)
             raise
@@ -220,7 +229,12 @@ def train_batches(
         return {"images": augmented, "labels": tf.gather(labels, draws["indices"]), **mix}
 
     signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
-    stream = tf.data.Dataset.from_generator(lambda: map(draw, range(start_step, stop_step)), output_signature=signature)
+    if on_disk:
+        signature["images"] = tf.TensorSpec((*signature["indices"].shape, *split.images.shape[1:]), tf.uint8)
+    drawn_at = draw_and_read if on_disk else draw
+    stream = tf.data.Dataset.from_generator(
+        lambda: map(drawn_at, range(start_step, stop_step)), output_signature=signature
+    )
     threads = config.data.num_threads or usable_cores()
     stream = stream.map(build, num_parallel_calls=threads, deterministic=True).prefetch(2)
     options = tf.data.Options()

@@ -247,19 +247,20 @@ def tfds_name_and_part(name: str) -> tuple[str, str]:
     return (builder, f"{split}{bracket}{inside}") if colon and bracket and inside.endswith("]") else (name, "")
 
 
-def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
+def tfds_splits(builder: Any, training_part: str = "", num_threads: int = 0) -> dict[str, str]:
     """Return the split of each part of a TFDS set: its only one is "train"; without a labelled "test", "validation" is the test set.
 
     Args:
         builder: of the set.
         training_part: the part of the training split to take, in TFDS's notation, "train[:80%]"; "" for all.
+        num_threads: of TensorFlow, if it must read an example.
 
     Raises:
         UserError: if a set of several splits has none for a part, or the training split has no such part.
     """
     there = list(builder.info.splits)
     splits = {"train": "train", "test": "test" if "test" in there else "validation"}
-    if {"test", "validation"} <= set(there) and not _is_labelled(builder, "test"):
+    if {"test", "validation"} <= set(there) and not _is_labelled(builder, "test", num_threads):
         splits["test"] = "validation"
     if len(there) == 1:
         splits = {"train": there[0]}
@@ -272,13 +273,22 @@ def tfds_splits(builder: Any, training_part: str = "") -> dict[str, str]:
     return splits
 
 
-def _is_labelled(builder: Any, split: str) -> bool:
+def _is_labelled(builder: Any, split: str, num_threads: int) -> bool:
     """Whether the first example of a split has a label; a contest that keeps them to itself, such as ImageNet's, gives -1."""
     import tensorflow_datasets as tfds
 
+    tf = import_tensorflow(num_threads)
     undecoded = {"image": tfds.decode.SkipDecoding()}
-    (example,) = tfds.as_numpy(builder.as_dataset(split=f"{split}[:1]", decoders=undecoded))
-    return bool(example["label"] >= 0)
+    try:
+        examples = list(tfds.as_numpy(builder.as_dataset(split=f"{split}[:1]", decoders=undecoded)))
+    except tf.errors.OpError as error:
+        raise _corrupt(builder, error) from error
+    return all(example["label"] >= 0 for example in examples)
+
+
+def _corrupt(builder: Any, error: Any) -> UserError:
+    """Return what to say when TensorFlow cannot read a prepared set."""
+    return UserError(f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again")
 
 
 def _check_part(builder: Any, part: str, split: str) -> None:
@@ -325,9 +335,7 @@ def read_tfds(builder: Any, splits: dict[str, str], image_size: int, num_threads
         try:
             arrays[f"{part}_images"] = _collect(store, part, decode(part, split), counts[part], rest, remedy)
         except tf.errors.OpError as error:
-            raise UserError(
-                f"{builder.data_path} is corrupt ({error.message}): delete it and prepare it again"
-            ) from error
+            raise _corrupt(builder, error) from error
         arrays[f"{part}_labels"] = np.array(labels[part], np.int32)
         rest -= counts[part]
     return arrays

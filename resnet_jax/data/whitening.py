@@ -23,10 +23,10 @@ def filters(images: Images, data: ConfigDict, count: int) -> np.ndarray:
     Returns:
         float32 [3, 3, 3, count]: the kernel of a convolution.
     """
-    images = images[:: -(-len(images) // _IMAGES)]  # in memory, wherever they were
+    chosen = np.arange(0, len(images), -(-len(images) // _IMAGES))
     covariance, patches_seen = np.zeros((27, 27)), 0
-    for some in np.array_split(images, -(-len(images) // 500)):
-        x = (some.astype(np.float32) / 255 - np.float32(data.mean)) / np.float32(data.std)
+    for some in np.array_split(chosen, -(-len(chosen) // 500)):
+        x = (images[some].astype(np.float32) / 255 - np.float32(data.mean)) / np.float32(data.std)
         patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))  # [N, H - 2, W - 2, channel, row, column]
         patches = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27)
         covariance += (patches.T @ patches).astype(np.float64)

@@ -112,13 +112,21 @@ def read_json(
         UserError: if it cannot be read, is not an object or lacks a key.
     """
     try:
-        value = json.loads(readable(path).read_text("utf-8"))
+        value = json.loads(readable(path).read_text("utf-8"), parse_int=_int64)
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
+    return value
+
+
+def _int64(digits: str) -> int:
+    """Read a whole number of at most 64 bits: no field needs more, and floats cannot hold much larger ones."""
+    value = int(digits)
+    if abs(value) >= 2**63:
+        raise ValueError(f"a number of {len(digits)} digits is too large")
     return value
 
 

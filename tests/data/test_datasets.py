@@ -636,7 +636,7 @@ def test_images_that_would_not_fit_in_the_memory_are_refused_before_they_are_dec
 
 def test_what_is_decoded_already_is_not_counted_again(data, tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr(on_disk, "fits", lambda num_bytes: needed.append(num_bytes) or True)
+    monkeypatch.setattr(memory, "check", lambda what, num_bytes, remedy: needed.append(num_bytes))
     load(data, f"folder:{folder(tmp_path)}")
     assert needed == [6 * 7 * 5 * 3, 2 * 7 * 5 * 3]  # train and test; test
 

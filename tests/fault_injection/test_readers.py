@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_fuzz import fuzz, refusal
 
 from configs import search as search_config
-from resnet_jax.data import images, sources
+from resnet_jax.data import images, on_disk, sources
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import export, predict, torch_weights, trained_model, unlabelled
@@ -74,7 +74,7 @@ assert len(IMAGES) > 60
 def test_an_image_of_any_format_is_read_or_refused(whole, changes, cut, name):
     def read(path):
         images.is_image(path)
-        arrays = sources.read_folder([sources.LabelledFile(path, "train", "a")], 8)
+        arrays = sources.read_folder([sources.LabelledFile(path, "train", "a")], 8, on_disk.Store())
         assert arrays["train_images"].shape == (1, 8, 8, 3)
 
     is_read_or_refused(read, name, mutated(whole, changes, cut))
@@ -122,6 +122,8 @@ RESULT = RunResult(0.5, 1.0, 0.5, 10, 4, 4, 1.0, {}, {"splits": {}}, {}, "0" * 6
 @given(
     st.dictionaries(st.sampled_from(sorted(RESULT.__dataclass_fields__)), json_values, max_size=3),
 )
+@example({"seconds": 10**310})
+@example({"test_accuracy": -(10**310)})
 def test_a_result_with_any_values_is_read_or_refused(changed):
     content = json.dumps(RESULT.__dict__ | changed).encode()
     is_read_or_refused(lambda path: RunResult.read(path.parent).summary(), "result.json", content)

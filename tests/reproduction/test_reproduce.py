@@ -88,6 +88,12 @@ MISTAKES = {
         ["needs a GPU, but JAX finds none", "JAX_PLATFORMS=cpu"],
     ),
     "a part that is none": ({}, ["stepp"], ["unknown PART 'stepp'", "resnet18"]),
+    "a field that has a flag": ({}, ["--config.seed=7"], ["--config.seed=7 does not change all parts: give --seeds"]),
+    "a field, and the results of the configs": (
+        {"JAX_PLATFORMS": "cpu"},
+        ["--config.label_smoothing=0.1"],
+        ["makes other results than those in results", "--results"],
+    ),
     "a folder that cannot be made": ({"JAX_PLATFORMS": "cpu"}, ["--results=README.md/x"], ["--results README.md/x"]),
 }
 
@@ -132,7 +138,7 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
     ):
         part(
             argparse.Namespace(
-                config="configs/final.py", data="digits", dtype="bfloat16", overrides=["--config.seed=7"]
+                config="configs/final.py", data="digits", dtype="bfloat16", overrides=["--config.label_smoothing=0.5"]
             )
         )
     assert set(trained) == set(PARTS)
@@ -144,7 +150,7 @@ def test_the_parts_of_a_gpu_train_what_they_say(monkeypatch):
             config.model.dtype == "float32",
             one_seed,
         )
-        assert (config.data.name, config.pipeline, config.seed) == ("digits", "device", 7)
+        assert (config.data.name, config.pipeline, config.label_smoothing) == ("digits", "device", 0.5)
 
 
 @pytest.mark.slow
