@@ -116,6 +116,14 @@ class ImagesOnDisk:
         """Wait until what was written is on the disk."""
         os.fsync(self._file.descriptor)
 
+    def prefetch(self, positions: np.ndarray) -> None:
+        """Ask the operating system to read images, int [M], that will be indexed soon, where it can be asked."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        size = math.prod(self._image_shape)
+        for position in self._positions[positions].tolist():
+            os.posix_fadvise(self._file.descriptor, position * size, size, os.POSIX_FADV_WILLNEED)
+
     def __getitem__(self, index: Any) -> np.ndarray:
         """Read images: uint8 [..., H, W, 3].
 

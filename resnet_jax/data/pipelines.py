@@ -211,13 +211,18 @@ def train_batches(
         draws = train_draws(split, config, step, 1, process_index, process_count)
         return {name: drawn[0] for name, drawn in draws.items()}
 
-    def draw_and_read(step: int) -> dict[str, np.ndarray]:
-        draws = draw(step)
-        try:
-            return draws | {"images": split.images[draws["indices"]]}
-        except UserError as error:
-            unreadable.append(error)
-            raise
+    def draw_all() -> Iterator[dict[str, np.ndarray]]:
+        ahead = draw(start_step)
+        for step in range(start_step, stop_step):
+            draws, ahead = ahead, draw(step + 1)
+            if isinstance(split.images, ImagesOnDisk):
+                split.images.prefetch(ahead["indices"])
+                try:
+                    draws["images"] = split.images[draws["indices"]]
+                except UserError as error:
+                    unreadable.append(error)
+                    raise
+            yield draws
 
     @tf.autograph.experimental.do_not_convert
     def build(draws: Any) -> Any:
@@ -231,10 +236,7 @@ def train_batches(
     signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
     if on_disk:
         signature["images"] = tf.TensorSpec((*signature["indices"].shape, *split.images.shape[1:]), tf.uint8)
-    drawn_at = draw_and_read if on_disk else draw
-    stream = tf.data.Dataset.from_generator(
-        lambda: map(drawn_at, range(start_step, stop_step)), output_signature=signature
-    )
+    stream = tf.data.Dataset.from_generator(draw_all, output_signature=signature)
     threads = config.data.num_threads or usable_cores()
     stream = stream.map(build, num_parallel_calls=threads, deterministic=True).prefetch(2)
     options = tf.data.Options()
