@@ -311,8 +311,6 @@ def _check_own(dataset: Dataset) -> None:
 
 def _count_shared(images: Images, others: Images) -> int:
     """Count the images of `others` that are in `images` too."""
-    if images.shape[1:] != others.shape[1:]:
-        return 0
     here, there = on_disk.checksums(images), on_disk.checksums(others)
     digests = {hashlib.sha256(images[i].tobytes()).digest() for i in np.flatnonzero(np.isin(here, there))}
     return sum(hashlib.sha256(others[i].tobytes()).digest() in digests for i in np.flatnonzero(np.isin(there, here)))
