@@ -316,10 +316,11 @@ def main(argv: Sequence[str]) -> None:
     for override in overrides:
         if flag := _FLAGS.get(override.removeprefix("--config.").partition("=")[0]):
             raise UserError(f"{override} does not change all parts: give {flag}")
-    if overrides and arguments.results == parser.get_default("results"):
-        raise UserError(
-            f"{overrides[0]} makes other results than those in {arguments.results}: give another folder as --results"
-        )
+    for folder in ("runs", "results") if overrides else ():
+        if (ROOT / getattr(arguments, folder)).resolve() == (ROOT / parser.get_default(folder)).resolve():
+            raise UserError(
+                f"{overrides[0]} makes other {folder} than those of the configs: give another folder as --{folder}"
+            )
     known = on_cpu | on_gpu
     for part in arguments.parts:
         if part not in known:

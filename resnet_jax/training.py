@@ -35,7 +35,7 @@ from resnet_jax.steps import StepMetrics
 from resnet_jax.train_state import TrainState
 
 _COMPILE_SECONDS = 30  # of the report's network on two cores; a few with the compilation cache
-_GRACE_SECONDS = 2.0  # for an evaluation to end after a signal, when all is saved: a compilation can take minutes
+_GRACE_SECONDS = 2.0  # for a setup or an evaluation to end after a signal, when all is saved: either can take minutes
 
 
 def train(
@@ -71,7 +71,8 @@ def train(
         return _complete(directory, config, hooks)
     stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
     with stop_request.capture_signals():
-        start, origin = setup(config), None
+        with stop_request.exit_before_first_step(_GRACE_SECONDS):
+            start, origin = setup(config), None
         config = start.config
         if config.init_from and not workdir.has_checkpoint(directory):
             assert initialise, "config.init_from needs a function that reads it"

@@ -283,7 +283,7 @@ def _checked(name: str, arrays: Arrays) -> tuple[dict[str, Split], tuple[str, ..
         size = splits["train"].images.shape[1:]
         if images.shape[1:] != size:
             raise UserError(
-                f"{name}: train images are {size}, {part} images {images.shape[1:]}: they must have the same size"
+                f"{name}: train images are {size}, {part} images {images.shape[1:]}: they must have the same size (config.data.image_size scales those of a folder)"
             )
     return splits, class_names
 
@@ -344,13 +344,18 @@ def _cached(
             (scratch / "new").mkdir()
         arrays = read(on_disk.Store(None if in_memory else scratch / "new", directory))
         arrays["fingerprint"] = np.array(fingerprint(arrays))
-        with _storing(directory):
-            if any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
+        if any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
+            with _storing(directory):
                 on_disk.write(scratch / "new", arrays)
                 on_disk.move(scratch / "new", path.with_suffix(""), scratch / "old", arrays)
-            else:
-                np.savez(scratch / "new" / "data.npz", **arrays)
-                (scratch / "new" / "data.npz").replace(path)
+            return arrays
+        try:
+            np.savez(scratch / "new" / "data.npz", **arrays)
+            (scratch / "new" / "data.npz").replace(path)
+        except OSError as error:  # the run has its images, which were decoded for long
+            print(
+                f"{directory} cannot store the decoded data ({error}): the next run decodes them again", file=sys.stderr
+            )
     return arrays
 
 
@@ -370,7 +375,7 @@ def _from_cache(path: Path, folder: Path, in_memory: bool) -> Arrays | None:
     try:
         if on_disk_path.exists():
             return on_disk.read(on_disk_path, in_memory)
-    except (KeyError, ValueError):
+    except (FileNotFoundError, KeyError, ValueError):
         print(f"{on_disk_path} is corrupt: decoding {folder} again")
     return None
 

@@ -28,7 +28,7 @@ class _OpenFile:
     """A file that is closed when nothing refers to it."""
 
     def __init__(self, path: Path, flags: int) -> None:
-        self.descriptor = os.open(path, flags)
+        self.descriptor = os.open(path, flags, 0o666)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -244,7 +244,7 @@ def read(folder: Path, in_memory: bool = False) -> Arrays:
         in_memory: return the images in memory, or raise.
 
     Raises:
-        KeyError, ValueError: if the folder is not as it was written.
+        FileNotFoundError, KeyError, ValueError: if the folder is not as it was written.
         TooLargeError: if the images do not fit in memory and must be there.
         UserError, OSError: if it cannot be read.
     """

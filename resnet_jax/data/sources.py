@@ -345,7 +345,7 @@ def _download(builder: Any) -> None:
     """Download and prepare a set if its server answers; without that check, TFDS would retry for minutes."""
     remedy = (
         f"{builder.name} is not prepared in {builder.data_path}, and {{}}. Prepare it on a machine with a network and set "
-        "TFDS_DATA_DIR (or --config.data.data_dir) to that folder, or give the images as --config.data.name=npz:FILE"
+        "TFDS_DATA_DIR (or --config.data.data_dir) to that folder, or give the images as --config.data.name=folder:DIR or npz:FILE"
     )
     for host, url in {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or {}}.items():
         if not _answers(url):

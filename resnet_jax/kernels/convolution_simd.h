@@ -581,6 +581,7 @@ inline void input_gradient(Threads& threads, const Convolution& c, const float* 
   if (!c.winograd) {
     for (int64_t i = 0; i < c.stride * c.stride; i++) {
       Gathering g = c.backward(i / c.stride, i % c.stride);
+      if (g.rows == 0 || g.columns == 0) continue;  // an image of one row has none that begins at the second
       float* panels = scratch(kKernelScratch, g.taps * c.outputs * round_up(c.inputs, kPanel));
       pack_kernels(threads, g, w, c.outputs, c.inputs, true, panels);
       gathered_convolution(threads, g, dy, panels, c.outputs, c.inputs, dx, nullptr);

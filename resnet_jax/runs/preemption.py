@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from resnet_jax.runs.exits import exit_immediately
 
 # SLURM sends USR1 before its time limit, if asked to; a lost terminal sends HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -134,6 +136,15 @@ class StopRequest:
         finally:
             self._on_signal = None
             done.set()
+
+    def exit_before_first_step(self, seconds: float) -> AbstractContextManager[None]:
+        """`exit_within`, while there is nothing to save yet: data can take hours to decode."""
+
+        def end(exit_code: int) -> None:
+            print(f"stopped by {reason(exit_code)} before the first step", file=sys.stderr)
+            exit_immediately(exit_code)
+
+        return self.exit_within(seconds, end)
 
     def exit_code(self) -> int | None:
         """The exit code to stop with now; None to continue."""

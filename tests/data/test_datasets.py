@@ -705,7 +705,9 @@ def test_a_cache_folder_that_cannot_be_made_is_named(data, tmp_path):
     )
 
 
-def test_a_failed_write_leaves_nothing_behind(data, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind_and_does_not_stop_a_run_that_has_its_images(
+    data, tmp_path, monkeypatch, capsys
+):
     root = folder(tmp_path)
 
     def full(file, **_):
@@ -713,7 +715,12 @@ def test_a_failed_write_leaves_nothing_behind(data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    refusal(data, f"folder:{root}", "No space left on device", data.cache_dir, "config.data.cache_dir")
+    assert len(load(data, f"folder:{root}").train.labels) == 4
+    said = capsys.readouterr().err
+    assert (
+        f"{data.cache_dir} cannot store the decoded data ([Errno 28] No space left on device): the next run decodes"
+        in said
+    )
     assert list(Path(data.cache_dir).rglob("*")) == []
 
 

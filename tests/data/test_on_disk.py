@@ -2,6 +2,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -203,7 +204,47 @@ def test_a_disk_that_fills_up_is_an_error_in_one_line_and_leaves_nothing(data, m
     assert not list(Path(data.cache_dir).iterdir())
 
 
-def damage(path, position, byte=0x55):
+DECODES_SLOWLY = """
+import sys, time
+import launch
+from resnet_jax.data import images
+
+read = images.read
+
+def slowly(path):
+    print("decoding", flush=True)
+    time.sleep(1)
+    return read(path)
+
+images.read = slowly
+launch.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_decodes(data, tmp_path, signum):
+    """All images would take a minute."""
+    flags = [
+        f"--config.data.name={data.name}",
+        f"--config.data.cache_dir={data.cache_dir}",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "-c", DECODES_SLOWLY, "--config", "configs/final.py:smoke", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        lines = []
+        while "decoding\n" not in lines:
+            lines.append(run.stdout.readline())
+            assert lines[-1], run.stderr.read()
+        run.send_signal(signum)
+        rest, said = run.communicate()
+    assert run.returncode == 128 + signum
+    assert f"stopped by {signum.name} before the first step" in said
+    assert rest.count("decoding") < 30
+    assert not (tmp_path / "run").exists()
+
+
+def flip_bits(path, position, byte=0x55):
     content = bytearray(path.read_bytes())
     content[position] ^= byte
     path.write_bytes(content)
@@ -213,7 +254,7 @@ def test_a_flipped_bit_is_noticed_when_its_image_is_read(data, final_config):
     final_config.batch_size = 8
     with little_memory():
         train = datasets.load(data).train
-        damage(stored_folder(data) / "train_images", 17 * 6 * 8 * 3 + 5)
+        flip_bits(stored_folder(data) / "train_images", 17 * 6 * 8 * 3 + 5)
         message = rf"image 17 of .*train_images is corrupt: delete {stored_folder(data)}, and rerun"
         assert len(train.images[:17]) == 17
         with pytest.raises(UserError, match=message):
@@ -222,15 +263,19 @@ def test_a_flipped_bit_is_noticed_when_its_image_is_read(data, final_config):
             list(pipelines.train_batches(train, final_config, 0, 5))
 
 
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
 @pytest.mark.parametrize("damaged", ["train_images", "arrays.npz"])
 @pytest.mark.parametrize("free", [10**9, 60 * 6 * 8 * 3])
-def test_a_cache_that_is_cut_off_is_decoded_again(data, capsys, damaged, free):
+def test_a_cache_that_is_cut_off_or_incomplete_is_decoded_again(data, capsys, damaged, free, damage):
     in_memory = datasets.load(data)
     shutil.rmtree(data.cache_dir)
     with little_memory():
         datasets.load(data)
     folder = stored_folder(data)
-    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-1])
+    whole = (folder / damaged).read_bytes()
+    (folder / damaged).unlink()
+    if damage == "cut off":
+        (folder / damaged).write_bytes(whole[:-1])
     with little_memory(free):
         assert_same(datasets.load(data), in_memory)
     assert f"{folder} is corrupt: decoding" in capsys.readouterr().out

@@ -91,8 +91,8 @@ MISTAKES = {
     "a field that has a flag": ({}, ["--config.seed=7"], ["--config.seed=7 does not change all parts: give --seeds"]),
     "a field, and the results of the configs": (
         {"JAX_PLATFORMS": "cpu"},
-        ["--config.label_smoothing=0.1"],
-        ["makes other results than those in results", "--results"],
+        ["--config.label_smoothing=0.1", "--runs=/tmp/x", f"--results={ROOT / 'results'}"],
+        ["makes other results than those of the configs", "--results"],
     ),
     "a folder that cannot be made": ({"JAX_PLATFORMS": "cpu"}, ["--results=README.md/x"], ["--results README.md/x"]),
 }
