@@ -344,7 +344,7 @@ def _cached(
             (scratch / "new").mkdir()
         arrays = read(on_disk.Store(None if in_memory else scratch / "new", directory))
         arrays["fingerprint"] = np.array(fingerprint(arrays))
-        if any(isinstance(array, ImagesOnDisk) for array in arrays.values()):
+        if on_disk.images_of(arrays):
             with _storing(directory):
                 on_disk.write(scratch / "new", arrays)
                 on_disk.move(scratch / "new", path.with_suffix(""), scratch / "old", arrays)

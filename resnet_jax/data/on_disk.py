@@ -193,6 +193,11 @@ class Store:
         return ImagesOnDisk(self._folder / f"{part}_images", shape)
 
 
+def images_of(arrays: Mapping[str, Any]) -> dict[str, ImagesOnDisk]:
+    """Return those of a data set's arrays that are images on disk."""
+    return {name: array for name, array in arrays.items() if isinstance(array, ImagesOnDisk)}
+
+
 def fits(num_bytes: int) -> bool:
     """Whether images can be held in memory, with the copies that training makes of them."""
     return _COPIES * num_bytes <= memory.free()
@@ -200,13 +205,11 @@ def fits(num_bytes: int) -> bool:
 
 def write(folder: Path, arrays: Mapping[str, Any]) -> None:
     """Write the rest of a data set to the folder in which a `Store` has its images."""
-    whole: Arrays = {}
-    for name, array in arrays.items():
-        if isinstance(array, ImagesOnDisk):
-            whole |= {f"{name}_shape": np.array(array.shape), f"{name}_checksums": array.checksums}
-            array.sync()
-        else:
-            whole[name] = array
+    images = images_of(arrays)
+    whole = {name: array for name, array in arrays.items() if name not in images}
+    for name, on_disk in images.items():
+        whole |= {f"{name}_shape": np.array(on_disk.shape), f"{name}_checksums": on_disk.checksums}
+        on_disk.sync()
     with (folder / _ARRAYS).open("wb") as file:
         np.savez(file, **whole)
         file.flush()
@@ -231,9 +234,8 @@ def move(folder: Path, target: Path, old: Path, arrays: Mapping[str, Any]) -> No
     except OSError:
         if not target.exists():
             raise
-    for array in arrays.values():
-        if isinstance(array, ImagesOnDisk):
-            array.path = target / array.path.name
+    for images in images_of(arrays).values():
+        images.path = target / images.path.name
 
 
 def read(folder: Path, in_memory: bool = False) -> Arrays:
@@ -258,7 +260,7 @@ def read(folder: Path, in_memory: bool = False) -> Arrays:
         if (checksums := arrays.pop(f"{part}_images_checksums", None)) is not None:
             shape = arrays.pop(f"{part}_images_shape").tolist()
             arrays[f"{part}_images"] = ImagesOnDisk(folder / f"{part}_images", tuple(shape), checksums)
-    on_disk = {name: array for name, array in arrays.items() if isinstance(array, ImagesOnDisk)}
+    on_disk = images_of(arrays)
     num_bytes = sum(images.nbytes for images in on_disk.values())
     if in_memory:
         memory.check(
@@ -271,7 +273,7 @@ def read(folder: Path, in_memory: bool = False) -> Arrays:
 
 def say(arrays: Mapping[str, Any]) -> None:
     """Say which images are on disk, if some are."""
-    images = [array for array in arrays.values() if isinstance(array, ImagesOnDisk)]
+    images = [*images_of(arrays).values()]
     if images:
         count, num_bytes = sum(map(len, images)), sum(array.nbytes for array in images)
         print(

@@ -160,12 +160,10 @@ def check_fits(split: Split, mesh: Mesh) -> None:
         UserError: if they do not fit; the message gives the needed and the free bytes.
     """
     needed, free = _bytes_needed_and_free(split, mesh)
-    remedy = f"set it to tf_data{'' if has_tensorflow() else ', which needs resnet_jax[tfds]'}"
-    if isinstance(split.images, ImagesOnDisk):
-        raise UserError(f"config.pipeline device needs the training images in memory, and they are on disk: {remedy}")
     if needed > free:
         raise UserError(
-            f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: {remedy}"
+            f"config.pipeline device needs {needed:,} bytes for the training images, but {free:,} are free: set it to "
+            f"tf_data{'' if has_tensorflow() else ', which needs resnet_jax[tfds]'}"
         )
 
 
@@ -203,8 +201,8 @@ def train_batches(
     tf = import_tensorflow(config.data.num_threads)
     from resnet_jax.data import augment_tf
 
-    on_disk = isinstance(split.images, ImagesOnDisk)
-    in_memory, labels = None if on_disk else tf.constant(split.images), tf.constant(split.labels)
+    on_disk = split.images if isinstance(split.images, ImagesOnDisk) else None
+    in_memory, labels = tf.constant(split.images) if on_disk is None else None, tf.constant(split.labels)
     unreadable: list[UserError] = []
 
     def draw(step: int) -> dict[str, np.ndarray]:
@@ -215,10 +213,10 @@ def train_batches(
         ahead = draw(start_step)
         for step in range(start_step, stop_step):
             draws, ahead = ahead, draw(step + 1)
-            if isinstance(split.images, ImagesOnDisk):
-                split.images.prefetch(ahead["indices"])
+            if on_disk is not None:  # whose truth would be that of its length
+                on_disk.prefetch(ahead["indices"])
                 try:
-                    draws["images"] = split.images[draws["indices"]]
+                    draws["images"] = on_disk[draws["indices"]]
                 except UserError as error:
                     unreadable.append(error)
                     raise
@@ -227,15 +225,15 @@ def train_batches(
     @tf.autograph.experimental.do_not_convert
     def build(draws: Any) -> Any:
         images, positions = in_memory, draws["indices"]
-        if on_disk:
+        if on_disk is not None:
             images, positions = draws["images"], tf.range(tf.shape(positions)[0])
         augmented = augment_tf.augment(images, positions, draws, config.augment)
         mix = {"mix": draws["mix"]} if "mix" in draws else {}
         return {"images": augmented, "labels": tf.gather(labels, draws["indices"]), **mix}
 
     signature = {name: tf.TensorSpec(drawn.shape, drawn.dtype) for name, drawn in draw(start_step).items()}
-    if on_disk:
-        signature["images"] = tf.TensorSpec((*signature["indices"].shape, *split.images.shape[1:]), tf.uint8)
+    if on_disk is not None:
+        signature["images"] = tf.TensorSpec((*signature["indices"].shape, *on_disk.shape[1:]), tf.uint8)
     stream = tf.data.Dataset.from_generator(draw_all, output_signature=signature)
     threads = config.data.num_threads or usable_cores()
     stream = stream.map(build, num_parallel_calls=threads, deterministic=True).prefetch(2)
