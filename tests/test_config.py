@@ -13,7 +13,7 @@ from resnet_jax import config as config_lib
 from resnet_jax.config import ALL_FIELDS, FIELDS, OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
-from resnet_jax.runs.stored_config import CHANGEABLE_FIELDS, LATER_FIELDS
+from resnet_jax.runs.stored_config import CHANGEABLE_FIELDS, LATER_FIELDS, REMOVED_FIELDS
 from resnet_jax.search.fields import SEARCH_FIELDS
 
 NARROW = ("adamw", "adamw_plain", "sgd", "sgd_plain")
@@ -330,6 +330,18 @@ def test_a_config_older_than_a_field_is_one_that_does_what_was_done_before(name)
     assert repr(stored_config.from_json(stored).to_dict()) == repr(config.to_dict())
     change = f"{name}: {json.loads(json.dumps(LATER_FIELDS[name]))!r} -> 'new'"
     assert stored_config.differences(with_value(name, "new"), stored) == [change] * (name not in CHANGEABLE_FIELDS)
+
+
+@pytest.mark.parametrize("name", REMOVED_FIELDS)
+def test_a_field_that_was_removed_is_read_where_it_did_nothing(name):
+    config = final.get_config()
+    stored = stored_config.to_json(config) | {name: REMOVED_FIELDS[name]}
+    assert stored_config.differences(config, stored) == []
+    assert repr(stored_config.from_json(stored).to_dict()) == repr(config.to_dict())
+    stored[name] = 5.0
+    assert stored_config.differences(config, stored) == [f"{name}: 5.0 -> None"]
+    with pytest.raises(UserError, match=rf"config\.{name} is not a field"):
+        stored_config.from_json(stored)
 
 
 @pytest.mark.parametrize("name", ALL_FIELDS)

@@ -42,6 +42,9 @@ LATER_FIELDS: dict[str, Any] = {
     "schedule.restart_epochs": (),
 }
 
+# Fields removed since the first version, each with the value with which it did nothing.
+REMOVED_FIELDS: dict[str, Any] = {"half_size_epochs": 0.0}
+
 # Fields that a run computes when it begins, each with the value that asks for it: its stored config has the numbers, and a
 # resumed run takes them.
 COMPUTED_FIELDS: dict[str, Any] = {
@@ -70,7 +73,7 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
     """
     fields = ALL_FIELDS | dict(extra_fields)
     nested: dict[str, Any] = {}
-    for name, value in (LATER_FIELDS | flatten(dict(values))).items():
+    for name, value in _as_of_now(values).items():
         check_name(name, fields)
         section, _, leaf = name.rpartition(".")
         holder = nested.setdefault(section, {}) if section else nested
@@ -95,8 +98,13 @@ def _tuples(value: Any) -> Any:
 
 def deciding(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that change the result, flat, of a config as JSON: {"optim.eps": 1e-8}."""
-    later = json.loads(json.dumps(LATER_FIELDS))
-    return {k: v for k, v in (later | flatten(dict(stored))).items() if k not in RESUMABLE_FIELDS}
+    return {k: v for k, v in _as_of_now(stored).items() if k not in RESUMABLE_FIELDS}
+
+
+def _as_of_now(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON, flat, with the fields of this version where an earlier one stored it."""
+    values = json.loads(json.dumps(LATER_FIELDS)) | flatten(dict(stored))
+    return {k: v for k, v in values.items() if k not in REMOVED_FIELDS or v != REMOVED_FIELDS[k]}
 
 
 def without_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
