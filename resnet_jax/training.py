@@ -137,7 +137,8 @@ class Run:
 
     def row(self, step: int, split: str, **values: float | None) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
-        return {"step": step, "epoch": round(step / self.start.steps_per_epoch, 6), "split": split, **values}
+        epoch, seconds = round(step / self.start.steps_per_epoch, 6), round(self.seconds(), 3)
+        return {"step": step, "epoch": epoch, "split": split, "seconds": seconds, **values}
 
 
 def _begin(run: Run, state: TrainState) -> None:

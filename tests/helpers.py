@@ -168,10 +168,12 @@ def saved_by_signal(process: subprocess.Popen[str], signum: signal.Signals, dire
 
 
 def rows(directory: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without the speeds, which differ from run to run."""
+    """The rows of a run's metrics.jsonl, without times and speeds, which differ from run to run."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in row.items() if k != "images_per_second"} for row in found if split in (None, row["split"])
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+        for row in found
+        if split in (None, row["split"])
     ]
 
 

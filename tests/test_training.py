@@ -24,7 +24,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import preemption, stored_config
+from resnet_jax.runs import metrics_log, preemption, stored_config
 
 
 def at_step(monkeypatch, step, action):
@@ -132,6 +132,9 @@ def test_a_run_leaves_what_the_design_says(tmp_path, tiny_config, capsys):
         result.test_accuracy,
         result.test_loss,
     )
+    seconds = [row["seconds"] for row in metrics_log.metrics_rows(tmp_path)]
+    assert 0 < seconds[0] < seconds[-1] < result.seconds
+    assert seconds == sorted(seconds)
     out = capsys.readouterr().out
     assert "stage2_block1/shortcut_conv/kernel" in out
     assert f"{result.num_params:,} trainable parameters of 5,000,000 allowed" in out
@@ -183,6 +186,8 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_uninterrupted_run(tmp_path
     assert parts.state_digest == expected.state_digest
     assert parts.test_loss == expected.test_loss
     assert rows(tmp_path / "parts") == expected_rows
+    seconds = [row["seconds"] for row in metrics_log.metrics_rows(tmp_path / "parts")]
+    assert seconds == sorted(seconds)  # over all sessions
 
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint_as_if_it_had_not(tmp_path, whole, config, monkeypatch):

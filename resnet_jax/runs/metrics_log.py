@@ -37,10 +37,10 @@ class MetricsLog:
             files.write_text(self._path, "".join(kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row: "step", "epoch", "split", and its figures."""
+        """Append a row: "step", "epoch", "split", "seconds", and its figures. TensorBoard has a clock of its own."""
         with files.writable(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
+        figures = {k: v for k, v in row.items() if k not in ("step", "epoch", "split", "seconds") and v is not None}
         values = [Summary.Value(tag=f"{row['split']}/{name}", simple_value=v) for name, v in figures.items()]
         self._write_event(step=row["step"], summary=Summary(value=values))
 
