@@ -47,15 +47,17 @@ def _is_reports_model(config: dict[str, Any], optimizer: str = "adamw") -> bool:
     return whole and data == ("cifar10", 0) and config["num_epochs"] == 50 and config["optim"]["name"] == optimizer
 
 
-def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) -> Claim:
-    """Check the claim that the report's own model reaches an accuracy."""
+def _accuracy(claim: str, claimed: float, groups: Sequence[Group], wanted: str) -> list[Claim]:
+    """Check the claim that the report's own model reaches an accuracy, for each group of runs of it, most seeds first."""
     if not groups:
-        return Claim(claim, "-", f"needs a run of {wanted}", _NOT_MEASURED)
-    group = max(groups, key=lambda group: len(group.runs))
-    values = group.values("test_accuracy")
-    short = claimed - float(np.mean(values))
-    verdict = "holds" if short <= 0 else f"does not hold: {100 * short:.2f} points short"
-    return Claim(claim, statistics.mean_and_spread(values), _seeds(group), verdict)
+        return [Claim(claim, "-", f"needs a run of {wanted}", _NOT_MEASURED)]
+    claims = []
+    for group in sorted(groups, key=lambda group: -len(group.runs)):
+        values = group.values("test_accuracy")
+        short = claimed - float(np.mean(values))
+        verdict = "holds" if short <= 0 else f"does not hold: {100 * short:.2f} points short"
+        claims.append(Claim(claim, statistics.mean_and_spread(values), _seeds(group), verdict))
+    return claims
 
 
 def _optimizers(groups: Sequence[Group]) -> list[Claim]:
@@ -140,15 +142,15 @@ def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Cl
     own = [g for g in finals if not g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] > 0]
     authors = [g for g in finals if g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] == 0]
     return [
-        _accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for 50 epochs"),
-        _accuracy(
+        *_accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for 50 epochs"),
+        *_accuracy(
             "93.93 % after 50 epochs (authors' log: AutoAugment, chosen on the test split)",
             0.9393,
             authors,
             "configs/final.py:full with config.augment.policy=cifar10 for 50 epochs",
         ),
-        _accuracy("95.8 % test accuracy with AdamW (figure 2)", 0.958, own, "configs/final.py for 50 epochs"),
-        _accuracy("94.7 % test accuracy with SGD (figure 1)", 0.947, sgd, "configs/sgd.py for 50 epochs"),
+        *_accuracy("95.8 % test accuracy with AdamW (figure 2)", 0.958, own, "configs/final.py for 50 epochs"),
+        *_accuracy("94.7 % test accuracy with SGD (figure 1)", 0.947, sgd, "configs/sgd.py for 50 epochs"),
         *_optimizers(groups),
         *_resnet18(comparison),
     ]

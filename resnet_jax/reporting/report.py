@@ -80,18 +80,21 @@ def _check(summary: Summary) -> None:
 
 
 def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
-    """The runs grouped by config, in the order in which the configs first appear, each group's runs by seed.
+    """The runs grouped by config and kind of device, in the order in which they first appear, each group's runs by seed.
 
     Raises:
-        UserError: if two runs have the same config and seed.
+        UserError: if two runs of a group have the same seed.
     """
     by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
         fields = stored_config.deciding(run["config"])
         seed, _ = fields.pop("seed"), fields.pop("data.name")  # the fingerprint identifies the data
-        by_seed = by_config.setdefault(json.dumps([fields, run["dataset"]["fingerprint"]], sort_keys=True), {})
+        alike = [fields, run["dataset"]["fingerprint"], run["environment"]["backend"]]
+        by_seed = by_config.setdefault(json.dumps(alike, sort_keys=True), {})
         if seed in by_seed:
-            raise UserError(f"{name} and {by_seed[seed][0]} have the same config and seed: give only one of them")
+            raise UserError(
+                f"{name} and {by_seed[seed][0]} have the same config and seed, on the same kind of device: give only one of them"
+            )
         by_seed[seed] = name, run
     groups = []
     for place, by_seed in enumerate(by_config.values()):
@@ -108,7 +111,7 @@ def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Pairs of groups (SGD, AdamW) that differ only in optimizer and schedule."""
 
     def rest(group: Group) -> dict[str, Any]:
-        fields = stored_config.deciding(group.config)
+        fields = stored_config.deciding(group.config) | {"backend": group.runs[0]["environment"]["backend"]}
         return {k: v for k, v in fields.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
 
     by_name = {name: [g for g in groups if g.config["optim"]["name"] == name] for name in ("sgd", "adamw")}

@@ -335,8 +335,8 @@ def test_the_formula_that_is_drawn_is_the_schedule_that_runs(get_config):
 
 
 def group(name, config, accuracies):
-    runs = [{"config": stored_config.to_json(config), "test_accuracy": accuracy} for accuracy in accuracies]
-    return Group(name, runs)
+    run = {"config": stored_config.to_json(config), "environment": {"backend": "cpu"}}
+    return Group(name, [run | {"test_accuracy": accuracy} for accuracy in accuracies])
 
 
 def verdicts(groups, comparison=None):
@@ -351,6 +351,9 @@ def test_accuracy_is_claimed_of_runs_of_the_reports_own_recipe_alone():
     for field in ({"num_epochs": 10.0}, {"augment.policy": "cifar10"}, {"data.image_size": 16}):
         other = group("other", config_lib.replaced(final.get_config(), field), [0.95, 0.95])
         assert verdicts([other])[0] == "not measured"
+    both = claims.table([missed._replace(runs=missed.runs[:1]), reached], None)[:2]
+    assert [claim.basis.rpartition(", ")[2] for claim in both] == ["2 seeds", "1 seed"]
+    assert [claim.verdict for claim in both] == ["holds", "does not hold: 1.80 points short"]
     authors = config_lib.replaced(final.get_config("full"), {"augment.policy": "cifar10"})
     assert verdicts([group("authors", authors, [0.95])])[:2] == ["not measured", "holds"]
 
@@ -367,6 +370,8 @@ def test_accuracy_is_claimed_of_runs_of_the_reports_own_recipe_alone():
 def test_optimizers_are_compared_where_all_else_is_alike(adamw, sgd_accuracies, verdict):
     groups = [group("adamw", final.get_config(), adamw), group("sgd", sgd.get_config(), sgd_accuracies)]
     assert verdicts(groups)[4] == verdict
+    gpu = [run | {"environment": {"backend": "gpu"}} for run in groups[1].runs]
+    assert verdicts([groups[0], groups[1]._replace(runs=gpu)])[4] == "not measured"
     groups[1] = group("sgd", config_lib.replaced(sgd.get_config(), {"batch_size": 64}), sgd_accuracies)
     assert verdicts(groups)[4] == "not measured"
 
@@ -419,6 +424,8 @@ def test_runs_of_one_config_are_one_group(summaries):
     groups = report.grouped(read[::-1])
     assert [(g.name, [run["seed"] for run in g.runs]) for g in groups] == [("tiny-sgd", [0]), ("tiny-adamw", [0, 1])]
     assert [g.name for g in report.grouped([("a", read[0][1]), ("a", read[2][1])])] == ["a (1)", "a (2)"]
+    on_gpu = read[0][1] | {"environment": read[0][1]["environment"] | {"backend": "gpu"}}
+    assert [len(g.runs) for g in report.grouped([read[0], ("on-gpu", on_gpu)])] == [1, 1]  # other arithmetic
 
 
 # Mistakes
