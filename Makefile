@@ -39,9 +39,7 @@ reproduce: $(if $(GPU_PYTHON),,$(VENV)/installed) ## the report's figures, what 
 	$(or $(GPU_PYTHON),$(BIN)/python) -m reproduction.reproduce $(PARTS) $(FLAGS)
 
 report: $(VENV)/installed ## the page of the runs in results/, with the report's claims: report/index.html
-	$(BIN)/python -m reproduction.report $(wildcard results/*-seed*.json results/final-cpu.json results/final-f32-*.json \
-		results/final-autoaugment-*.json) \
-		$(addprefix --resnet18=,$(lastword $(wildcard results/resnet18-*.json))) --output report
+	$(BIN)/python -m reproduction.report --output report
 
 lint: $(VENV)/installed ## ruff, mypy, which package may import which, and whether requirements.txt is current
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ training image takes, and of the time of all training images of all epochs. Belo
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -26,13 +25,17 @@ THEIR_EPOCHS = 8
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = ArgumentParser("python -m benchmarks.airbench", __doc__)
-    parser.add_argument("clone", type=Path, metavar="CLONE", help="a clone of KellerJordan/cifar10-airbench")
+    parser.add_argument(
+        "clone", type=command_line.local_path, metavar="CLONE", help="a clone of KellerJordan/cifar10-airbench"
+    )
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="a Python that has PyTorch")
     parser.add_argument("--repeats", type=command_line.whole_number(1), default=5, help="rounds (default: 5)")
     parser.add_argument(
         "--seconds", type=command_line.seconds, default=10.0, help="minimum seconds of each measurement (default: 10)"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments = parser.parse_args(argv)
     file = arguments.clone / "airbench94_muon.py"
     if not file.is_file():

@@ -6,7 +6,9 @@ For each batch size, dtype and number of devices it measures these, or those of 
 
     train_step, eval_step   the step alone, on one batch in the devices' memory, as many steps a call as in training; GFLOP
                             per image as XLA counts them
-    pipeline                the training stream alone, beside naive_pipeline: the same augmentation in tf.data, image by image
+    pipeline                the training stream alone, beside naive_pipeline: the same augmentation in tf.data, image by image,
+                            if it is one that the report has
+    draws                   what the host draws for the batches of the device pipeline
     end_to_end              the training loop, from the end of its first step to the end of its last; and its ratio to
                             train_step
     startup                 until launch.py dispatches its first step, with a cold and a warm compilation cache
@@ -39,7 +41,7 @@ from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 
-THROUGHPUTS = ("train_step", "eval_step", "pipeline", "naive_pipeline", "end_to_end")
+THROUGHPUTS = ("train_step", "eval_step", "pipeline", "naive_pipeline", "draws", "end_to_end")
 MEASUREMENTS = (*THROUGHPUTS, "startup", "save", "memory")
 RATIOS = (
     ("end_to_end", "train_step"),
@@ -63,15 +65,20 @@ def whole_numbers(text: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
+def _not_naive(config: ConfigDict) -> list[str]:
+    """Return the augmentations of a config that `naive_pipeline` lacks: all that the report lacks."""
+    values, off = config_lib.flatten(config), stored_config.LATER_FIELDS
+    return [name for name in values if name.startswith("augment.") and values[name] != off.get(name, values[name])]
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("python -m resnet_jax benchmark", __doc__)
     command_line.add_config_arguments(parser)
     parser.add_argument(
         "--only",
         type=_names,
-        default=[name for name in MEASUREMENTS if name != "naive_pipeline" or has_tensorflow()],
         metavar="NAMES",
-        help="what to measure, separated by commas",
+        help="what to measure, separated by commas (default: all that is possible)",
     )
     parser.add_argument("--batch-sizes", type=whole_numbers, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
@@ -93,7 +100,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--against-torch", action="store_true", help="time the same train step in PyTorch too")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="a Python that has PyTorch")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the result to")
+    parser.add_argument(
+        "--output", type=command_line.local_path, metavar="FILE", help="JSON file to write the result to"
+    )
     return parser
 
 
@@ -191,6 +200,12 @@ def find_torch_python(program: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run the tool `benchmark`: measure each case, print it and write the result."""
     arguments, config = command_line.parse_config(_parser(), argv)
+    lacking = _not_naive(config)
+    arguments.only = arguments.only or [
+        name for name in MEASUREMENTS if name != "naive_pipeline" or (has_tensorflow() and not lacking)
+    ]
+    if lacking and "naive_pipeline" in arguments.only:
+        raise UserError(f"naive_pipeline cannot be compared, because it has no {lacking[0]}: leave it out of --only")
     output = arguments.output and arguments.output.absolute()
     if output:
         check_output(output)

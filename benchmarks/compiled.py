@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -261,7 +260,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--batch-sizes", type=whole_numbers, metavar="SIZES", help="for each target, instead of those of the docs"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments, config = command_line.parse_config(parser, argv)
     names = arguments.targets.split(",")
     if not set(names) <= set(TARGETS):

@@ -106,7 +106,9 @@ def main(argv: Sequence[str]) -> None:
     whole = command_line.whole_number(1)
     parser.add_argument("--images", type=whole, default=10_000, help="in the set (default: 10000)")
     parser.add_argument("--repeats", type=whole, default=5, help="of each, in turns (default: 5)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments = parser.parse_args(argv)
     check_output(arguments.output)
     config = resnet50.get_config()

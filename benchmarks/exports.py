@@ -7,7 +7,6 @@ onnxruntime, with and without batch norm folded, and the same network in PyTorch
 (`benchmarks/torch_step.py`). Each takes uint8 images and returns logits as a NumPy array. PyTorch's network has other weights of the same speed.
 """
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,8 +18,10 @@ import jax
 import numpy as np
 
 from benchmarks import measure, timing
+from benchmarks.benchmark import check_output, find_torch_python
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.inference import export, trained_model
 
@@ -94,17 +95,24 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser("python -m benchmarks.exports", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="minimum seconds of each measurement (default: 5)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--repeats", type=command_line.whole_number(1), default=5, help="measurements of each (default: 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=command_line.seconds, default=5.0, help="minimum seconds of each measurement (default: 5)"
+    )
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments = parser.parse_args(argv)
+    check_output(arguments.output)
+    python = find_torch_python(arguments.torch_python)
     with tempfile.TemporaryDirectory() as scratch:
         model = trained_model.load(arguments.run)
         paths, differences = written(model, Path(scratch))
         programs, cases = runners(model, paths), []
         for batch_size in BATCH_SIZES:
             config = config_lib.replaced(model.config, {"batch_size": batch_size})
-            python = shutil.which(arguments.torch_python) or arguments.torch_python
             torch_process = measure.torch_step(config, len(model.class_names), model.image_shape, python, "predict")
             with torch_process as (torch, about_torch):
                 cases.append(case(model, programs, batch_size, torch, arguments.repeats, arguments.seconds))

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import timing
+from benchmarks.benchmark import check_output
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, run
 from resnet_jax.disk import files
 from resnet_jax.inference import trained_model
@@ -37,9 +38,14 @@ def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = ArgumentParser("python -m benchmarks.load", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="what `load` takes: a run's workdir, a file or a name")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--repeats", type=command_line.whole_number(1), default=5, help="measurements of each (default: 5)"
+    )
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments = parser.parse_args(argv)
+    check_output(arguments.output)
     model = trained_model.load(arguments.source)
     seconds: dict[str, list[float]] = {"import": [], "load cold": [], "load warm": []}
     for _ in range(arguments.repeats):

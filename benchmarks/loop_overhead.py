@@ -118,7 +118,9 @@ def main(argv: Sequence[str]) -> None:
         help="of evaluations (default: 220000)",
     )
     parser.add_argument("--repeats", type=command_line.whole_number(1), default=3, help="runs (default: 3)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
+    )
     arguments, config = command_line.parse_config(parser, argv)
     check_output(arguments.output)
     start = setup.setup(config, 1)

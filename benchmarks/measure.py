@@ -113,6 +113,16 @@ def naive_pipeline(config: ConfigDict, start: Setup) -> timing.Contender:
     return partial(timing.throughput, partial(next, stream), lambda batch: None, config.batch_size)
 
 
+def draws(config: ConfigDict, start: Setup) -> timing.Contender:
+    """Measure what the host draws for batches: their examples, and the parameters of the augmentation."""
+    step_numbers = itertools.count()
+
+    def dispatch() -> dict[str, np.ndarray]:
+        return pipelines.train_draws(start.train, config, next(step_numbers), 1)
+
+    return partial(timing.throughput, dispatch, lambda drawn: None, config.batch_size)
+
+
 class _Measured(Exception):
     """Ends a run once it has been measured for long enough.
 
@@ -177,9 +187,6 @@ def write_result(path: Path, result: dict[str, Any], config: ConfigDict) -> None
     described = {"config": stored_config.to_json(config), "environment": environment.collect()}
     files.write_json(path, result | described)
     print(path)
-
-
-THROUGHPUTS = {"train_step": train_step, "eval_step": eval_step, "pipeline": pipeline, "end_to_end": end_to_end}
 
 
 def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:

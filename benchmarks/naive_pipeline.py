@@ -20,7 +20,7 @@ def batches(train: Split, batch_size: int, config: ConfigDict) -> Iterator[tuple
     Args:
         train: the training examples.
         batch_size: images of a batch.
-        config: `config.augment`; its policy is left out.
+        config: `config.augment`, with no other augmentation than the report's.
 
     Returns:
         Pairs of uint8 [B, H, W, 3] and int32 [B].

@@ -140,7 +140,11 @@ def table(groups: Sequence[Group], comparison: dict[str, Any] | None) -> list[Cl
     finals = [group for group in groups if _is_reports_model(group.config)]
     sgd = [group for group in groups if _is_reports_model(group.config, "sgd")]
     own = [g for g in finals if not g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] > 0]
-    authors = [g for g in finals if g.config["augment"].get("policy") and g.config["data"]["validation_ratio"] == 0]
+    authors = [
+        g
+        for g in finals
+        if g.config["augment"].get("policy") == "cifar10" and g.config["data"]["validation_ratio"] == 0
+    ]
     return [
         *_accuracy("91.8 % test accuracy", 0.918, own, "configs/final.py for 50 epochs"),
         *_accuracy(

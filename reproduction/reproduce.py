@@ -12,7 +12,8 @@ On a GPU it runs all of these, in bfloat16 unless stated otherwise, with the dat
     resnet18      ResNet-18 and the model                                -> resnet18-<gpu>.json
 
 `best` and `speedrun` are also evaluated on six views of each test image: "test_accuracy_over_views" and
-"evaluation_seconds", which is the time of the whole command. "total_seconds" counts that and the training but for its startup.
+"evaluation_seconds", which is the time of the whole command. "total_seconds" counts that and the training but for the startup of its
+last session.
 
 On a CPU, where the others take days, it runs resnet18 and speedrun in float32, and these:
 
@@ -153,12 +154,12 @@ def train_with_speed(
             raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
         speed = statistics.median(speeds)
         result |= {
-            "seconds_after_startup": result["seconds"] - result["startup_seconds"],
+            "seconds_after_startup": result["seconds"] - (result["startup_seconds"] or 0.0),
             "images_per_second": speed,
             "train_flops_per_image": flops,
-            "peak_tflops": arguments.peak_tflops,
-            "share_of_peak": speed * flops / 1e12 / arguments.peak_tflops,
         }
+        if peak := arguments.peak_tflops:
+            result |= {"peak_tflops": peak, "share_of_peak": speed * flops / 1e12 / peak}
         if views > 1:
             result |= over_views(arguments, name, seed, flags, views)
             result["total_seconds"] = result["seconds_after_startup"] + result["evaluation_seconds"]
@@ -204,6 +205,7 @@ def narrow(arguments: argparse.Namespace) -> None:
             flags = [
                 f"--config=configs/narrow.py:{variant}",
                 f"--config.data.name={arguments.data}",
+                f"--config.model.dtype={arguments.dtype}",
                 *size,
                 *arguments.overrides,
             ]
@@ -299,17 +301,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--changes", nargs="+", metavar="CHANGE", help="changes of ladder (default: all)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of resnet18 (default: 5)")
+    parser.add_argument(
+        "--seconds", type=command_line.seconds, default=2.0, help="seconds of each measurement (default: 2)"
+    )
+    parser.add_argument(
+        "--rounds", type=command_line.whole_number(1), default=5, help="rounds of resnet18 (default: 5)"
+    )
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
     parser.add_argument(
-        "--peak-tflops", type=float, default=790.0, help="peak of a bfloat16 matrix product on this GPU (default: 790)"
+        "--peak-tflops", type=float, help="peak of a matrix product on this GPU, to state the share that was reached"
     )
     parser.add_argument(
         "--channels", type=int, nargs=4, default=[64, 128, 256, 512], help="channels of ResNet-18's stages"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
+    parser.add_argument(
+        "--runs", type=command_line.local_path, default=Path("runs/reproduce"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--results", type=command_line.local_path, default=Path("results"), help="folder of the results"
+    )
     argv, overrides = command_line.split_overrides(argv)
     arguments = parser.parse_args(argv)
     arguments.overrides = overrides
@@ -331,6 +341,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{only_gpu[0]} needs a GPU, but JAX finds none: install jax[cuda], or set JAX_PLATFORMS=cpu to test it on a CPU"
         )
+    if backend != "cpu" and "narrow" in arguments.parts:
+        raise UserError("narrow is measured on a CPU: set JAX_PLATFORMS=cpu")
     arguments.data = arguments.data or ("npz:cifar10.npz" if (ROOT / "cifar10.npz").exists() else "cifar10")
     arguments.dtype = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")
     for part in arguments.parts or (on_cpu if backend == "cpu" else on_gpu):

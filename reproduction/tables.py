@@ -23,7 +23,7 @@ from resnet_jax.search import space
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "recipes.md", "performance.md", "usage.md")]
 DRAWN = ("final-h200", "sgd-h200", "final-autoaugment-h200")  # the groups of runs in the README's figure
-RUNS = ("*-seed*.json", "final-cpu.json", "final-f32-*.json", "final-autoaugment-*.json")  # as in the Makefile
+RUNS = ("*-seed*.json", "final-cpu.json", "final-f32-*.json", "final-autoaugment-*.json")
 
 
 def benchmark_rows(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -363,7 +363,7 @@ def groups() -> list[figures.Group]:
 
 def comparison_file() -> Path:
     """The comparison with ResNet-18 in results/; one from a GPU if there is one."""
-    return sorted((ROOT / "results").glob("resnet18-*.json"))[-1]
+    return max((ROOT / "results").glob("resnet18-*.json"), key=lambda path: (path.stem != "resnet18-cpu", path.name))
 
 
 def read_result(name: str) -> dict[str, Any]:

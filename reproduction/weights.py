@@ -41,10 +41,11 @@ def ship(arguments: argparse.Namespace) -> dict[str, Any]:
     dataset = datasets.load(model.config.data)
     if dataset.fingerprint != run.dataset["fingerprint"]:
         raise UserError(f"{model.config.data.name} is not the data that {arguments.run} was trained on")
+    card = model_card.card(arguments.run, shipped_as=arguments.name)
     path = ROOT / "weights" / f"{arguments.name}.safetensors"
     export.write(model, "safetensors", path, float16=True)
     shipped = trained_model.load(path)
-    files.write_text(path.with_suffix(".md"), model_card.card(arguments.run, shipped_as=arguments.name))
+    files.write_text(path.with_suffix(".md"), card)
     return {
         "weights": arguments.name,
         "bytes_of_file": path.stat().st_size,
@@ -59,7 +60,9 @@ def ship(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = ArgumentParser("python -m reproduction.weights", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="workdir of a complete run that was evaluated")
+    parser.add_argument(
+        "run", type=command_line.local_path, metavar="RUN", help="workdir of a complete run that was evaluated"
+    )
     parser.add_argument("--name", required=True, help="the name that `load` takes")
     arguments = parser.parse_args(argv)
     output = ROOT / "results" / f"weights-{arguments.name}.json"

@@ -77,6 +77,11 @@ def whole_number(low: int) -> Callable[[str], int]:
     return parse
 
 
+def local_path(text: str) -> Path:
+    """The type of a flag that takes a path, in which `~` is the home folder, also where the shell leaves it: `--output=~/x`."""
+    return Path(os.path.expanduser(text))
+
+
 def say_loading(run: object) -> None:
     """Say on a terminal that a network is being loaded, which takes seconds; elsewhere stderr holds only what is wrong."""
     if sys.stderr.isatty():
@@ -105,6 +110,11 @@ def add_config_arguments(parser: ArgumentParser) -> None:
         f"({', '.join(_shipped_names())}); or the config.json of a run",
     )
     add_override_argument(parser)
+
+
+def add_checkpoint_argument(parser: ArgumentParser) -> None:
+    """Add `--checkpoint`."""
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
 
 
 def add_views_argument(parser: ArgumentParser) -> None:

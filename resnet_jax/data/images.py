@@ -1,5 +1,6 @@
 """The one reader of image files, for training, evaluation, prediction and the page: all see the same pixels."""
 
+import io
 import math
 import os
 import warnings
@@ -76,6 +77,13 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     x, y = (new_width - width) // 2, (new_height - height) // 2
     image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     return image.crop((x, y, x + width, y + height))
+
+
+def png(image: np.ndarray) -> bytes:
+    """A uint8 [H, W, 3] image as the content of a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
 
 
 def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tuple[list[Path], int]:

@@ -37,11 +37,21 @@ def write_text(path: Path, text: str) -> None:
         path = path.resolve()  # the target of a link, not the link
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is not a regular file: give another")
-    with writable(path), scratch_directory(path.parent) as scratch:
+    with writable(path), atomic_file(path) as new:
+        new.write_text(text, "utf-8")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a new file to, which after the block replaces `path`; after an error the old file stays.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with scratch_directory(path.parent) as scratch:
         new = scratch / path.name
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield new
+        with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(path)
 

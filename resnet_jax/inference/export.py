@@ -13,7 +13,6 @@ with the network on random images; the file gets its final name only if they agr
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,9 +59,7 @@ def metadata(model: "Model", views: int = 1) -> dict[str, Any]:
 
 def sealed(meta: dict[str, Any], payload: str) -> str:
     """Return metadata as JSON, with a SHA-256 of it and the payload's digest to detect a corrupt file."""
-    from resnet_jax.inference import trained_model
-
-    return json.dumps(meta | {"sha256": trained_model.seal(meta, payload)})
+    return json.dumps(meta | {"sha256": files.digest([meta, payload])})
 
 
 def _is_kernel(leaf: Any) -> bool:
@@ -208,14 +205,12 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     if settings.get("float16"):
         model = rounded(model)
     try:
-        with files.scratch_directory(path.parent) as scratch:
-            new = scratch / path.name
+        with files.atomic_file(path) as new:
             difference = largest_difference(model, WRITERS[kind](model, new, **settings), settings.get("views", 1))
             if not difference <= _TOLERANCE:
                 raise RuntimeError(
                     f"the {kind} export differs by {difference:.1e} of the largest logit: it was not written"
                 )
-            os.replace(new, path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another file") from error
     return difference
@@ -224,12 +219,17 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
 def main(argv: Sequence[str]) -> None:
     """Run the tool `export`."""
     parser = ArgumentParser("python -m resnet_jax export", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
+    parser.add_argument(
+        "run", metavar="RUN", type=command_line.local_path, help="workdir of a run, or its .safetensors export"
+    )
     parser.add_argument("--format", required=True, choices=WRITERS, help="format of the file")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="file to write (default: RUN/model.FORMAT, or beside RUN)"
+        "--output",
+        type=command_line.local_path,
+        metavar="FILE",
+        help="file to write (default: RUN/model.FORMAT, or beside RUN)",
     )
-    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    command_line.add_checkpoint_argument(parser)
     parser.add_argument(
         "--fold-batch-norm", dest="fold", action="store_true", help="fold batch norm into the convolutions (onnx only)"
     )
@@ -241,6 +241,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     beside = arguments.run.with_suffix("") if shipped.find(arguments.run).is_file() else arguments.run / "model"
     path = arguments.output or Path(f"{beside}.{arguments.format}")
+    if path.exists() and path.resolve() == shipped.find(arguments.run).resolve():
+        raise UserError(f"the export would replace {arguments.run}: give another file with --output")
     if path.suffix != f".{arguments.format}":
         raise UserError(f"--output {path}: the file name must end in .{arguments.format}")
     if arguments.fold and arguments.format != "onnx":

@@ -1,6 +1,5 @@
 """Start a run from a trained network: `config.init_from`."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 from resnet_jax import train_state
 from resnet_jax.data import feed
 from resnet_jax.errors import UserError
-from resnet_jax.inference import trained_model
+from resnet_jax.inference import shipped, trained_model
 from resnet_jax.runs import processes
 from resnet_jax.runs.progress import say
 from resnet_jax.setup import Setup
@@ -39,7 +38,7 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
         UserError: if the weights cannot be loaded, or are those of another architecture.
     """
     name, own = config.init_from, start.state.variables
-    if jax.process_count() > 1 and Path(name).is_dir():  # Orbax would read it as a checkpoint of all of them
+    if jax.process_count() > 1 and shipped.find(name).is_dir():  # Orbax would read it as a checkpoint of all of them
         raise UserError(
             f"config.init_from: several processes cannot load {name}: export it as a .safetensors, and give that"
         )

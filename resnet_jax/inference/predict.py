@@ -23,7 +23,8 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from resnet_jax.cli.command_line import ArgumentParser, add_views_argument, say_loading
+from resnet_jax.cli import command_line
+from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.data import images
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError, one_line, reason
@@ -164,20 +165,22 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser("python -m resnet_jax predict", __doc__)
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or its .safetensors or .stablehlo export")
     parser.add_argument("files", nargs="*", metavar="FILE", help="image, folder, pattern or .npz")
-    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    command_line.add_checkpoint_argument(parser)
     parser.add_argument("--top", type=int, metavar="K", help="classes to show for each image (default: 3)")
-    add_views_argument(parser)
+    command_line.add_views_argument(parser)
     parser.set_defaults(write=write_table)
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", action="store_const", const=write_json, dest="write", help="print JSON")
     style.add_argument("--csv", action="store_const", const=write_csv, dest="write", help="print CSV")
     parser.add_argument(
         "--unlabelled",
-        type=Path,
+        type=command_line.local_path,
         metavar="FILE",
         help="images to label instead of FILEs: a pickled dict of data and ids, or an .npz",
     )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="file of ID,Labels to write for --unlabelled")
+    parser.add_argument(
+        "--output", type=command_line.local_path, metavar="CSV", help="file of ID,Labels to write for --unlabelled"
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.unlabelled) != bool(arguments.output):
         raise UserError("--unlabelled FILE and --output CSV need each other: give both")

@@ -16,7 +16,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax import host
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, say_loading
 from resnet_jax.data import images
 from resnet_jax.errors import UserError
@@ -64,13 +64,6 @@ class Sample(NamedTuple):
     png: bytes
 
 
-def _png(image: np.ndarray) -> bytes:
-    """Encode a uint8 [H, W, 3] image as PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def samples(model: "Model") -> list[Sample]:
     """Return test images of the run's data: the first image of each class, then the second of each, up to 12 in all.
 
@@ -89,8 +82,8 @@ def samples(model: "Model") -> list[Sample]:
     labels = dataset.test.labels[by_class]
     rank_in_class = np.arange(len(labels)) - np.searchsorted(labels, labels)
     shown = by_class[np.lexsort((labels, rank_in_class))][:_SAMPLES]
-    labels, images = dataset.test.labels[shown], dataset.test.images[shown]
-    return [Sample(dataset.class_names[label], _png(image)) for label, image in zip(labels, images, strict=True)]
+    labels, pixels = dataset.test.labels[shown], dataset.test.images[shown]
+    return [Sample(dataset.class_names[label], images.png(image)) for label, image in zip(labels, pixels, strict=True)]
 
 
 def picture(upload: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -127,7 +120,9 @@ def answer(model: "Model", batch: np.ndarray) -> dict[str, object]:
     probabilities = model.predict(batch).probabilities[0]
     most_likely = np.argsort(-probabilities, kind="stable")[:_TOP]
     heat = colormaps["inferno"](model.saliency(batch)[0], bytes=True)[..., :3]
-    seen, saliency = (f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}" for image in (batch[0], heat))
+    seen, saliency = (
+        f"data:image/png;base64,{base64.b64encode(images.png(image)).decode()}" for image in (batch[0], heat)
+    )
     predictions = [{"class": model.class_names[i], "probability": float(probabilities[i])} for i in most_likely]
     return {"predictions": predictions, "seen": seen, "saliency": saliency}
 
@@ -226,8 +221,10 @@ def _listening(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str]) -> None:
     """Run the tool `serve`."""
     parser = ArgumentParser("python -m resnet_jax serve", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a run, or its .safetensors export")
-    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    parser.add_argument(
+        "run", metavar="RUN", type=command_line.local_path, help="workdir of a run, or its .safetensors export"
+    )
+    command_line.add_checkpoint_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
     )

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +193,17 @@ def write(path: Path, weights: Weights) -> None:
         UserError: if it cannot be written, or PyTorch is needed and not installed.
     """
     try:
-        with files.scratch_directory(path.parent) as scratch:
-            new = scratch / path.name
+        with files.atomic_file(path) as new:
             if path.suffix == ".npz":
                 np.savez(new, **weights)  # type: ignore[arg-type]
             elif path.suffix == ".safetensors":
                 import safetensors.numpy
 
-                safetensors.numpy.save_file(weights, new, metadata={"format": "pt"})
+                new.write_bytes(safetensors.numpy.save(weights, {"format": "pt"}))
             else:
-                torch = _torch(path)
-                torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, new)
-            os.replace(new, path)
+                torch, content = _torch(path), BytesIO()
+                torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, content)
+                new.write_bytes(content.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from error
 
@@ -262,9 +262,11 @@ def main_load(argv: Sequence[str]) -> None:
 def main_save(argv: Sequence[str]) -> None:
     """Run the tool `weights save`."""
     parser = ArgumentParser("python -m resnet_jax weights save", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="workdir of a run, or its .safetensors export")
+    parser.add_argument(
+        "run", type=command_line.local_path, metavar="RUN", help="workdir of a run, or its .safetensors export"
+    )
     parser.add_argument("file", metavar="FILE", help="state dict to write")
-    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step (default: best)")
+    command_line.add_checkpoint_argument(parser)
     arguments = parser.parse_args(argv)
     path = _checked(arguments.file)
     if not path.parent.is_dir() or path.is_dir():

@@ -321,13 +321,9 @@ def _load_file(path: Path) -> Model:
         ) from error
 
 
-def seal(meta: Mapping[str, Any], payload: str) -> str:
-    """Return the SHA-256 of an export's metadata and its payload's digest, in hexadecimal."""
-    return files.digest([meta, payload])
-
-
 def _check_seal(meta: dict[str, Any], payload: str) -> None:
-    if meta.pop("sha256") != seal(meta, payload):
+    """Check the SHA-256 that `export.sealed` adds to an export's metadata, and remove it."""
+    if meta.pop("sha256") != files.digest([meta, payload]):
         raise ValueError("it is corrupt: its SHA-256 differs")
 
 

@@ -6,7 +6,6 @@ data and the checkpoint, so summaries of runs can be kept in `results/`.
 
 import base64
 import dataclasses
-import io
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -19,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
-from PIL import Image
 
 from resnet_jax import models, steps
-from resnet_jax.data import datasets, pipelines
+from resnet_jax.data import datasets, images, pipelines
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.kernels import layers
 from resnet_jax.runs import metrics_log, stored_config
@@ -184,14 +182,7 @@ def _mistakes(split: datasets.Split, predictions: np.ndarray, probabilities: np.
             "label": int(split.labels[i]),
             "prediction": int(predictions[i]),
             "probability": float(probabilities[i]),
-            "png": _png(split.images[i]),
+            "png": base64.b64encode(images.png(split.images[i])).decode(),
         }
         for i in wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
     ]
-
-
-def _png(image: np.ndarray) -> str:
-    """A uint8 [H, W, 3] image as base64 of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -83,7 +83,8 @@ def learning_rate(config: dict[str, Any], epoch: float) -> float:
         return float(rate * epoch / warmup)
     lowest = rate * schedule["min_ratio"]
     done = (epoch - warmup) / (end - warmup)
-    return float(lowest + (rate - lowest) / 2 * (1 + math.cos(math.pi * done)))
+    decay = 1 - done if schedule["name"] == "warmup_linear" else (1 + math.cos(math.pi * done)) / 2
+    return float(lowest + (rate - lowest) * decay)
 
 
 def rows(run: Summary, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +98,11 @@ def _mean_line(
     axes: Axes, group: Group, split: str, name: str, line: str, every: tuple[int, int] | None, label: str | None = None
 ) -> None:
     """Plot the mean over seeds with a band from the lowest to the highest; markers at `every` (first, step)."""
-    curves = [rows(run, split, name) for run in group.runs]
-    length = min(len(epochs) for epochs, _ in curves)
-    if not length:
+    curves = [dict(zip(*rows(run, split, name), strict=True)) for run in group.runs]
+    epochs = sorted(set.intersection(*map(set, curves)))  # the runs of a group may log at different steps
+    if not epochs:
         return
-    epochs = curves[0][0][:length]
-    values = np.stack([values[:length] for _, values in curves])
+    values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
     marker = group.marker if every else None
     mean = values.mean(axis=0)
     axes.plot(epochs, mean, color=group.colour, ls=line, lw=1.5, marker=marker, ms=5, markevery=every, label=label)

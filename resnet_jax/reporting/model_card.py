@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from resnet_jax import host
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
@@ -135,8 +136,12 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = ArgumentParser("python -m resnet_jax card", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="workdir of a complete run that was evaluated")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/MODEL_CARD.md)")
+    parser.add_argument(
+        "run", metavar="RUN", type=command_line.local_path, help="workdir of a complete run that was evaluated"
+    )
+    parser.add_argument(
+        "--output", type=command_line.local_path, metavar="FILE", help="file to write (default: RUN/MODEL_CARD.md)"
+    )
     arguments = parser.parse_args(argv)
     path = arguments.output or arguments.run / "MODEL_CARD.md"
     if os.path.lexists(path):  # perhaps edited, or something else

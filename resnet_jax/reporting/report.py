@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
@@ -29,6 +30,8 @@ from resnet_jax.reporting.figures import Group, Summary
 from resnet_jax.reporting.pages import Picture
 from resnet_jax.runs import stored_config
 
+# Fields that all optimizers have, and that are no part of one.
+_OPTIM_FIELDS = {"optim.backbone_rate", "optim.decay_mask", "optim.max_grad_norm", "optim.ema_decay"}
 _ROWS = {  # the metrics in each row, by split
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
     "validation": ("loss", "accuracy"),
@@ -51,7 +54,7 @@ def read_run(path: Path) -> tuple[str, Summary]:
     try:
         stored_config.from_json(summary["config"])
         _check(summary)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the summary of a run ({error!r}): write it again with --summary") from error
     return path.stem, summary
 
@@ -87,10 +90,8 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     """
     by_config: dict[str, dict[int, tuple[str, Summary]]] = {}
     for name, run in runs:
-        fields = stored_config.deciding(run["config"])
-        seed, _ = fields.pop("seed"), fields.pop("data.name")  # the fingerprint identifies the data
-        alike = [fields, run["dataset"]["fingerprint"], run["environment"]["backend"]]
-        by_seed = by_config.setdefault(json.dumps(alike, sort_keys=True), {})
+        seed = run["config"]["seed"]
+        by_seed = by_config.setdefault(json.dumps(_but_for_seed(run), sort_keys=True), {})
         if seed in by_seed:
             raise UserError(
                 f"{name} and {by_seed[seed][0]} have the same config and seed, on the same kind of device: give only one of them"
@@ -107,12 +108,19 @@ def grouped(runs: Sequence[tuple[str, Summary]]) -> list[Group]:
     ]
 
 
+def _but_for_seed(run: Summary) -> dict[str, Any]:
+    """All that decides what a run computes but its seed: config, data and kind of device."""
+    fields = stored_config.deciding(run["config"])
+    del fields["seed"], fields["data.name"]  # the fingerprint identifies the data
+    return fields | {"fingerprint": run["dataset"]["fingerprint"], "backend": run["environment"]["backend"]}
+
+
 def optimizer_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Pairs of groups (SGD, AdamW) that differ only in optimizer and schedule."""
+    """Pairs of groups (SGD, AdamW) that differ only in schedule and the optimizer's own fields."""
 
     def rest(group: Group) -> dict[str, Any]:
-        fields = stored_config.deciding(group.config) | {"backend": group.runs[0]["environment"]["backend"]}
-        return {k: v for k, v in fields.items() if k.split(".")[0] not in ("optim", "schedule", "seed")}
+        fields = _but_for_seed(group.runs[0])
+        return {k: v for k, v in fields.items() if k in _OPTIM_FIELDS or k.split(".")[0] not in ("optim", "schedule")}
 
     by_name = {name: [g for g in groups if g.config["optim"]["name"] == name] for name in ("sgd", "adamw")}
     return [(sgd, adamw) for sgd in by_name["sgd"] for adamw in by_name["adamw"] if rest(sgd) == rest(adamw)]
@@ -216,10 +224,14 @@ def _page(groups: Sequence[Group], claims: Sequence[Any], notes: Mapping[str, st
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = ArgumentParser("python -m resnet_jax report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a complete run, or its summary")
+    parser.add_argument(
+        "runs", nargs="+", type=command_line.local_path, metavar="RUN", help="workdir of a complete run, or its summary"
+    )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to")
-    target.add_argument("--summary", type=Path, metavar="FILE", help="write the one RUN's summary instead")
+    target.add_argument("--output", type=command_line.local_path, metavar="DIR", help="folder to write the page to")
+    target.add_argument(
+        "--summary", type=command_line.local_path, metavar="FILE", help="write the one RUN's summary instead"
+    )
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folders
     if arguments.summary:

@@ -17,9 +17,9 @@ def compare(first: Sequence[float], second: Sequence[float]) -> tuple[float, flo
     """(mean, low, high) of second - first, with its 95 % interval by Welch's t test.
 
     Returns:
-        None where a side has fewer than two values.
+        None where a side has fewer than two values, or where neither side's values differ.
     """
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < 2 or max(np.ptp(first), np.ptp(second)) < 1e-9:
         return None
     interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
     return float(np.mean(second) - np.mean(first)), float(interval.low), float(interval.high)

@@ -103,17 +103,29 @@ def main_report(argv: Sequence[str]) -> None:
     """Run the tool `search report`."""
     parser = ArgumentParser("python -m resnet_jax search report", _REPORT)
     parser.add_argument("--study", required=True, metavar="NAME", help="name of the search")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of its runs (default: runs/search/NAME)")
+    parser.add_argument(
+        "--workdir", type=command_line.local_path, metavar="DIR", help="folder of its runs (default: runs/search/NAME)"
+    )
     parser.add_argument("--storage", metavar="WHERE", help="its storage (default: WORKDIR/study.journal)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write the page to (default: report-NAME)")
+    parser.add_argument(
+        "--output",
+        type=command_line.local_path,
+        metavar="DIR",
+        help="folder to write the page to (default: report-NAME)",
+    )
     parser.add_argument(
         "--found",
-        type=Path,
+        type=command_line.local_path,
         metavar="FILE",
         default=Path("configs/found.py"),
         help="config to write (default: configs/found.py)",
     )
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the summary of the search as JSON instead")
+    parser.add_argument(
+        "--summary",
+        type=command_line.local_path,
+        metavar="FILE",
+        help="write the summary of the search as JSON instead",
+    )
     arguments = parser.parse_args(argv)
     name = arguments.study
     if not is_name(name):

@@ -27,7 +27,9 @@ def draw_history(search: Summary) -> Figure:
     for stage, rows in search["trials"].items():
         ended = [(first + row["number"], row["accuracy"]) for row in rows if row["accuracy"] is not None]
         unfinished = [
-            (first + r["number"], r["validations"][-1]) for r in rows if r["state"] != "complete" and r["validations"]
+            (first + r["number"], r["validations"][-1])
+            for r in rows
+            if r["state"] not in ("complete", "running") and r["validations"]
         ]
         axes.plot(*_columns(ended), _MARKER_OF[stage], color=_COLOUR_OF[stage], label=stage)
         axes.plot(*_columns(unfinished), "x", color=_COLOUR_OF[stage], alpha=0.6)
@@ -109,7 +111,7 @@ def draw_parallel(values: dict[str, list[float]]) -> Figure:
     axes.grid(visible=False)
     heights = []
     for i, (name, column) in enumerate(values.items()):
-        scaled = np.log(column) if name in ("lr", "wd") else np.array(column, float)
+        scaled = np.log(column) if name in ("lr", "wd") and min(column) > 0 else np.array(column, float)
         heights.append((scaled - scaled.min()) / np.ptp(scaled))
         axes.axvline(i, color=NEUTRAL, lw=0.8, alpha=0.5)
         for value, y, place in ((min(column), -0.04, "top"), (max(column), 1.04, "bottom")):

@@ -36,7 +36,7 @@ def _share(i: int, count: int, gpus: list[str]) -> Iterator[dict[str, str]]:
         yield {}
         return
     all_cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(all_cores)[i::count])
+    os.sched_setaffinity(0, sorted(all_cores)[i::count] or all_cores)  # there may be more GPUs than cores
     try:
         yield {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
     finally:

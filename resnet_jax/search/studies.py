@@ -1,6 +1,7 @@
 """Store a search: one Optuna study per stage, in a journal file or in PostgreSQL."""
 
 import json
+import os
 import re
 import time
 import warnings
@@ -47,7 +48,7 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if "://" not in where:
-            yield _journal(Path(where).expanduser(), create)
+            yield _journal(Path(os.path.expanduser(where)), create)
         elif re.match(r"postgres(ql)?://", where):
             database = _database(where)
             try:

@@ -101,9 +101,10 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[str, Any]]:
-    """Return the candidates of confirmation, the highest mean first, those over the budget last.
+    """Return the candidates of confirmation, the highest mean first, then those that lack seeds, then those over the budget.
 
-    The config's own network takes part even if it is over the budget. Such a candidate is never the best.
+    A candidate lacks a seed whose trial failed or still runs. The config's own network takes part even if it is over the
+    budget. Such a candidate is never the best.
 
     Args:
         rows: `row` of each trial of confirmation.
@@ -135,7 +136,8 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         values = [*entry["accuracies"].values()]
         entry["mean"] = float(np.mean(values))
         entry["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    ranked = sorted(entries.values(), key=lambda entry: (bool(entry["over_budget"]), -entry["mean"]))
+    most = max((len(entry["accuracies"]) for entry in entries.values()), default=0)
+    ranked = sorted(entries.values(), key=lambda e: (bool(e["over_budget"]), len(e["accuracies"]) < most, -e["mean"]))
     best = ranked[0] if ranked and not ranked[0]["over_budget"] else None
     for entry in ranked:
         entry["best"] = entry is best
@@ -147,13 +149,16 @@ def paired(first: Mapping[Any, float], second: Mapping[Any, float]) -> dict[str,
     """Test whether second - first is more than noise: a paired t-test over their common seeds.
 
     Returns:
-        {"mean", "low", "high": 95 % interval, "seeds": how many, "verdict"}; None for fewer than two seeds.
+        {"mean", "low", "high": 95 % interval, "seeds": how many, "verdict"}; None for fewer than two seeds, or if all
+        differ by the same, which says nothing about noise.
     """
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) < 2:
         return None
     differences = np.array([second[seed] - first[seed] for seed in seeds])
     mean = float(differences.mean())
+    if mean and np.ptp(differences) < 1e-9:
+        return None
     margin = float(stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds)))
     verdict = "more than noise" if abs(mean) > margin else "within the seeds' noise"
     return {"mean": mean, "low": mean - margin, "high": mean + margin, "seeds": len(seeds), "verdict": verdict}

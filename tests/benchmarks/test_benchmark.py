@@ -7,6 +7,7 @@ from helpers import ROOT, launch, tool
 
 from benchmarks import benchmark, measure, timing
 from resnet_jax import setup
+from resnet_jax.errors import UserError
 
 # A network that compiles in a second.
 SMOKE = [
@@ -106,6 +107,7 @@ def test_all_is_measured(measured):
         "eval_step": "images/s",
         "pipeline": "images/s",
         "naive_pipeline": "images/s",
+        "draws": "images/s",
         "end_to_end": "images/s",
         "end_to_end / train_step": "ratio",
         "pipeline / naive_pipeline": "ratio",
@@ -114,6 +116,11 @@ def test_all_is_measured(measured):
     assert case["figures"]["end_to_end / train_step"]["repeats"] == [end_to_end / step]
     assert 0.3 < case["figures"]["memory_host"]["median"] < 8.0
     assert (case["batch_size"], case["dtype"]) == (128, "float32")
+
+
+def test_an_augmentation_that_the_naive_pipeline_lacks_is_not_compared():
+    with pytest.raises(UserError, match=r"naive_pipeline cannot be compared, because it has no augment\.crop_fill"):
+        benchmark.main(["--config", str(ROOT / "configs" / "best.py"), "--only=naive_pipeline"])
 
 
 def test_the_steps_of_a_call_are_timed_together(tiny_config, monkeypatch):

@@ -15,8 +15,8 @@ from helpers import ROOT, make_tiny_config, tool
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from configs import final, narrow, sgd
-from reproduction import claims
+from configs import final, narrow, sgd, speedrun
+from reproduction import claims, tables
 from reproduction import report as reproduction_report
 from resnet_jax import config as config_lib
 from resnet_jax import optim, training
@@ -324,7 +324,9 @@ def test_a_figure_for_a_dark_page_has_no_white_ground(three_groups, tmp_path, dr
 # Its figures and claims
 
 
-@pytest.mark.parametrize("get_config", [final.get_config, sgd.get_config, partial(narrow.get_config, "sgd")])
+@pytest.mark.parametrize(
+    "get_config", [final.get_config, sgd.get_config, partial(narrow.get_config, "sgd"), speedrun.get_config]
+)
 def test_the_formula_that_is_drawn_is_the_schedule_that_runs(get_config):
     config = get_config()
     per_epoch = 45_000 / 128
@@ -335,7 +337,11 @@ def test_the_formula_that_is_drawn_is_the_schedule_that_runs(get_config):
 
 
 def group(name, config, accuracies):
-    run = {"config": stored_config.to_json(config), "environment": {"backend": "cpu"}}
+    run = {
+        "config": stored_config.to_json(config),
+        "dataset": {"fingerprint": "0"},
+        "environment": {"backend": "cpu"},
+    }
     return Group(name, [run | {"test_accuracy": accuracy} for accuracy in accuracies])
 
 
@@ -372,6 +378,10 @@ def test_optimizers_are_compared_where_all_else_is_alike(adamw, sgd_accuracies, 
     assert verdicts(groups)[4] == verdict
     gpu = [run | {"environment": {"backend": "gpu"}} for run in groups[1].runs]
     assert verdicts([groups[0], groups[1]._replace(runs=gpu)])[4] == "not measured"
+    averaged = config_lib.replaced(sgd.get_config(), {"optim.ema_decay": 0.9})
+    assert verdicts([groups[0], group("sgd", averaged, sgd_accuracies)])[4] == "not measured"
+    elsewhere = config_lib.replaced(sgd.get_config(), {"data.name": "npz:cifar10.npz"})  # the same data
+    assert verdicts([groups[0], group("sgd", elsewhere, sgd_accuracies)])[4] == verdict
     groups[1] = group("sgd", config_lib.replaced(sgd.get_config(), {"batch_size": 64}), sgd_accuracies)
     assert verdicts(groups)[4] == "not measured"
 
@@ -383,6 +393,7 @@ def test_a_difference_has_welchs_interval():
     assert (low + high) / 2 == pytest.approx(0.09)
     assert (high - low) / 2 == pytest.approx(3.2204 * np.sqrt(5e-4 / 3), rel=1e-3)
     assert statistics.compare([0.7], [0.8, 0.9]) is None
+    assert statistics.compare([0.7, 0.7], [0.8, 0.8]) is None  # they say nothing about the noise
 
 
 def comparison(ours, theirs):
@@ -417,6 +428,17 @@ def test_size_and_speed_are_claimed_beside_resnet18():
         "does not hold: 20 % more",
     ]
     assert verdicts([])[-3:] == ["not measured"] * 3
+
+
+def test_without_runs_the_page_is_about_those_in_results(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(report, "build", lambda *arguments: built.append(arguments))
+    reproduction_report.main(["--output", str(tmp_path / "page")])
+    ((runs, _, claims_of, _),) = built
+    assert [name for name, _ in runs] == [path.stem for path in tables.run_files()]
+    assert claims_of(report.grouped(runs)) == claims.table(
+        tables.groups(), tables.read_result(tables.comparison_file().name)
+    )
 
 
 def test_runs_of_one_config_are_one_group(summaries):
@@ -456,6 +478,8 @@ MISTAKES = {
     "no rate": (["rate.json", "--output", "page"], "is not the summary of a run"),
     "no stages": (["stages.json", "--output", "page"], "the network has no stages"),
     "no devices": (["devices.json", "--output", "page"], "is not the summary of a run"),
+    "a label of no class": (["label.json", "--output", "page"], "is not the summary of a run"),
+    "an empty list of devices": (["empty.json", "--output", "page"], "is not the summary of a run"),
     "broken rows": (["rows.json", "--output", "page"], "is not the summary of a run"),
     "a broken picture": (["picture.json", "--output", "page"], "is not the summary of a run"),
 }
@@ -472,7 +496,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
     (tmp_path / "kept" / "index.html").write_text(pages._GENERATOR)
     (tmp_path / "kept" / "mine.txt").touch()
     (tmp_path / "site" / "index.html").write_text("<html>")
-    picture = good["analysis"] | {"mistakes": [good["analysis"]["mistakes"][0] | {"png": "!"}]}
+    picture, label = (
+        good["analysis"] | {"mistakes": [good["analysis"]["mistakes"][0] | change]}
+        for change in ({"png": "!"}, {"label": 99})
+    )
     files = {
         "good": good,
         "twin": good,
@@ -480,6 +507,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
         "fake": SMALL | {"seconds": 1, "steps": 1, "metrics": [], "analysis": {}},
         "rows": good | {"metrics": [{"step": 1}]},
         "picture": good | {"analysis": picture},
+        "label": good | {"analysis": label},
+        "empty": good | {"environment": good["environment"] | {"backend": "gpu", "devices": []}},
         "rate": good | {"metrics": [good["metrics"][0] | {"learning_rate": None}]},
         "stages": good | {"analysis": good["analysis"] | {"stages": []}},
         "devices": good | {"environment": {}},

@@ -9,6 +9,7 @@ from helpers import ROOT, assert_user_error, tool
 
 from reproduction import claims, reproduce
 from resnet_jax.cli import command_line
+from resnet_jax.errors import UserError
 from resnet_jax.reporting import report
 
 
@@ -104,6 +105,12 @@ def test_a_mistake_is_one_line_before_anything_is_measured(mistake):
     command = [sys.executable, "-m", "reproduction.reproduce", "--data=digits", *flags, "step"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert_user_error(done, *words)
+
+
+def test_what_is_measured_on_a_cpu_is_refused_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "check_machine", lambda _: "gpu")
+    with pytest.raises(UserError, match="narrow is measured on a CPU: set JAX_PLATFORMS=cpu"):
+        reproduce.main(["narrow", *flags_of(tmp_path)])
 
 
 PARTS = {  # by name of the results: is it SGD, AutoAugment, all images for training, float32, one seed

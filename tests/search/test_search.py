@@ -526,6 +526,19 @@ def test_a_paired_comparison_tells_noise_from_difference():
     assert summary.paired(first, {1: 0.55, 2: 0.50, 3: 0.52})["verdict"] == "within the seeds' noise"
     assert summary.paired(first, {1: 0.55, 9: 0.50}) is None
     assert summary.paired(first, first)["verdict"] == "within the seeds' noise"
+    assert summary.paired({1: 0.5, 2: 0.6}, {1: 0.6, 2: 0.7}) is None  # by the same: nothing is known of the noise
+
+
+def test_a_candidate_that_lacks_a_seed_is_not_the_best(config):
+    own = space.own(config)
+    other = own | {"optim.learning_rate": 0.5}
+    cost = {"num_params": 1, "gflops": 1.0, "seconds_per_epoch": 1.0}
+    accuracies = [(own, 1, 0.5), (own, 2, 0.5), (other, 1, 0.9), (other, 2, None)]
+    rows = [{"fields": fields | {"seed": seed}, "accuracy": accuracy, **cost} for fields, seed, accuracy in accuracies]
+    first, second = summary.confirmed(rows, config)
+    assert first["own"]
+    assert first["best"]
+    assert second["accuracies"] == {1: 0.9}
 
 
 def test_the_pareto_front():
