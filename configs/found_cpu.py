@@ -55,7 +55,6 @@ def get_config() -> ConfigDict:
     config.model.global_pool = "mean"
     config.model.logit_scale = 1.0
     config.model.max_params = 0
-    config.model.param_dtype = "float32"
     config.model.stem = "cifar"
     config.num_epochs = 6.0
     config.optim = ConfigDict()

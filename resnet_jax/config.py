@@ -152,7 +152,6 @@ FIELDS: dict[str, Field] = {
     "model.batch_norm_momentum": _FRACTION,
     "model.batch_norm_epsilon": _POSITIVE,
     "model.dtype": choice("auto", "float32", "bfloat16"),
-    "model.param_dtype": choice("float32", "bfloat16"),
     "model.max_params": integer(0),
     "optim.name": choice("adamw", "sgd", "nesterov", "muon"),
     "optim.learning_rate": _POSITIVE,

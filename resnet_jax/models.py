@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al., arXiv:1512.03385), in Flax linen.
 
-`ResNet` describes its stages by two lists, channels and numbers of blocks; `final` is the report's. Images are `[B, H, W, C]`.
+`ResNet` describes its stages by two lists, channels and numbers of blocks. Images are `[B, H, W, C]`.
 Batch norm normalises over the global batch when the step is jitted over a sharded batch.
 """
 
@@ -16,6 +16,11 @@ from ml_collections import ConfigDict
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """Return float32 for bfloat16, in which small updates of a parameter or a mean would be lost, and wider dtypes as they are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Layers(NamedTuple):
     """What a network is built of: Flax's layers, or those of `kernels.layers`, which pass on arrays in a form of their own."""
 
@@ -27,9 +32,9 @@ class Layers(NamedTuple):
     relu_max_pool: Callable[[Any], jax.Array] = lambda x: max_pool(nn.relu(x))  # of what `norm` returns
 
 
-def flax_layers(dtype: Any, param_dtype: Any) -> Layers:
-    """Return Flax's layers, which compute in `dtype`, with parameters of `param_dtype`."""
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+def flax_layers(dtype: Any) -> Layers:
+    """Return Flax's layers, which compute in `dtype`, with parameters of `at_least_float32`."""
+    dtypes = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}
     return Layers(partial(nn.Conv, use_bias=False, padding=0, **dtypes), partial(nn.BatchNorm, **dtypes))
 
 
@@ -99,9 +104,9 @@ class ResNet(nn.Module):
             "cifar", but with the kernel of `data.whitening`, which is not trained.
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
-        dtype: dtype of the computation up to the last stage; with bfloat16, pooling, classifier and logits are float32.
-        param_dtype: dtype of the parameters.
-        layers: what the network is built of; None means Flax's layers, with the two dtypes.
+        dtype: dtype of the computation up to the last stage; with bfloat16, parameters, pooling, classifier and logits are
+            float32.
+        layers: what the network is built of; None means Flax's layers, with that dtype.
     """
 
     num_classes: int
@@ -115,7 +120,6 @@ class ResNet(nn.Module):
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     layers: Layers | None = None
 
     @nn.compact
@@ -130,7 +134,7 @@ class ResNet(nn.Module):
         Returns:
             [B, num_classes] float32 logits.
         """
-        layers = self.layers or flax_layers(self.dtype, self.param_dtype)
+        layers = self.layers or flax_layers(self.dtype)
         conv = partial(layers.conv, kernel_init=conv_init)
         norm = partial(layers.norm, momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon)
         norm = partial(norm, use_running_average=not train)
@@ -148,9 +152,9 @@ class ResNet(nn.Module):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)
-        at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)  # little work, so bfloat16 would only lose digits
-        x = x.max(axis=(1, 2)) if self.global_pool == "max" else jnp.mean(x, axis=(1, 2), dtype=at_least_float32)
-        classifier = nn.Dense(self.num_classes, dtype=at_least_float32, param_dtype=self.param_dtype, name="classifier")
+        dtype = at_least_float32(self.dtype)
+        x = x.max(axis=(1, 2)) if self.global_pool == "max" else jnp.mean(x, axis=(1, 2), dtype=dtype)
+        classifier = nn.Dense(self.num_classes, dtype=dtype, param_dtype=dtype, name="classifier")
         return (classifier(x) * self.logit_scale).astype(jnp.float32)
 
 
@@ -159,15 +163,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     size, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(size, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-
-
-_IMAGENET_CHANNELS = (64, 128, 256, 512)
-
-final = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 5, 3, 0))
-resnet18 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(2, 2, 2, 2))
-resnet34 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6, 3))
-resnet50 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 6, 3), block=BottleneckBlock)
-resnet101 = partial(ResNet, channel_list=_IMAGENET_CHANNELS, block_list=(3, 4, 23, 3), block=BottleneckBlock)
 
 
 def from_config(config: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
@@ -184,6 +179,5 @@ def from_config(config: ConfigDict, num_classes: int, layers: Layers | None = No
         batch_norm_momentum=config.batch_norm_momentum,
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
         layers=layers,
     )

@@ -30,21 +30,26 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     eta, schedule = config.optim.learning_rate, config.schedule
     ends = (*schedule.restart_epochs, config.num_epochs)
 
-    def piece(xp: Any, step: Any, epochs: float, warmup_epochs: float) -> Any:
-        if schedule.name == "step":
-            period = round(schedule.decay_every_epochs * steps_per_epoch, 6)
-            return eta * schedule.decay_factor ** xp.floor(step / period)
+    def piece(xp: Any, step: Any, start: float, epochs: float, warmup_epochs: float) -> Any:
+        if schedule.name == "step":  # by comparisons, because XLA rounds a quotient
+            every = schedule.decay_every_epochs
+            decays = steps_at(start + every * np.arange(1, min(epochs / every, 1e5) + 1))
+            return eta * schedule.decay_factor ** (xp.asarray(step)[..., None] >= decays).sum(-1).astype(float)
+        step = step - round(start * steps_per_epoch, 6)
         warmup_steps, eta_min = warmup_epochs * steps_per_epoch, schedule.min_ratio * eta
         done = xp.clip((step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps), 0.0, 1.0)
         decay = 1.0 - done if schedule.name == "warmup_linear" else 0.5 * (1.0 + xp.cos(xp.pi * done))
         return xp.where(step < warmup_steps, eta * step / max(warmup_steps, 1e-9), eta_min + (eta - eta_min) * decay)
 
+    def steps_at(epochs: Any) -> Any:
+        """The steps that begin at or after some epochs: 1,875, where floats make it 1,875.0000000000002."""
+        return np.minimum(np.ceil(np.round(epochs * steps_per_epoch, 6)), 2**31 - 1).astype(np.int32)
+
     def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         xp: Any = np if isinstance(step, int) else jnp  # on the host for the log, which must not wait for a device
-        rate = piece(xp, step, ends[0], schedule.get("warmup_epochs", 0.0))
+        rate = piece(xp, step, 0.0, ends[0], schedule.get("warmup_epochs", 0.0))
         for start, end in itertools.pairwise(ends):
-            since = step - round(start * steps_per_epoch, 6)  # 1,875, where floats make it 1,875.0000000000002
-            rate = xp.where(since < 0, rate, piece(xp, since, end - start, 0.0))
+            rate = xp.where(step < steps_at(start), rate, piece(xp, step, start, end - start, 0.0))
         return rate
 
     return learning_rate

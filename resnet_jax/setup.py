@@ -74,6 +74,7 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     if total_steps >= 2**31:
         raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce them below 2**31")
     image_shape = train.images.shape[1:]
+    model_size.check_images(config.model, *image_shape[:2])
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
     model_size.check(train_state.num_params(traced.out_info.params), config.model.max_params)

@@ -77,7 +77,7 @@ def mix(images: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _of_part(
     state: TrainState, batch: Batch, config: ConfigDict
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
-    """Return what `loss_and_gradient` does, from the whole of a batch, or a part, at once."""
+    """Return what `loss_and_gradient` does, without accumulation."""
     frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, tuple[jax.Array, optax.Params]]:

@@ -112,6 +112,7 @@ class Run:
         seconds_before: of earlier sessions, up to the checkpoint from which this one resumes.
         hooks: called around each call, at validations and at a stop.
         startup_seconds: from `started` to the dispatch of this session's first step.
+        compiled: the lengths of the calls so far; each is a program.
     """
 
     config: ConfigDict
@@ -123,9 +124,10 @@ class Run:
     seconds_before: float
     hooks: Sequence[Hook] = ()
     startup_seconds: float | None = None
+    compiled: set[int] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Build what follows from the config."""
+        """Build what follows from the config: `progress`, `schedule` and `eval_step`."""
         config, start = self.config, self.start
         self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
         self.schedule = optim.make_schedule(config, start.steps_per_epoch)
@@ -195,14 +197,16 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
 
 
 def _after_dispatch(run: Run, call: Call, metrics: StepMetrics) -> None:
-    """Tell the hooks of a call, and wait for the first of a session: it compiles."""
+    """Tell the hooks of a call, and wait for the first of its length: it compiles."""
     for hook in run.hooks:
         if text := hook.after_dispatch(call, metrics):
             run.progress.note(text)
             run.progress.restart_clock(call.end)
-    if run.startup_seconds is None:
-        run.startup_seconds = time.monotonic() - run.started
-        run.progress.note(f"first step dispatched {run.startup_seconds:.1f} s after the start")
+    if call.count not in run.compiled:
+        run.compiled.add(call.count)
+        if run.startup_seconds is None:
+            run.startup_seconds = time.monotonic() - run.started
+            run.progress.note(f"first step dispatched {run.startup_seconds:.1f} s after the start")
         jax.block_until_ready(metrics)
         run.progress.restart_clock(call.end)
         run.stop_request.start_clock()
@@ -245,7 +249,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
     diagnosis = {
         "step": step,
         "epoch": step / run.start.steps_per_epoch,
-        "checkpoint_step": step - 1,
+        "checkpoint_step": run.folder.latest_step,
         "examples": datasets.source_positions(run.start.dataset, run.config.data, examples).tolist(),
         "labels": run.start.train.labels[examples].tolist(),
         **diagnose_step(run.config, state, batch),

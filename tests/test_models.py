@@ -7,6 +7,8 @@ from configs import best, resnet50
 from resnet_jax import config as config_lib
 from resnet_jax import models
 
+CHANNELS = (64, 128, 256, 512)
+
 
 def shapes(model, size=32):
     image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
@@ -20,13 +22,13 @@ def count(variables):
 @pytest.mark.parametrize(
     ("model", "size"),
     [
-        (models.final(10), 4_918_602),
-        (models.resnet18(10), 11_173_962),
+        (models.ResNet(10, CHANNELS, (3, 5, 3, 0)), 4_918_602),
+        (models.ResNet(10, CHANNELS, (2, 2, 2, 2)), 11_173_962),
         # He et al.'s networks on ImageNet, as torchvision counts them:
-        (models.resnet18(1000, stem="imagenet"), 11_689_512),
-        (models.resnet34(1000, stem="imagenet"), 21_797_672),
-        (models.resnet50(1000, stem="imagenet"), 25_557_032),
-        (models.resnet101(1000, stem="imagenet"), 44_549_160),
+        (models.ResNet(1000, CHANNELS, (2, 2, 2, 2), stem="imagenet"), 11_689_512),
+        (models.ResNet(1000, CHANNELS, (3, 4, 6, 3), stem="imagenet"), 21_797_672),
+        (models.ResNet(1000, CHANNELS, (3, 4, 6, 3), models.BottleneckBlock, "imagenet"), 25_557_032),
+        (models.ResNet(1000, CHANNELS, (3, 4, 23, 3), models.BottleneckBlock, "imagenet"), 44_549_160),
     ],
     ids=["final", "resnet18", "resnet18-imagenet", "resnet34", "resnet50", "resnet101"],
 )
@@ -38,11 +40,12 @@ def test_parameters_are_counted_exactly(model, size):
 
 def test_resnet50_has_a_config():
     config = config_lib.replaced(resnet50.get_config(), {"model.dtype": "float32"})
-    assert models.from_config(config.model, 1000) == models.resnet50(1000, stem="imagenet")
+    resnet50_of_imagenet = models.ResNet(1000, CHANNELS, (3, 4, 6, 3), models.BottleneckBlock, "imagenet")
+    assert models.from_config(config.model, 1000) == resnet50_of_imagenet
 
 
 def test_config_builds_the_preset(final_config):
-    assert models.from_config(final_config.model, 10) == models.final(10)
+    assert models.from_config(final_config.model, 10) == models.ResNet(10, CHANNELS, (3, 5, 3, 0))
 
 
 def test_the_best_config_has_fewer_than_5_million_parameters():

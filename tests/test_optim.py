@@ -1,3 +1,4 @@
+import fractions
 import json
 import math
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_step_decay_is_that_of_pytorchs_step_lr():
     schedule = optim.make_schedule(sgd.get_config(), 100.0)
     for step, power in ((0, 0), (299, 0), (300, 1), (599, 1), (600, 2), (4999, 16)):
         assert float(schedule(step)) == pytest.approx(0.01 * 0.7**power, rel=1e-6), step
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "every", "periods"), [(45_000, 100, 7, 7), (50_000, 192, 1, 48), (45_000, 128, 3, 16)]
+)
+def test_a_compiled_step_decay_changes_where_its_period_ends(images, batch_size, every, periods):
+    """XLA multiplies by 1 / 3150 instead of dividing by 3150, which rounds 3150 to a little less than one period."""
+    config = sgd.get_config()
+    config.schedule.decay_every_epochs = every
+    schedule = optim.make_schedule(config, images / batch_size)
+    compiled = jax.jit(schedule)
+    for period in range(1, periods + 1):
+        first = math.ceil(fractions.Fraction(images * every * period, batch_size))
+        for step, power in ((first - 1, period - 1), (first, period)):
+            wanted = config.optim.learning_rate * config.schedule.decay_factor**power
+            assert float(compiled(jnp.int32(step))) == pytest.approx(wanted, rel=1e-5), step
+            assert float(schedule(step)) == pytest.approx(wanted, rel=1e-5), step
 
 
 @pytest.mark.parametrize("name", ["step", "restarts"])

@@ -47,7 +47,6 @@ def ours(request):
             {
                 "model.channel_list": (4, 8, 16, 32),
                 "model.dtype": dtype,
-                "model.param_dtype": dtype,
                 "batch_size": 4,
                 "num_epochs": 3.0,
                 "schedule.warmup_epochs": 1.0,

@@ -24,7 +24,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation
-from resnet_jax.runs import metrics_log, preemption, stored_config
+from resnet_jax.runs import metrics_log, model_size, preemption, stored_config
 
 
 def at_step(monkeypatch, step, action):
@@ -496,7 +496,7 @@ def test_a_gradient_above_the_limit_stops_the_run_at_its_step_and_a_higher_limit
 def test_the_report_on_a_failed_step_names_its_examples_and_the_norms_of_its_layers(tmp_path, tiny_config):
     tiny_config.abort_grad_norm = 1e-9
     message, report = fails(tmp_path, tiny_config)
-    assert (report["step"], report["checkpoint_step"]) == (1, 0)
+    assert (report["step"], report["checkpoint_step"]) == (1, None)
     assert "there is no checkpoint before it" in message
     digits = datasets.load(tiny_config.data)
     assert len(set(report["examples"])) == len(report["examples"]) == 64
@@ -575,6 +575,24 @@ def test_a_batch_that_does_not_divide_over_the_devices_names_the_nearest_that_do
     tiny_config.batch_size = 63
     with pytest.raises(UserError, match="63 is not divisible by 2 devices: set it to 62 or 64"):
         training.train(tiny_config, tmp_path)
+
+
+def test_images_that_the_network_pools_away_are_refused_before_the_first_step(tmp_path, tiny_config):
+    tiny_config.model.channel_list, tiny_config.model.block_list = (8, 8, 8, 8, 8), (1, 1, 1, 1, 1)
+    tiny_config.model.downsample = "pool"
+    with pytest.raises(
+        UserError, match=r"have 8x8 pixels, and config\.model needs 16x16: set config\.data\.image_size"
+    ):
+        training.train(tiny_config, tmp_path)
+    assert not any(tmp_path.iterdir())
+    model_size.check_images(tiny_config.model, 16, 99)
+    tiny_config.model.stem = "imagenet"
+    model_size.check_images(tiny_config.model, 61, 99)
+    with pytest.raises(UserError, match="needs 61x61"):
+        model_size.check_images(tiny_config.model, 99, 60)
+    tiny_config.model.stem, tiny_config.model.downsample = "whitened", "stride"
+    with pytest.raises(UserError, match="needs 3x3"):
+        model_size.check_images(tiny_config.model, 2, 8)
 
 
 def test_the_report_trains_with_bfloat16_and_every_option_on(tmp_path, tiny_config):

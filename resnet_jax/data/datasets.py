@@ -167,6 +167,8 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
                 f"config.data.validation_ratio {config.validation_ratio} of {len(dataset.train.labels)} training images "
                 "leaves no image in one part: change the ratio"
             )
+    if not len(validation):
+        return dataset.train, _select(dataset.train, validation)  # without a copy of the images
     return _select(dataset.train, train), _select(dataset.train, validation)
 
 
@@ -222,11 +224,12 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
 
     The sums are integers, so the numbers are the same on every machine.
     """
-    means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.zeros(256, np.int64)
-        for image in images:
+    histograms = np.zeros((images.shape[-1], 256), np.int64)
+    for image in images:  # once, because they may be on disk
+        for channel, counts in enumerate(histograms):
             counts += np.bincount(image[..., channel].ravel(), minlength=256)
+    means, deviations = [], []
+    for counts in histograms:
         count, total, squares = (int(counts @ np.arange(256) ** power) for power in range(3))
         means.append(round(total / (255 * count), 6))
         deviations.append(round(math.sqrt(count * squares - total**2) / (255 * count), 6))

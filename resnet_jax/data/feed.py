@@ -95,7 +95,7 @@ def batch_of_step(config: ConfigDict, train: Split, mesh: Mesh, step: int) -> tu
 
 def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
     """Turn a tree of each process's arrays, or slices of arrays, into a tree of global arrays on the devices."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), arrays)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), arrays)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> steps.Batch:

@@ -24,14 +24,9 @@ from resnet_jax.errors import UserError
 from resnet_jax.host import usable_cores
 
 Batch = dict[str, np.ndarray]
-_IN_INT32 = (
-    "brightness",
-    "contrast",
-    "saturation",
-    "policy",
-    "rotation_degrees",
-)  # with sums and coordinates of 32 bits
-_MAX_SIDE = 4096  # of their images
+# Augmentations with sums and coordinates of 32 bits, and the largest side of their images.
+_IN_INT32 = ("brightness", "contrast", "saturation", "policy", "rotation_degrees")
+_MAX_SIDE = 4096
 
 
 def process_slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
@@ -210,11 +205,10 @@ def train_batches(
         return {name: drawn[0] for name, drawn in draws.items()}
 
     def draw_all() -> Iterator[dict[str, np.ndarray]]:
-        ahead = draw(start_step)
         for step in range(start_step, stop_step):
-            draws, ahead = ahead, draw(step + 1)
-            if on_disk is not None:  # whose truth would be that of its length
-                on_disk.prefetch(ahead["indices"])
+            draws = draw(step)
+            if on_disk is not None:
+                on_disk.prefetch(draw(step + 1)["indices"])
                 try:
                     draws["images"] = on_disk[draws["indices"]]
                 except UserError as error:

@@ -192,20 +192,17 @@ def _collect(store: Store, part: str, decoded: Iterable[np.ndarray], count: int,
     Raises:
         UserError: if their sizes differ, or there is no room for the rest of the source.
     """
-    sizes: set[tuple[int, ...]] = set()
     collected: Images = np.zeros((count, 0, 0, 3), np.uint8)
     for i, image in enumerate(decoded):
-        if not sizes:
-            what = f"{rest:,} images of {image.shape[0]}x{image.shape[1]} pixels"
-            collected = store.empty(part, (count, *image.shape), rest * image.nbytes, what, remedy)
-        sizes.add(image.shape[:2])
-        if len(sizes) == 1:
-            collected[i] = image
-    if len(sizes) > 1:
-        raise UserError(
-            f"the images have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}: set config.data.image_size to resize "
-            "them"
-        )
+        pixels = f"{image.shape[0]}x{image.shape[1]} pixels"
+        if i == 0:
+            first = pixels
+            collected = store.empty(
+                part, (count, *image.shape), rest * image.nbytes, f"{rest:,} images of {pixels}", remedy
+            )
+        if pixels != first:
+            raise UserError(f"some images have {first}, others {pixels}: set config.data.image_size to resize them")
+        collected[i] = image
     return collected
 
 

@@ -36,4 +36,4 @@ def is_cpu(mesh: Mesh) -> bool:
 
 
 def _could_be_ours(mesh: Mesh, model: ConfigDict) -> bool:
-    return is_cpu(mesh) and model.dtype == model.param_dtype == "float32"
+    return is_cpu(mesh) and model.dtype == "float32"

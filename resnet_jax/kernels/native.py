@@ -51,7 +51,10 @@ def unavailable() -> str:
         return "RESNET_JAX_NATIVE is 0"
     if not _LIBRARY.exists():
         return "they were not compiled: install a C++ compiler, then resnet_jax again"
-    functions = ctypes.CDLL(str(_LIBRARY))
+    try:
+        functions = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:  # built with another C++ library than this machine's
+        return f"they cannot be loaded ({error}): install resnet_jax again"
     functions.sources_digest.restype = ctypes.c_char_p
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     if all(source.exists() for source in sources):

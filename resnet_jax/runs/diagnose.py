@@ -49,12 +49,16 @@ def as_line(diagnosis: Mapping[str, Any], limit: float, path: Path) -> str:
         limit: `config.abort_grad_norm`.
         path: of `failed_step.json`.
     """
-    step = diagnosis["step"]
+    step, checkpoint = diagnosis["step"], diagnosis["checkpoint_step"]
     return (
         f"step {step} has loss {diagnosis['loss']} and gradient norm {diagnosis['grad_norm']}"
         + (f" (config.abort_grad_norm allows {limit:g})" if limit else "")
         + f", see {path}; "
-        + (f"the state before it is checkpoint {step - 1}" if step > 1 else "there is no checkpoint before it")
+        + (
+            "there is no checkpoint before it"
+            if checkpoint is None
+            else f"the state before it is checkpoint {checkpoint}"
+        )
         + ": lower config.optim.learning_rate, set config.optim.max_grad_norm, or look at the images"
     )
 

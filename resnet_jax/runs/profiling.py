@@ -73,7 +73,7 @@ class Profile(Hook):
         """Start the trace before the call that holds its first step; a call is traced whole."""
         import jax
 
-        if self._phase != "ahead" or call.end < self._first:
+        if self._phase != "ahead" or call.end < self._first or jax.process_index() > 0:  # the first traces for all
             return
         jax.block_until_ready(state)  # so that no earlier step is in the trace
         options = jax.profiler.ProfileOptions()

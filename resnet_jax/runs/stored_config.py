@@ -43,7 +43,7 @@ LATER_FIELDS: dict[str, Any] = {
 }
 
 # Fields removed since the first version, each with the value with which it did nothing.
-REMOVED_FIELDS: dict[str, Any] = {"half_size_epochs": 0.0}
+REMOVED_FIELDS: dict[str, Any] = {"half_size_epochs": 0.0, "model.param_dtype": "float32"}
 
 # Fields that a run computes when it begins, each with the value that asks for it: its stored config has the numbers, and a
 # resumed run takes them.

@@ -339,7 +339,7 @@ def test_images_of_every_mode_become_rgb(data, tmp_path):
 def test_images_of_two_sizes_need_an_image_size(data, tmp_path):
     root = folder(tmp_path)
     save_image(root / "train/ant/tall.png", size=(5, 9))
-    refusal(data, f"folder:{root}", "2 sizes, from (5, 7) to (9, 5)", "config.data.image_size")
+    refusal(data, f"folder:{root}", "some images have 5x7 pixels, others 9x5 pixels: set config.data.image_size")
     dataset = load(data, f"folder:{root}", image_size=4)
     assert dataset.train.images.shape == (5, 4, 4, 3)
     assert dataset.test.images.shape == (2, 4, 4, 3)

@@ -33,7 +33,7 @@ def train(optimizer: str, dtype: str, devices: int) -> dict[str, Any]:
     """What is compared, of a run of ten steps."""
     config = final.get_config("smoke")
     config.log_every_steps, config.batch_size = 1, 32
-    config.model.dtype = config.model.param_dtype = dtype
+    config.model.dtype = dtype
     if optimizer == "sgd":
         config.optim, config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))

@@ -251,6 +251,14 @@ def test_a_damaged_program_is_refused_before_it_is_read_as_one(files, tmp_path, 
         trained_model.load(path)
 
 
+def test_an_export_does_not_replace_the_file_that_it_is_made_from(files, tmp_path, capsys):
+    shutil.copy(files["safetensors"], tmp_path / "weights.safetensors")
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    line = mistake_of_tool(capsys, "export", tmp_path / "weights.safetensors", "--format=safetensors", "--float16")
+    assert f"the export would replace {tmp_path}/weights.safetensors: give another file with --output" in line
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
 def test_stablehlo_is_for_every_platform(files):
     program = jax.export.deserialize(bytearray(files["stablehlo"].read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")

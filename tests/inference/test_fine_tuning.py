@@ -14,7 +14,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import load, train, train_state
 from resnet_jax.data import datasets
 from resnet_jax.disk import files
-from resnet_jax.errors import UserError
+from resnet_jax.errors import TrainingDiverged, UserError
 from resnet_jax.inference import fine_tuning
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import evaluation, model_card
@@ -67,6 +67,13 @@ def without_classifier(variables):
 
 def result(directory):
     return json.loads((directory / "result.json").read_text())
+
+
+def test_a_first_step_that_is_rejected_names_the_checkpoint_that_it_started_from(tmp_path, tuned):
+    tuned.abort_grad_norm = 1e-9
+    with pytest.raises(TrainingDiverged, match="the state before it is checkpoint 0: lower"):
+        train(tuned, tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "failed_step.json").read_text())["checkpoint_step"] == 0
 
 
 def test_with_the_same_classes_the_whole_network_is_taken(tmp_path, run, tuned, capsys):

@@ -1,5 +1,7 @@
 """A network of the compiled layers is the network of Flax's layers; and which of the two a run has."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,7 @@ def test_logits_statistics_and_gradients_are_those_of_flaxs_layers_in_float64(se
     arguments = (variables["params"], variables["batch_stats"], x)
     got = gradient(*arguments, ours)
     with jax.enable_x64(True):
-        exact = plain.copy(dtype=jnp.float64, param_dtype=jnp.float64)
+        exact = plain.copy(dtype=jnp.float64)
         truth = gradient(*jax.tree.map(lambda a: jnp.array(a, jnp.float64), arguments), exact)
     norms = jax.tree.map(lambda a, b: np.linalg.norm(a - np.asarray(b)) / np.linalg.norm(b), got, truth)
     assert max(jax.tree.leaves(norms)) <= 2e-5
@@ -92,6 +94,9 @@ def test_why_the_compiled_functions_are_not_used_is_told(monkeypatch, tmp_path):
     try:
         monkeypatch.setattr(native, "_LIBRARY", tmp_path / "missing.so")
         assert told() == "they were not compiled: install a C++ compiler, then resnet_jax again"
+        (tmp_path / "broken.so").write_bytes(b"as of another system")
+        monkeypatch.setattr(native, "_LIBRARY", tmp_path / "broken.so")
+        assert re.fullmatch(r"they cannot be loaded \(.*broken\.so.*\): install resnet_jax again", told())
         monkeypatch.setenv("RESNET_JAX_NATIVE", "0")
         assert told() == "RESNET_JAX_NATIVE is 0"
     finally:
