@@ -33,8 +33,9 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
     def piece(xp: Any, step: Any, start: float, epochs: float, warmup_epochs: float) -> Any:
         if schedule.name == "step":  # by comparisons, because XLA rounds a quotient
             every = schedule.decay_every_epochs
-            decays = steps_at(start + every * np.arange(1, min(epochs / every, 1e5) + 1))
-            return eta * schedule.decay_factor ** (xp.asarray(step)[..., None] >= decays).sum(-1).astype(float)
+            periods = np.arange(1, min(epochs / every, 1e5) + 1).reshape((1,) * np.ndim(step) + (-1,))
+            passed = xp.asarray(step)[..., None] >= steps_at(start + every * periods)
+            return eta * schedule.decay_factor ** passed.sum(-1).astype(float)
         step = step - round(start * steps_per_epoch, 6)
         warmup_steps, eta_min = warmup_epochs * steps_per_epoch, schedule.min_ratio * eta
         done = xp.clip((step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps), 0.0, 1.0)
