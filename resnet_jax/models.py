@@ -104,8 +104,7 @@ class ResNet(nn.Module):
             "cifar", but with the kernel of `data.whitening`, which is not trained.
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
-        dtype: dtype of the computation up to the last stage; with bfloat16, parameters, pooling, classifier and logits are
-            float32.
+        dtype: dtype of the computation up to the last stage; parameters, and all that follows, are `at_least_float32`.
         layers: what the network is built of; None means Flax's layers, with that dtype.
     """
 

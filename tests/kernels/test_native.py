@@ -39,6 +39,8 @@ SHAPES = {  # batch, height, width, channels, channels of the output, size of th
     "stem": (4, 32, 32, 3, 64, 3, 1),
     "stem for large images": (2, 33, 31, 3, 64, 7, 2),
 }
+BLOCK_ENDS = [(5, 7, 9, 24), (2, 32, 32, 64), (1, 1, 1, 8)]  # batch, height, width, channels
+POOLS = [(3, 6, 10, 24), (2, 32, 32, 64), (1, 2, 2, 8)]
 
 
 @pytest.fixture(params=[4, 8, 16])
@@ -106,7 +108,7 @@ def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shap
     assert_equal_but_for_rounding(got, want)
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 9, 24), (2, 32, 32, 64), (1, 1, 1, 8)])
+@pytest.mark.parametrize("shape", BLOCK_ENDS)
 def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes, shape):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape, (2, shape[-1]), shape, shape)]
@@ -118,7 +120,7 @@ def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes,
     assert_equal_but_for_rounding(got, want, limit=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 10, 24), (2, 32, 32, 64), (1, 2, 2, 8)])
+@pytest.mark.parametrize("shape", POOLS)
 def test_a_max_pool_and_its_gradients_are_those_of_the_definition(lanes, shape):
     batch, height, width, channels = shape
     rng = np.random.default_rng(0)
@@ -140,12 +142,18 @@ def test_the_first_of_equal_pixels_has_the_gradient_of_a_max_pool():
     np.testing.assert_array_equal(daffine, np.full((2, 8), 3))
 
 
-def test_an_images_result_does_not_depend_on_the_batch_it_is_in():
-    (x, affine, w), _ = random_case(9, 16, 16, 64, 64, 3, 1, True)
+@pytest.mark.parametrize("size", [7, 8, 16])
+def test_an_images_result_does_not_depend_on_the_batch_it_is_in(size):
+    (x, affine, w), _ = random_case(9, size, size, 64, 64, 3, 1, True)
     mesh = train_state.make_mesh(1)
     together, _ = native.convolve(x, affine, w, 1, mesh)
-    alone, _ = native.convolve(x[4:5], affine, w, 1, mesh)
-    np.testing.assert_array_equal(together[4:5], alone)
+    among_others, _ = native.convolve(
+        np.roll(x, 1, axis=0) * np.where(np.arange(9) == 5, 1, 2).reshape(9, 1, 1, 1), affine, w, 1, mesh
+    )
+    np.testing.assert_array_equal(together[4], among_others[5])
+    if size == 16:  # alone it has the 16 tiles that Winograd is worth
+        alone, _ = native.convolve(x[4:5], affine, w, 1, mesh)
+        np.testing.assert_array_equal(together[4:5], alone)
 
 
 def test_what_is_not_a_number_stays_so():
@@ -175,13 +183,24 @@ def test_two_devices_compute_the_same_each_on_its_share(shape):
 _DIGESTS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
-from test_native import SHAPES, native, random_case, results
-from resnet_jax import models, train_state
+import numpy as np
+from test_native import BLOCK_ENDS, POOLS, SHAPES, native, random_case, results
+from resnet_jax import train_state
 for shape in SHAPES.values():
     stride, mesh = shape[-1], train_state.make_mesh(1)
     (x, affine, w), gradients = random_case(40, *shape[1:], True)
     arguments = x, affine if native.uses_winograd(x, w, stride, mesh) else None, w
     print(train_state.digest(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients)))
+rng = np.random.default_rng(0)
+for shape in BLOCK_ENDS:
+    y, x, dy = (rng.standard_normal((40, *shape[1:])).astype(np.float32) for _ in range(3))
+    affine = rng.standard_normal((2, shape[-1])).astype(np.float32)
+    print(train_state.digest(results(lambda *a: native.add_relu(*a, mesh), (y, affine, x), dy)))
+for shape in POOLS:
+    y = rng.standard_normal((40, *shape[1:])).astype(np.float32)
+    dy = rng.standard_normal((40, shape[1] // 2, shape[2] // 2, shape[3])).astype(np.float32)
+    affine = rng.standard_normal((2, shape[-1])).astype(np.float32)
+    print(train_state.digest(results(lambda *a: native.relu_max_pool(*a, mesh), (y, affine), dy)))
 """
 
 
@@ -198,7 +217,7 @@ def test_no_result_depends_on_the_number_of_threads(request):
         )
         for threads in ("1", "2")
     )
-    assert len(one.stdout.split()) == len(SHAPES), one.stderr
+    assert len(one.stdout.split()) == len(SHAPES) + len(BLOCK_ENDS) + len(POOLS), one.stderr
     assert one.stdout == two.stdout
 
 
