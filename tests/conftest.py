@@ -6,7 +6,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # tiny programs too
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -69,3 +71,10 @@ def final_config() -> ConfigDict:
     config = final.get_config()
     config.pipeline, config.model.dtype = "tf_data", "float32"
     return config
+
+
+@pytest.fixture
+def collect() -> Iterator[None]:
+    """Let what Orbax leaves behind be collected inside the test that made it."""
+    yield
+    gc.collect()

@@ -185,3 +185,10 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> No
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0]
+
+
+def orbax_drops_its_tasks(test: Callable[..., None]) -> Callable[..., None]:
+    """Orbax abandons the tasks of a restore that failed, and Python warns of them as it collects them."""
+    ignore = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+    marked: Callable[..., None] = pytest.mark.usefixtures("collect")(ignore(test))
+    return marked

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, assert_user_error, make_tiny_config, rows
 from PIL import Image
 
-from configs import quickstart, sgd
+from configs import best, quickstart, sgd
 from resnet_jax import setup, steps, train_state, training
 from resnet_jax.data import datasets, feed, pipelines
 from resnet_jax.disk import files
@@ -71,15 +71,22 @@ def die():
     raise Died
 
 
-@pytest.fixture(params=["adamw", "sgd", "muon", "device"])
+@pytest.fixture(params=["adamw", "sgd", "muon", "best", "device"])
 def config(request, tiny_config):
-    """Three optimizers, Muon with an average, a max-pool and a whitened stem, and the device pipeline in calls of 5 steps: 1..5, ..., 37..41."""
+    """Three optimizers, Muon with an average, a max-pool and a whitened stem, what `best.py` has besides, and the device pipeline in
+    calls of 5 steps: 1..5, ..., 37..41.
+    """
     if request.param == "sgd":
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     if request.param == "muon":
         tiny_config.model.stem = "whitened"
         tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon", 0.9, 0.5
         tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
+    if request.param == "best":
+        recipe = best.get_config()
+        tiny_config.optim, tiny_config.augment, tiny_config.schedule = recipe.optim, recipe.augment, recipe.schedule
+        tiny_config.augment.cutout, tiny_config.augment.crop_padding, tiny_config.augment.policy = 4, 2, "trivial"
+        tiny_config.model.global_pool, tiny_config.schedule.warmup_epochs = "max", 0.5
     if request.param == "device":
         tiny_config.pipeline, tiny_config.steps_per_call = "device", 5
     return tiny_config

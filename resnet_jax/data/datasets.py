@@ -25,7 +25,7 @@ from resnet_jax.data.npz import KEYS, PARTS, Arrays
 from resnet_jax.data.on_disk import Images, ImagesOnDisk
 from resnet_jax.disk import cache
 from resnet_jax.disk import files as files_lib
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, one_line
 
 
 class Split(NamedTuple):
@@ -408,4 +408,4 @@ def summary(dataset: Dataset, train: Split, validation: Split, config: ConfigDic
     own = "; config.data.validation_ratio is not used" * (
         dataset.validation is not None and config.validation_ratio > 0
     )
-    return f"{dataset.name}: {counts} images of {len(dataset.class_names)} classes ({dataset.layout}{own})"
+    return one_line(f"{dataset.name}: {counts} images of {len(dataset.class_names)} classes ({dataset.layout}{own})")

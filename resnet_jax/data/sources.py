@@ -19,7 +19,7 @@ from resnet_jax.data import images, memory, sampling
 from resnet_jax.data.lazy_tensorflow import import_tensorflow, import_tfds
 from resnet_jax.data.npz import PARTS, Arrays
 from resnet_jax.data.on_disk import Images, Store
-from resnet_jax.errors import UserError, reason
+from resnet_jax.errors import UserError, one_line, reason
 
 _SMALLER = "set config.data.image_size, or lower it"
 TEST_SHARE = 0.2  # of each class of a source without a test set
@@ -99,7 +99,7 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
                 "them"
             )
     if others:
-        print(f"{folder}: {images.left_out(others)}")
+        print(f"{one_line(folder)}: {images.left_out(others)}")
     return files, layout
 
 

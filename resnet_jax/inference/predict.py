@@ -70,7 +70,7 @@ def listed(arguments: Sequence[str]) -> list[Path]:
             matches = [p for p in found if p.suffix.lower() == ".npz" or images.is_image(p)]
             others = len(found) - len(matches)
         if others:
-            print(f"{path}: {images.left_out(others)}", file=sys.stderr)
+            print(f"{one_line(path)}: {images.left_out(others)}", file=sys.stderr)
         if not matches:
             raise UserError(
                 f"{argument} names no image: give files ({images.NAMES}), a folder of them, a pattern, or an .npz"
@@ -140,14 +140,17 @@ def write_table(out: IO[str], rows: Rows, width: int) -> None:
     """Write one line per image, as it comes; the classes begin after `width` characters."""
     for name, top in rows:
         name = name if name.isprintable() else ascii(name)[1:-1]  # a line break in a name would look like another file
-        out.write(f"{name:<{width}}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in top) + "\n")
+        shown = (f"{one_line(label)} {probability:.1%}" for label, probability in top)
+        out.write(f"{name:<{width}}  " + "  ".join(shown) + "\n")
 
 
 def write_csv(out: IO[str], rows: Rows, width: int) -> None:
-    """Write one line per image and class, as they come."""
+    """Write one line per image and class, as they come; names as they are, except to a terminal."""
+    shown = one_line if out.isatty() else str
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["file", "rank", "class", "probability"])
-    table.writerows((name, i, *entry) for name, top in rows for i, entry in enumerate(top, start=1))
+    for name, top in rows:
+        table.writerows((shown(name), i, shown(label), p) for i, (label, p) in enumerate(top, start=1))
 
 
 def write_json(out: IO[str], rows: Rows, width: int) -> None:

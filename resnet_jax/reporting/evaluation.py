@@ -15,7 +15,7 @@ from resnet_jax import config as config_lib
 from resnet_jax import steps
 from resnet_jax.data import datasets
 from resnet_jax.disk import files
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, one_line
 from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
@@ -202,7 +202,7 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
                 lines.append(
                     f"{'':<10}  at temperature {at['temperature']:.3f}: loss {at['loss']:.4f}  calibration error {error:.2%}"
                 )
-    width = max(map(len, names))
+    width = max(len(one_line(name)) for name in names)
     cell = max(len(str(n)) for row in report["test"]["confusion"] for n in row) + 1
     matrix = len(names) <= 20
     confusion = "confusion (row: label, column: prediction, in the same order)" if matrix else ""
@@ -210,5 +210,5 @@ def _as_text(report: dict[str, Any], names: tuple[str, ...]) -> str:
     for name, row in zip(names, report["test"]["confusion"], strict=True):
         accuracy = report["test"]["accuracy_per_class"][name]
         shown = "-" if accuracy is None else f"{accuracy:.2%}"
-        lines.append(f"{name:<{width}}  {shown:>8}  " + "".join(f"{n:>{cell}}" for n in row if matrix))
+        lines.append(f"{one_line(name):<{width}}  {shown:>8}  " + "".join(f"{n:>{cell}}" for n in row if matrix))
     return "\n".join(lines)

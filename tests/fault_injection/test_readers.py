@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import struct
 import tempfile
 import zipfile
@@ -12,17 +13,21 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from helpers import make_state, make_tiny_config, orbax_drops_its_tasks
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_fuzz import fuzz, refusal
 
+from configs import final
 from configs import search as search_config
+from resnet_jax import train_state
 from resnet_jax.data import images, on_disk, sources
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.inference import export, predict, torch_weights, trained_model, unlabelled
 from resnet_jax.runs import exits, metrics_log, stored_config
+from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.result import RunResult
 from resnet_jax.search import report, space, studies
 
@@ -127,6 +132,51 @@ RESULT = RunResult(0.5, 1.0, 0.5, 10, 4, 4, 1.0, {}, {"splits": {}}, {}, "0" * 6
 def test_a_result_with_any_values_is_read_or_refused(changed):
     content = json.dumps(RESULT.__dict__ | changed).encode()
     is_read_or_refused(lambda path: RunResult.read(path.parent).summary(), "result.json", content)
+
+
+# Metadata of checkpoints
+
+META = {
+    "config": stored_config.to_json(final.get_config()),
+    "fingerprint": "0" * 64,
+    "class_names": ["cat", "dog"],
+    "image_shape": [8, 8, 3],
+    "seconds": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, cache_dir):
+    """The folder of a checkpoint of step 1."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    state = make_state(make_tiny_config(cache_dir), 2, (8, 8, 3), 1.0, train_state.make_mesh())
+    with contextlib.closing(Checkpoints(directory, {})) as checkpoints:
+        checkpoints.save(state.replace(step=np.int32(1)), META)
+    return directory
+
+
+@orbax_drops_its_tasks
+@fuzz
+@given(st.dictionaries(st.sampled_from([*META, "digests"]), json_values, max_size=2), st.booleans(), changes, cuts)
+def test_metadata_of_a_checkpoint_of_any_content_are_read_or_refused(checkpoint, values, is_sealed, changes, cut):
+    file = checkpoint / "1" / "meta" / "metadata"
+    whole = file.read_bytes()
+    meta = json.loads(whole) | values
+    if is_sealed:
+        meta["digest"] = files.digest({name: value for name, value in meta.items() if name != "digest"})
+
+    def read():
+        with contextlib.closing(Checkpoints(checkpoint, {}, read_only=True)) as checkpoints:
+            config = checkpoints.meta(1)["config"]
+        stored_config.differences(final.get_config(), config)
+        stored_config.from_json(config)
+
+    file.write_bytes(mutated(json.dumps(meta).encode(), changes, cut))
+    try:
+        message = refusal(read)
+    finally:
+        file.write_bytes(whole)
+    assert message is None or message.strip()
 
 
 # Journals
@@ -276,6 +326,13 @@ def test_an_array_of_any_shape_is_read_or_refused(shape, dtype, payload):
     is_read_or_refused(unlabelled.read, "a.npz", stream.getvalue())
 
 
+@fuzz
+@given(st.integers(0, pickle.HIGHEST_PROTOCOL), changes, cuts)
+def test_a_pickle_with_other_bytes_is_read_or_refused(protocol, changes, cut):
+    unlabelled_images = {b"data": np.zeros((2, 4, 4, 3), np.uint8), b"ids": np.arange(2)}
+    is_read_or_refused(unlabelled.read, "a.pkl", mutated(pickle.dumps(unlabelled_images, protocol), changes, cut))
+
+
 # Names of files
 
 names = st.one_of(
@@ -286,7 +343,8 @@ names = st.one_of(
 @fuzz
 @given(st.lists(names, min_size=1, max_size=3, unique=True))
 def test_names_of_any_bytes_are_shown_with_escapes(held):
-    out, err = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    out, terminal, err = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    terminal.isatty = lambda: True
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(err):
         for name in held:
             (Path(directory) / os.fsdecode(name)).write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -294,10 +352,12 @@ def test_names_of_any_bytes_are_shown_with_escapes(held):
         for _ in predict.Batches(listed, np.asarray, 8):
             raise AssertionError("none is an image")
         exits.report(UserError(f"{listed[0]} cannot be read"))
-        predict.write_table(out, [(str(path), [("cat", 1.0)]) for path in listed], 3)
+        rows = [(str(path), [(path.name, 1.0)]) for path in listed]
+        predict.write_table(out, rows, 3)
+        predict.write_csv(terminal, rows, 3)
     err.flush()
     shown = err.buffer.getvalue().decode()
     assert len(shown.splitlines()) == len(held) + 1
-    assert all(line.isprintable() for line in (shown + out.getvalue()).splitlines())
+    assert all(line.isprintable() for line in (shown + out.getvalue() + terminal.getvalue()).splitlines())
     assert len(out.getvalue().splitlines()) == len(held)
     out.getvalue().encode()

@@ -534,3 +534,19 @@ def test_a_signal_ends_all_workers_of_a_search_saved_and_the_same_command_goes_o
     assert again.returncode == 0, again.stderr
     assert "resumed, because its worker ended" in again.stdout
     assert len(trials(str(tmp_path / "study.journal"))) == 4
+
+
+def test_the_workers_of_a_search_that_is_killed_end_and_the_same_command_goes_on(tmp_path):
+    flags = (*GRID, "--workdir", tmp_path, "--workers=2")
+    process = start(*flags, program=SEARCH)
+    while " at step" not in process.stdout.readline():
+        pass
+    process.kill()
+    process.communicate(timeout=600)  # returns when the workers, which hold the other end of its pipe, have ended
+    assert process.returncode == -signal.SIGKILL
+    with studies.opened(str(tmp_path / "study.journal"), create=False) as opened:
+        (study,) = studies.existing(opened, "s").values()
+        assert not all(trial.state.is_finished() for trial in study.trials)  # so they did not go on
+    again = launch(*flags, program=SEARCH)
+    assert again.returncode == 0, again.stderr
+    assert len(trials(str(tmp_path / "study.journal"))) == 4

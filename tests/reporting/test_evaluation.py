@@ -74,6 +74,8 @@ def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn():
     assert np.mean([accuracies[name] for name in "abc"]) == pytest.approx(described["balanced_accuracy"])
     report = {"checkpoint": "best", "checkpoint_step": 1, "views": 1, "test": described}
     assert evaluation._as_text(report, tuple("abcd")).splitlines()[-1].split() == ["d", "-", "0", "0", "0", "0"]
+    described["accuracy_per_class"]["\x1b[31m"] = accuracies["d"]
+    assert evaluation._as_text(report, ("a", "b", "c", "\x1b[31m")).splitlines()[-1].split()[0] == r"\x1b[31m"
 
 
 def test_a_step_is_chosen_by_number(finished):

@@ -1,4 +1,3 @@
-import gc
 import itertools
 import json
 import os
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_state, make_tiny_config
+from helpers import make_state, make_tiny_config, orbax_drops_its_tasks
 from jax.sharding import Mesh
 
 from resnet_jax import train_state
@@ -164,19 +163,6 @@ def test_an_empty_folder_has_no_checkpoint_and_is_not_made_by_a_reader(tmp_path)
         reader.choose("best")
     reader.close()
     assert not (tmp_path / "none").exists()
-
-
-@pytest.fixture
-def collect():
-    """Let what Orbax leaves behind be collected inside the test that made it."""
-    yield
-    gc.collect()
-
-
-def orbax_drops_its_tasks(test):
-    """Orbax abandons the tasks of a restore that failed, and Python warns of them as it collects them."""
-    ignore = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-    return pytest.mark.usefixtures("collect")(ignore(test))
 
 
 def remove(path):

@@ -97,6 +97,16 @@ def test_what_changes_the_rounding_of_a_run_is_named():
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["cpu", "cpu_count", "backend", "devices", "processes", "xla_flags", "native_kernels", "jax", "jaxlib"]
+)
+def test_each_of_what_changes_the_rounding_of_a_run_is_compared(name):
+    before = environment.collect()
+    old = before[name] if name in before else before["versions"][name]
+    changed = {name: "another"} if name in before else {"versions": before["versions"] | {name: "another"}}
+    assert environment.changes(before, before | changed) == [f"{name} {old} -> another"]
+
+
 def test_convolutions_that_are_not_the_compiled_ones_are_named(monkeypatch):
     before = environment.collect()
     monkeypatch.setenv("RESNET_JAX_NATIVE", "0")

@@ -1,11 +1,14 @@
 """What several processes agree on; threads stand in for them here, and `tests/fault_injection` has real ones."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from resnet_jax import setup
+from resnet_jax.data import datasets
 from resnet_jax.runs import processes
 
 
@@ -56,6 +59,22 @@ def test_the_first_process_goes_first_then_one_of_each_host_then_the_others(as_p
         assert set(order[done : done + len(turn)]) == turn
         done += len(turn)
     assert done == len(order)
+
+
+def test_data_are_loaded_in_turn(tiny_config, monkeypatch):
+    happened = []
+
+    @contextlib.contextmanager
+    def in_turn():
+        happened.append("the turn begins")
+        yield
+        happened.append("the turn ends")
+
+    load = datasets.load
+    monkeypatch.setattr(processes, "in_turn", in_turn)
+    monkeypatch.setattr(datasets, "load", lambda *args, **named: happened.append("load") or load(*args, **named))
+    setup.setup(tiny_config)
+    assert happened == ["the turn begins", "load", "the turn ends"]
 
 
 def test_all_agree_only_if_each_does(as_processes):
