@@ -1,7 +1,6 @@
 """The measurements of `benchmarks.benchmark`, one function each, for one config on one mesh.
 
-The first four measure throughput in images/s and can be interleaved. The others measure seconds or bytes of single
-events.
+Those in `benchmark.THROUGHPUTS` measure images/s and can be interleaved. The others measure seconds or bytes of single events.
 """
 
 import dataclasses

@@ -25,9 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every_steps = 0  # also save every so many steps; 0 for never
     config.checkpoint_every_minutes = 5.0  # also save when the last save was so long ago; 0 for never
     config.log_every_steps = 50  # steps per row of metrics.jsonl, which holds their mean
-    config.abort_grad_norm = (
-        1e4  # stop if the gradient's global norm is at or above this; 0 for no limit; nan always stops
-    )
+    config.abort_grad_norm = 1e4  # stop if the gradient's global norm reaches this; 0 for no limit; nan always stops
     config.pipeline = "auto"  # "tf_data" on the host; "device": images in the accelerator's memory, where they fit
     config.steps_per_call = 0  # device pipeline only; 0 for 50 on accelerators and 1 on a CPU, where loops are slow
 

@@ -71,7 +71,9 @@ def _optimizers(groups: Sequence[Group]) -> list[Claim]:
         values = [group.values("test_accuracy") for group in (sgd, adamw)]
         measured = f"AdamW {statistics.mean_and_spread(values[1])}, SGD {statistics.mean_and_spread(values[0])}"
         if not (compared := statistics.compare(*values)):
-            verdict = "undecided: needs at least two seeds"
+            verdict = (
+                f"undecided: {'needs at least two seeds' if min(map(len, values)) < 2 else 'the seeds do not differ'}"
+            )
         else:
             difference, low, high = (100 * value for value in compared)
             measured += f"; AdamW {difference:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"

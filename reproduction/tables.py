@@ -89,7 +89,7 @@ def export_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 def search_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The networks that a search confirmed with several seeds, best first."""
     yield ["network", "parameters", "validation accuracy", "points behind the best (95 % interval)"]
-    for entry in sorted(result["confirmed"], key=lambda entry: -entry["mean"]):
+    for entry in result["confirmed"]:
         behind = {k: 100 * v for k, v in (entry["behind"] or {}).items() if k != "verdict"}
         yield [
             space.name(entry["fields"]) + (" (the report's)" if entry["own"] else ""),

@@ -55,9 +55,8 @@ def evaluate(
         before_batch: called before each batch, once the previous one is done; an exception ends the evaluation.
     """
     batch_size = -(-min(batch_size, len(split.labels)) // mesh.size) * mesh.size
-    batches = pipelines.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
     results: list[steps.EvalMetrics] = []
-    for batch in batches:
+    for batch in pipelines.eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
         on_devices = feed.shard_batch(batch, mesh)
         jax.block_until_ready(results[-1:])
         before_batch()

@@ -170,11 +170,13 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
     first_step = int(state.step)
     if first_step == plan.total_steps:
         return state
-    on_cpu = jax.default_backend() == "cpu"
-    run.progress.waiting("compiling the training step", usual_seconds=_COMPILE_SECONDS if on_cpu else None)
+    run.progress.waiting("compiling the training step", _COMPILE_SECONDS if jax.default_backend() == "cpu" else None)
     step_fn, steps_per_call = feed.make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
     pending: tuple[Call, StepMetrics] | None = None
     for call in plan.calls(first_step, steps_per_call):
+        if pending and call.count not in run.compiled:  # so that its speed leaves out the compilation
+            _log(run, state, *pending)
+            pending = None
         for hook in run.hooks:
             hook.before_call(call, state)
         state, metrics = step_fn(state, call.start, call.count)

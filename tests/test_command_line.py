@@ -304,6 +304,12 @@ def test_importing_the_package_imports_no_jax(tmp_path):
     assert run_in(tmp_path, "-c", program, PYTHONPATH=ROOT).stdout == "True False\n"
 
 
+def test_a_path_that_a_shell_leaves_alone_is_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert command_line.local_path("~/page") == Path("/home/someone/page")
+    assert command_line.local_path("page/~") == Path("page/~")
+
+
 # Outside a checkout
 
 

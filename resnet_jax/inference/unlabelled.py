@@ -82,7 +82,7 @@ class _Maker:
         raise pickle.UnpicklingError("it would change a function")
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArraysOnly(pickle._Unpickler):  # in Python: that in C makes room for as many objects as a file claims to number
     """Reads plain values and NumPy arrays, and refuses to build or call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -22,9 +22,10 @@ def check_images(model: ConfigDict, height: int, width: int) -> None:
     least = 2 ** (len(model.channel_list) - 1) if model.downsample == "pool" else 1
     least = {"whitened": max(least, 3), "imagenet": 4 * least - 3}.get(model.stem, least)
     if min(height, width) < least:
+        shorter = ", or make config.model.channel_list shorter" * (model.downsample == "pool")
         raise UserError(
             f"the images have {height}x{width} pixels, and config.model needs {least}x{least}: set config.data.image_size "
-            f"to {least} or more, or make config.model.channel_list shorter"
+            f"to {least} or more{shorter}"
         )
 
 

@@ -42,13 +42,8 @@ class Progress:
         self._clock_start = step, self._clock()
 
     def images_per_second(self, step: int) -> float | None:
-        """Return the speed since the clock was last read or restarted; None if no step was taken since.
-
-        A clock that was restarted at a later step, while this one was under way, goes on.
-        """
+        """Return the speed since the clock was last read or restarted; None if no step was taken since."""
         rate = None
-        if self._clock_start is not None and step < self._clock_start[0]:
-            return None
         if self._clock_start is not None and step > self._clock_start[0]:
             rate = (step - self._clock_start[0]) * self._batch_size / (self._clock() - self._clock_start[1])
         self.restart_clock(step)

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from resnet_jax.config import ALL_FIELDS, Field, check_name, flatten, replaced, validate
+from resnet_jax.errors import UserError
 
 # Fields that do not change the steps of a run.
 RESUMABLE_FIELDS = frozenset(
@@ -74,6 +75,8 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
     fields = ALL_FIELDS | dict(extra_fields)
     nested: dict[str, Any] = {}
     for name, value in _as_of_now(values).items():
+        if name in REMOVED_FIELDS:
+            raise UserError(f"config.{name} is {value!r}, which this version cannot do: use the version that wrote it")
         check_name(name, fields)
         section, _, leaf = name.rpartition(".")
         holder = nested.setdefault(section, {}) if section else nested

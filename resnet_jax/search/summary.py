@@ -136,8 +136,7 @@ def confirmed(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[dict[s
         values = [*entry["accuracies"].values()]
         entry["mean"] = float(np.mean(values))
         entry["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    most = max((len(entry["accuracies"]) for entry in entries.values()), default=0)
-    ranked = sorted(entries.values(), key=lambda e: (bool(e["over_budget"]), len(e["accuracies"]) < most, -e["mean"]))
+    ranked = sorted(entries.values(), key=lambda e: (bool(e["over_budget"]), -len(e["accuracies"]), -e["mean"]))
     best = ranked[0] if ranked and not ranked[0]["over_budget"] else None
     for entry in ranked:
         entry["best"] = entry is best

@@ -521,8 +521,8 @@ def test_a_worker_of_a_search_is_killed_and_the_other_ends_its_trial_exactly(tmp
 def test_a_signal_ends_all_workers_of_a_search_saved_and_the_same_command_goes_on(tmp_path):
     flags = (*GRID, "--workdir", tmp_path, "--workers=2")
     process = start(*flags, program=SEARCH)
-    while " at step" not in process.stdout.readline():
-        pass
+    while " at step" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=600)
@@ -539,8 +539,8 @@ def test_a_signal_ends_all_workers_of_a_search_saved_and_the_same_command_goes_o
 def test_the_workers_of_a_search_that_is_killed_end_and_the_same_command_goes_on(tmp_path):
     flags = (*GRID, "--workdir", tmp_path, "--workers=2")
     process = start(*flags, program=SEARCH)
-    while " at step" not in process.stdout.readline():
-        pass
+    while " at step" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
     process.kill()
     process.communicate(timeout=600)  # returns when the workers, which hold the other end of its pipe, have ended
     assert process.returncode == -signal.SIGKILL

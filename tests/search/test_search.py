@@ -234,7 +234,7 @@ def by_width(config):
 def by_last_stage(config):
     """The wider the last stage, which has most parameters, the better; seeds differ by a little."""
     width = config.model.channel_list[-1] * bool(config.model.block_list[-1])
-    return [0.01, 0.1, 0.1 + 0.001 * width + 0.0001 * config.seed]
+    return [0.01, 0.1, 0.1 + 0.001 * width + 0.0001 * config.seed * (1 + width / 1000)]
 
 
 def states(study, attribute):
