@@ -205,10 +205,11 @@ def train_batches(
         return {name: drawn[0] for name, drawn in draws.items()}
 
     def draw_all() -> Iterator[dict[str, np.ndarray]]:
+        ahead = draw(start_step)
         for step in range(start_step, stop_step):
-            draws = draw(step)
+            draws, ahead = ahead, draw(step + 1)
             if on_disk is not None:
-                on_disk.prefetch(draw(step + 1)["indices"])
+                on_disk.prefetch(ahead["indices"])
                 try:
                     draws["images"] = on_disk[draws["indices"]]
                 except UserError as error:
