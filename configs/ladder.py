@@ -16,9 +16,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "adamw": {"optim.name": "adamw"},  # with final.py's rates
     "no_whitening": {"model.stem": "cifar"},
     "no_smoothing": {"label_smoothing": 0.0},
+    "strides": {"model.downsample": "stride"},
     "random_flip": {"augment.flip": "random"},
     "black_border": {"augment.crop_fill": "black"},
     "no_crop": {"augment.crop_padding": 0},
+    "colour_jitter": {"augment.brightness": 0.2, "augment.contrast": 0.2, "augment.saturation": 0.2},
+    "rotation": {"augment.rotation_degrees": 15.0},
     "cosine": {"schedule.name": "warmup_cosine"},
     "mean_pool": {"model.global_pool": "mean"},
     "cutout": {"augment.cutout": 8},

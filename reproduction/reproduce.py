@@ -127,6 +127,14 @@ def train(arguments: argparse.Namespace, name: str, seed: int, flags: list[str])
         return json.loads(summary.read_text("utf-8"))
 
 
+def median_speed(name: str, result: dict[str, Any]) -> float:
+    """Return the images per second of a run, by the median of its rows."""
+    speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
+    if not speeds:
+        raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
+    return statistics.median(speeds)
+
+
 def over_views(arguments: argparse.Namespace, name: str, seed: int, flags: list[str], views: int) -> dict[str, float]:
     """Evaluate a run on several views of each test image: the accuracy, and the seconds of the whole command."""
     started = time.monotonic()
@@ -149,10 +157,7 @@ def train_with_speed(
         if flops is None:
             (case,) = benchmark(*flags, "--only=save", "--repeats=1")["cases"]
             flops = case["train_flops_per_image"]
-        speeds = [row["images_per_second"] for row in result["metrics"] if row.get("images_per_second")]
-        if not speeds:
-            raise UserError(f"{name}: the run is too short to log its speed: give more --epochs")
-        speed = statistics.median(speeds)
+        speed = median_speed(name, result)
         result |= {
             "seconds_after_startup": result["seconds"] - (result["startup_seconds"] or 0.0),
             "images_per_second": speed,
@@ -214,26 +219,34 @@ def narrow(arguments: argparse.Namespace) -> None:
 
 
 def ladder(arguments: argparse.Namespace) -> None:
-    """Train the short runs with one change each, and add their validation accuracies to one file."""
+    """Train the short runs with one change each, and add the accuracy and speed of each to one file."""
     from configs.ladder import CHANGES  # not before a missing package is named in one line
 
-    for change in arguments.changes or CHANGES:
-        for seed in arguments.seeds:
+    for seed in arguments.seeds:  # a seed's runs follow each other, so that their speeds can be compared
+        for change in arguments.changes or CHANGES:
             flags = config_flags(arguments, f"configs/ladder.py:{change}")
-            result = train(arguments, f"ladder-{change}", seed, flags)
-            path = result_path(arguments, "ladder", result["environment"])
+            name = f"ladder-{change}"
+            result = train(arguments, name, seed, flags)
+            config, environment = result["config"], result["environment"]
+            path = result_path(arguments, "ladder", environment)
             protocol = {
-                "config": {name: result["config"][name] for name in ("num_epochs", "data")},
-                "versions": result["environment"]["versions"],
+                "config": {field: config[field] for field in ("num_epochs", "data")}
+                | {"dtype": config["model"]["dtype"]},
+                "cpu": environment["cpu"],
+                "versions": environment["versions"],
             }
             before = json.loads(path.read_text("utf-8")) if path.exists() else {}
             if before and before["protocol"] != protocol:
-                print(f"{path} has other epochs, data or versions: overwriting it")
+                print(f"{path} has another protocol: overwriting it")
                 before = {}
             changes = before.get("changes", {})
-            accuracies = changes.get(change, {}).get("accuracies", {}) | {str(seed): result["validation_accuracy"]}
-            changes[change] = {"fields": CHANGES[change], "accuracies": accuracies}
-            write(path, {"protocol": protocol, "changes": changes, "environment": result["environment"]})
+            runs = changes.get(change, {}).get("runs", {})
+            runs[str(seed)] = {
+                "validation_accuracy": result["validation_accuracy"],
+                "images_per_second": median_speed(name, result),
+            }
+            changes[change] = {"fields": CHANGES[change], "runs": runs}
+            write(path, {"protocol": protocol, "changes": changes, "environment": environment})
 
 
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -331,22 +331,29 @@ def draw_budget() -> Figure:
 
 
 def ladder_table() -> str:
-    """What each change of `configs/ladder.py` gained: the mean difference to the unchanged run of the same seed."""
+    """What each change of `configs/ladder.py` gained and cost: mean differences to the unchanged run of the same seed."""
     result = read_result("ladder-cpu.json")
     changes = result["changes"]
-    base = changes["nothing"]["accuracies"]
-    rows = [["change", "fields", "validation accuracy", "gain in points, by seed"]]
+    base = changes["nothing"]["runs"]
+    rows = [["change", "fields", "validation accuracy", "gain in points (by seed)", "time of an image"]]
     entries = []
     for name, change in changes.items():
-        accuracies = {seed: accuracy for seed, accuracy in change["accuracies"].items() if seed in base}
-        if not accuracies:
+        pairs = [(run, base[seed]) for seed, run in change["runs"].items() if seed in base]
+        if not pairs:
             continue
-        gains = [100 * (accuracy - base[seed]) for seed, accuracy in accuracies.items()]
-        fields = ", ".join(f"`{field}={value}`" for field, value in change["fields"].items())
-        by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-        gained = f"{np.mean(gains):+.2f} ({by_seed})" if name != "nothing" else ""
-        shown = statistics.mean_and_spread([*accuracies.values()])
-        entries.append((float(np.mean(gains)), [name.replace("_", " "), fields, shown, gained]))
+        gains = [100 * (run["validation_accuracy"] - unchanged["validation_accuracy"]) for run, unchanged in pairs]
+        times = [unchanged["images_per_second"] / run["images_per_second"] - 1 for run, unchanged in pairs]
+        spread = f" ± {np.std(gains, ddof=1):.2f}" if len(gains) > 1 else ""
+        entry = [
+            name.replace("_", " "),
+            ", ".join(f"`{field}={value}`" for field, value in change["fields"].items()),
+            statistics.mean_and_spread([run["validation_accuracy"] for run, _ in pairs]),
+            f"{np.mean(gains):+.2f}{spread} ({', '.join(f'{gain:+.2f}' for gain in gains)})",
+            f"{100 * np.mean(times):+.0f} %",
+        ]
+        if name == "nothing":
+            entry[3:] = "", ""
+        entries.append((float(np.mean(gains)), entry))
     rows += [row for _, row in sorted(entries, key=lambda entry: -entry[0])]
     return measured_table(rows, result["environment"])
 

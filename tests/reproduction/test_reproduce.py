@@ -178,14 +178,16 @@ def test_the_ladders_runs_join_one_file_by_change_and_seed(tmp_path):
     short = ("ladder", "--changes", "nothing", "no_crop", "--seeds")
     first = results_of(tmp_path, *short, "0", epochs=30)["ladder-cpu.json"]["changes"]
     both = results_of(tmp_path, *short, "1", epochs=30)["ladder-cpu.json"]["changes"]
-    assert {change: [*of["accuracies"]] for change, of in both.items()} == {
+    assert {change: [*of["runs"]] for change, of in both.items()} == {
         "nothing": ["0", "1"],
         "no_crop": ["0", "1"],
     }
     assert both["no_crop"]["fields"] == {"augment.crop_padding": 0}
     for change, of in both.items():
-        assert of["accuracies"]["0"] == first[change]["accuracies"]["0"]
-        assert all(0.2 < accuracy < 1 for accuracy in of["accuracies"].values())
+        assert of["runs"]["0"] == first[change]["runs"]["0"]
+        for run in of["runs"].values():
+            assert 0.2 < run["validation_accuracy"] < 1
+            assert run["images_per_second"] > 0
 
 
 @pytest.mark.slow
