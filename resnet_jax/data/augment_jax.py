@@ -23,7 +23,7 @@ def build_batch(
 
 
 def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array], config: ConfigDict) -> jax.Array:
-    """Apply the augmentations that `config.augment` switches on, in the report's order (section 2c).
+    """Apply the augmentations that have draws, in the report's order (section 2c).
 
     A policy is not in the report. It is applied between jitter and rotation, as in the authors' notebook. Cutout
     comes last.
@@ -31,27 +31,26 @@ def augment(images: jax.Array, indices: jax.Array, draws: Mapping[str, jax.Array
     Args:
         images: uint8 [N, H, W, 3], the whole training set.
         indices: int32 [B], the examples to take.
-        draws: the fields of `sampling.AugmentParams` of the examples; with a policy also "operations", int32
-            [B, 1 to 4, 8]; with Cutout also "cutout", int32 [B, 2]; with resized crops also "resized_crop", int32 [B, H + W, 2].
+        draws: of the examples, from `sampling.augment_draws`; with a policy also "operations", int32 [B, 1 to 4, 8].
         config: `config.augment`; static.
 
     Returns:
         uint8 [B, H, W, 3].
     """
-    if config.resized_crop_area > 0:
+    if "resized_crop" in draws:
         images = resized_crop(images[indices], draws["flip"], draws["resized_crop"])
-    elif config.flip_probability > 0 or config.crop_padding > 0:
+    elif "crop" in draws:
         images = flip_and_crop(images, indices, draws["flip"], draws["crop"], config.crop_padding, config.crop_fill)
     else:
         images = images[indices]
-    if config.brightness > 0 or config.contrast > 0 or config.saturation > 0:
+    if "jitter" in draws:
         images = jitter(images, draws["jitter"], draws["order"])
-    if config.policy:
+    if "operations" in draws:
         for operation in jnp.unstack(draws["operations"], axis=1):
             images = operate(images, operation)
-    if config.rotation_degrees > 0:
+    if "rotation" in draws:
         images = rotate(images, draws["rotation"])
-    if config.cutout > 0:
+    if "cutout" in draws:
         images = cutout(images, draws["cutout"], config.cutout)
     return images
 

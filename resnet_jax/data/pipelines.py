@@ -49,25 +49,19 @@ def train_draws(
         process_count: how many slices there are.
 
     Returns:
-        {"indices": int32 [count, B], the fields of `sampling.AugmentParams`, each [count, B, ...]}, and if the config has a
-        policy "operations": int32 [count, B, 1 to 4, 8], Cutout "cutout": int32 [count, B, 2], resized crops "resized_crop":
-        int32 [count, B, H + W, 2], and if it mixes images "mix": float32 [count, B, H + W], `sampling.mixing_weights` of
-        each example's step,
-        with B = batch_size / process_count.
+        "indices": int32 [count, B]; what `sampling.augment_draws` draws, each [count, B, ...]; if the config has a policy,
+        "operations": int32 [count, B, 1 to 4, 8]; and if it mixes images, "mix": float32 [count, B, H + W],
+        `sampling.mixing_weights` of each example's step; with B = batch_size / process_count.
     """
     num_examples, height, width, _ = split.images.shape
     batch_size = config.batch_size
     where = (config.seed, start_step * batch_size, (start_step + count) * batch_size, num_examples)
     first, last = process_slice(batch_size, process_index, process_count)
 
-    draws = sampling.augment_params(*where, config.augment, (height, width))._asdict()
+    draws = sampling.augment_draws(*where, config.augment, (height, width))
     draws["indices"] = sampling.indices(*where).astype(np.int32)
     if config.augment.policy:
         draws["operations"] = auto_augment.policy_operations(config.augment.policy, *where, (height, width))
-    if config.augment.resized_crop_area:
-        draws["resized_crop"] = sampling.resized_crops(*where, config.augment.resized_crop_area, (height, width))
-    if config.augment.cutout:
-        draws["cutout"] = sampling.cutout_centres(*where, (height, width))
     if sampling.mixes(config.augment):
         weights = sampling.mixing_weights(config.seed, start_step, count, config.augment, (height, width))
         draws["mix"] = np.repeat(weights, batch_size, axis=0)

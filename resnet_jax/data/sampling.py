@@ -9,7 +9,6 @@ this module turns them into numbers, so that no library version changes the numb
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,24 +24,6 @@ _RATIOS = (3 / 4, 4 / 3)  # torchvision's, from the narrowest crop to the widest
 
 # The three jitters in each of their 6 orders: 0 brightness, 1 contrast, 2 saturation.
 JITTER_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], np.int32)
-
-
-class AugmentParams(NamedTuple):
-    """The augmentation parameters of B examples.
-
-    Attributes:
-        flip: bool [B], mirror left to right.
-        crop: int32 [B, 2], row and column of the crop in the padded image, 0..2*padding.
-        jitter: float32 [B, 3], factors of brightness, contrast and saturation, multiples of 1/4096.
-        order: int32 [B, 3], the columns of `jitter` in the order in which they are applied.
-        rotation: int32 [B, 6], the map from output to input pixels, as `rotation_map` returns it.
-    """
-
-    flip: np.ndarray
-    crop: np.ndarray
-    jitter: np.ndarray
-    order: np.ndarray
-    rotation: np.ndarray
 
 
 def random_bits(seed: int, stream: str, epoch: int, start: int, count: int) -> np.ndarray:
@@ -96,33 +77,50 @@ def words(seed: int, stream: str, start: int, stop: int, num_examples: int, coun
     return np.concatenate(pieces).reshape(-1, count)
 
 
-def augment_params(
+def augment_draws(
     seed: int, start: int, stop: int, num_examples: int, augment: ConfigDict, image_shape: tuple[int, int]
-) -> AugmentParams:
-    """Draw the augmentation of global positions [start, stop).
+) -> dict[str, np.ndarray]:
+    """Draw the augmentation of global positions [start, stop), without a policy's operations and without mixing.
 
     Args:
         seed: the run's seed.
         start: first global position.
         stop: last global position + 1.
         num_examples: examples in an epoch.
-        augment: `config.augment`; an augmentation of size 0 gets its neutral value and does not change the others.
+        augment: `config.augment`; switching one augmentation off does not change the draws of the others.
         image_shape: (H, W) of the images, for the rotation about the centre.
+
+    Returns:
+        What `augment` switches on, for each of the B positions:
+        "flip": bool [B], mirror left to right; "crop": int32 [B, 2], row and column of the crop in the padded image,
+        0..2*padding; either comes with the other;
+        "jitter": float32 [B, 3], factors of brightness, contrast and saturation, multiples of 1/4096;
+        "order": int32 [B, 3], the columns of "jitter" in the order in which they are applied;
+        "rotation": int32 [B, 6], the map from output to input pixels, as `rotation_map` returns it;
+        "resized_crop": int32 [B, H + W, 2], as `resized_crops` returns it; it comes with "flip" and "crop";
+        "cutout": int32 [B, 2], the centres of its squares.
     """
+    where = seed, start, stop, num_examples
     bits = words(seed, "augment", start, stop, num_examples)
-    strength = np.array([augment.brightness, augment.contrast, augment.saturation])
-    factors = 1.0 + strength * (2.0 * uniform(bits[:, 3:6]) - 1.0)
-    degrees = augment.rotation_degrees * (2.0 * uniform(bits[:, 7]) - 1.0)
-    flip = uniform(bits[:, 0]) < augment.flip_probability
-    if augment.flip == "alternating" and augment.flip_probability > 0:
-        flip = alternating_flip(seed, start, stop, num_examples, augment.flip_probability)
-    return AugmentParams(
-        flip=flip,
-        crop=below(bits[:, 1:3], 2 * augment.crop_padding + 1),
-        jitter=(np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32),
-        order=JITTER_ORDERS[below(bits[:, 6], len(JITTER_ORDERS))],
-        rotation=rotation_map(degrees, *image_shape),
-    )
+    draws = {}
+    if augment.flip_probability > 0 or augment.crop_padding > 0 or augment.resized_crop_area > 0:
+        draws["flip"] = uniform(bits[:, 0]) < augment.flip_probability
+        if augment.flip == "alternating" and augment.flip_probability > 0:
+            draws["flip"] = alternating_flip(*where, augment.flip_probability)
+        draws["crop"] = below(bits[:, 1:3], 2 * augment.crop_padding + 1)
+    if augment.brightness > 0 or augment.contrast > 0 or augment.saturation > 0:
+        strength = np.array([augment.brightness, augment.contrast, augment.saturation])
+        factors = 1.0 + strength * (2.0 * uniform(bits[:, 3:6]) - 1.0)
+        draws["jitter"] = (np.round(factors * 2**JITTER_BITS) / 2**JITTER_BITS).astype(np.float32)
+        draws["order"] = JITTER_ORDERS[below(bits[:, 6], len(JITTER_ORDERS))]
+    if augment.rotation_degrees > 0:
+        degrees = augment.rotation_degrees * (2.0 * uniform(bits[:, 7]) - 1.0)
+        draws["rotation"] = rotation_map(degrees, *image_shape)
+    if augment.resized_crop_area > 0:
+        draws["resized_crop"] = resized_crops(*where, augment.resized_crop_area, image_shape)
+    if augment.cutout > 0:
+        draws["cutout"] = cutout_centres(*where, image_shape)
+    return draws
 
 
 def alternating_flip(seed: int, start: int, stop: int, num_examples: int, probability: float) -> np.ndarray:

@@ -26,7 +26,7 @@ def some_images(shape, count=B):
 
 
 def draws_for(config, shape, start=0):
-    return sampling.augment_params(0, start, start + B, 1000, config.augment, shape)
+    return sampling.augment_draws(0, start, start + B, 1000, config.augment, shape)
 
 
 def assert_same(ours, theirs):
@@ -43,8 +43,10 @@ def test_flip_and_crop(final_config, shape, padding, fill):
     final_config.augment.crop_padding = padding
     images, draws, indices = some_images(shape), draws_for(final_config, shape), np.arange(B)[::-1].copy()
     jitted = jax.jit(augment_jax.flip_and_crop, static_argnums=(4, 5))
-    ours = jitted(images, indices.astype(np.int32), draws.flip, draws.crop, padding, fill)
-    assert_same(ours, augment_tf.flip_and_crop(tf.constant(images), indices, draws.flip, draws.crop, padding, fill))
+    ours = jitted(images, indices.astype(np.int32), draws["flip"], draws["crop"], padding, fill)
+    assert_same(
+        ours, augment_tf.flip_and_crop(tf.constant(images), indices, draws["flip"], draws["crop"], padding, fill)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,8 +78,8 @@ def test_jitter(final_config, shape, strength):
     augment = final_config.augment
     augment.brightness = augment.contrast = augment.saturation = strength
     images, draws = some_images(shape), draws_for(final_config, shape)
-    ours = jax.jit(augment_jax.jitter)(images, draws.jitter, draws.order)
-    assert_same(ours, augment_tf.jitter(tf.constant(images), draws.jitter, draws.order))
+    ours = jax.jit(augment_jax.jitter)(images, draws["jitter"], draws["order"])
+    assert_same(ours, augment_tf.jitter(tf.constant(images), draws["jitter"], draws["order"]))
 
 
 @pytest.mark.parametrize("order", JITTER_ORDERS.tolist())
@@ -115,6 +117,6 @@ def test_all_together(final_config, shape, off):
     images, draws = some_images(shape, count=1000), draws_for(final_config, shape, start=960)  # into the next epoch
     indices = sampling.indices(0, 960, 960 + B, 1000)
     ours = jax.jit(functools.partial(augment_jax.augment, config=final_config.augment))(
-        images, indices.astype(np.int32), draws._asdict()
+        images, indices.astype(np.int32), draws
     )
-    assert_same(ours, augment_tf.augment(tf.constant(images), indices, draws._asdict(), final_config.augment))
+    assert_same(ours, augment_tf.augment(tf.constant(images), indices, draws, final_config.augment))

@@ -22,7 +22,7 @@ def images():
 
 @pytest.fixture
 def draws(final_config):
-    return sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
+    return sampling.augment_draws(0, 0, B, B, final_config.augment, (32, 32))
 
 
 def each(images, transform):
@@ -51,10 +51,12 @@ def pillow_jitter(image, factors, order):
 )
 def test_flip_and_crop_equal_pillow_and_numpy(images, final_config, padding, fill):
     final_config.augment.crop_padding = padding
-    draws = sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
-    indices, crop = np.arange(B)[::-1].copy(), draws.crop
-    ours = augment_tf.flip_and_crop(tf.constant(images), tf.constant(indices), draws.flip, crop, padding, fill)
-    theirs = each(images[indices], lambda i, image: pillow_flip_and_crop(image, draws.flip[i], crop[i], padding, fill))
+    draws = sampling.augment_draws(0, 0, B, B, final_config.augment, (32, 32))
+    indices, crop = np.arange(B)[::-1].copy(), draws["crop"]
+    ours = augment_tf.flip_and_crop(tf.constant(images), tf.constant(indices), draws["flip"], crop, padding, fill)
+    theirs = each(
+        images[indices], lambda i, image: pillow_flip_and_crop(image, draws["flip"][i], crop[i], padding, fill)
+    )
     assert np.array_equal(ours, theirs)
 
 
@@ -90,7 +92,7 @@ def test_cutout_is_that_of_the_papers_code(images, side):
 
 def test_cutout_comes_last(images, final_config):
     augment = final_config.augment
-    draws = sampling.augment_params(0, 0, B, B, augment, (32, 32))._asdict()
+    draws = sampling.augment_draws(0, 0, B, B, augment, (32, 32))
     before = augment_tf.augment(tf.constant(images), tf.range(B), draws, augment)
     augment.cutout, draws["cutout"] = 9, sampling.cutout_centres(0, 0, B, B, (32, 32))
     ours = augment_tf.augment(tf.constant(images), tf.range(B), draws, augment)
@@ -98,8 +100,8 @@ def test_cutout_comes_last(images, final_config):
 
 
 def test_jitter_equals_pillow(images, draws):
-    ours = augment_tf.jitter(tf.constant(images), draws.jitter, draws.order)
-    theirs = each(images, lambda i, image: pillow_jitter(image, draws.jitter[i], draws.order[i]))
+    ours = augment_tf.jitter(tf.constant(images), draws["jitter"], draws["order"])
+    theirs = each(images, lambda i, image: pillow_jitter(image, draws["jitter"][i], draws["order"][i]))
     assert np.array_equal(ours, theirs)
 
 
@@ -125,12 +127,12 @@ def test_rotation_equals_pillow(images, shape):
 
 
 def test_all_together_equal_pillow_in_the_reports_order(images, draws, final_config):
-    degrees = np.degrees(np.arctan2(-draws.rotation[:, 1], draws.rotation[:, 0]))
-    ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws._asdict(), final_config.augment)
+    degrees = np.degrees(np.arctan2(-draws["rotation"][:, 1], draws["rotation"][:, 0]))
+    ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws, final_config.augment)
 
     def theirs(i, image):
-        image = pillow_flip_and_crop(image, draws.flip[i], draws.crop[i], 4)
-        return pillow_jitter(image, draws.jitter[i], draws.order[i]).rotate(degrees[i])
+        image = pillow_flip_and_crop(image, draws["flip"][i], draws["crop"][i], 4)
+        return pillow_jitter(image, draws["jitter"][i], draws["order"][i]).rotate(degrees[i])
 
     same = np.all(ours == each(images, theirs), axis=-1)
     assert same.mean() > 0.999  # all but where the angle, read back from 16 bits, rounds to another pixel
@@ -139,29 +141,29 @@ def test_all_together_equal_pillow_in_the_reports_order(images, draws, final_con
 @pytest.mark.parametrize("off", ["flip_probability", "crop_padding", "jitter", "rotation_degrees"])
 def test_each_augmentation_can_be_switched_off(images, final_config, off):
     augment = final_config.augment
-    everything = sampling.augment_params(0, 0, B, B, augment, (32, 32))
+    everything = sampling.augment_draws(0, 0, B, B, augment, (32, 32))
     for name in ("brightness", "contrast", "saturation") if off == "jitter" else (off,):
         augment[name] = type(augment[name])()
-    draws = sampling.augment_params(0, 0, B, B, augment, (32, 32))
-    ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws._asdict(), augment)
+    draws = sampling.augment_draws(0, 0, B, B, augment, (32, 32))
+    ours = augment_tf.augment(tf.constant(images), tf.range(B, dtype=tf.int64), draws, augment)
     step = images
     if off == "flip_probability":
-        everything = everything._replace(flip=np.zeros(B, bool))
+        everything["flip"] = np.zeros(B, bool)
     if off == "crop_padding":
-        step = np.where(everything.flip.reshape(B, 1, 1, 1), step[:, :, ::-1], step)
+        step = np.where(everything["flip"].reshape(B, 1, 1, 1), step[:, :, ::-1], step)
     else:
-        step = each(step, lambda i, image: pillow_flip_and_crop(image, everything.flip[i], everything.crop[i], 4))
+        step = each(step, lambda i, image: pillow_flip_and_crop(image, everything["flip"][i], everything["crop"][i], 4))
     if off != "jitter":
-        step = augment_tf.jitter(tf.constant(step), everything.jitter, everything.order)
+        step = augment_tf.jitter(tf.constant(step), everything["jitter"], everything["order"])
     if off != "rotation_degrees":
-        step = augment_tf.rotate(tf.constant(step), everything.rotation)
+        step = augment_tf.rotate(tf.constant(step), everything["rotation"])
     assert np.array_equal(ours, step)
 
 
 def test_everything_off_gives_the_images(images, final_config):
     for name in final_config.augment:
         final_config.augment[name] = type(final_config.augment[name])()
-    draws = sampling.augment_params(0, 0, B, B, final_config.augment, (32, 32))
+    draws = sampling.augment_draws(0, 0, B, B, final_config.augment, (32, 32))
     indices = np.arange(B)[::-1].copy()
-    ours = augment_tf.augment(tf.constant(images), tf.constant(indices), draws._asdict(), final_config.augment)
+    ours = augment_tf.augment(tf.constant(images), tf.constant(indices), draws, final_config.augment)
     assert np.array_equal(ours, images[indices])

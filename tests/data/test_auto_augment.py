@@ -227,13 +227,13 @@ def test_both_pipelines_give_the_same(final_config, shape):
     images = some_images(shape, 1000)
     where = (0, 900, 1100, 1000)  # into the next epoch
     indices = sampling.indices(*where)
-    draws = sampling.augment_params(*where, final_config.augment, shape)._asdict()
+    draws = sampling.augment_draws(*where, final_config.augment, shape)
     draws["operations"] = auto_augment.operations(*where, shape)
     jitted = jax.jit(functools.partial(augment_jax.augment, config=final_config.augment))
     ours = jitted(images, indices.astype(np.int32), draws)
     theirs = augment_tf.augment(tf.constant(images), indices, draws, final_config.augment)
     assert np.array_equal(ours, theirs)
-    final_config.augment.policy = ""
+    del draws["operations"]
     without = augment_tf.augment(tf.constant(images), indices, draws, final_config.augment)
     if min(shape) > 1:
         assert not np.array_equal(theirs, without)
@@ -242,15 +242,15 @@ def test_both_pipelines_give_the_same(final_config, shape):
 def test_the_policy_comes_between_jitter_and_rotation(final_config):
     final_config.augment.policy = "cifar10"
     images, where = some_images((32, 32), 200), (0, 0, 200, 200)
-    draws = sampling.augment_params(*where, final_config.augment, (32, 32))
+    draws = sampling.augment_draws(*where, final_config.augment, (32, 32))
     operations = auto_augment.operations(*where, (32, 32))
-    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws.flip, draws.crop, 4, "black")
-    steps = augment_tf.jitter(steps, draws.jitter, draws.order)
+    steps = augment_tf.flip_and_crop(tf.constant(images), np.arange(200), draws["flip"], draws["crop"], 4, "black")
+    steps = augment_tf.jitter(steps, draws["jitter"], draws["order"])
     for place in range(2):
         steps = augment_tf.operate(steps, operations[:, place])
-    steps = augment_tf.rotate(steps, draws.rotation)
+    steps = augment_tf.rotate(steps, draws["rotation"])
     together = augment_tf.augment(
-        tf.constant(images), np.arange(200), draws._asdict() | {"operations": operations}, final_config.augment
+        tf.constant(images), np.arange(200), draws | {"operations": operations}, final_config.augment
     )
     assert np.array_equal(together, steps)
 

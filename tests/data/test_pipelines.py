@@ -40,8 +40,8 @@ def assert_equal(ours, theirs):
 def test_a_batch_holds_the_sampled_examples_augmented(split, config):
     (batch,) = pipelines.train_batches(split, config, 7, 8)
     where = (config.seed, 7 * 24, 8 * 24, 100)
-    chosen, draws = sampling.indices(*where), sampling.augment_params(*where, config.augment, (16, 16))
-    expected = augment_tf.augment(tf.constant(split.images), tf.constant(chosen), draws._asdict(), config.augment)
+    chosen, draws = sampling.indices(*where), sampling.augment_draws(*where, config.augment, (16, 16))
+    expected = augment_tf.augment(tf.constant(split.images), tf.constant(chosen), draws, config.augment)
     assert_equal(batch, {"images": expected.numpy(), "labels": split.labels[chosen]})
 
 

@@ -37,7 +37,7 @@ def augment(final_config):
 
 
 def draws(augment, start, stop, seed=0, num_examples=N):
-    return sampling.augment_params(seed, start, stop, num_examples, augment, (32, 32))
+    return sampling.augment_draws(seed, start, stop, num_examples, augment, (32, 32))
 
 
 def degrees(rotation):
@@ -48,11 +48,11 @@ def test_the_first_draws_are_pinned(augment):
     """If this fails, every run of every user changes: do not update it without saying so in the release."""
     assert sampling.indices(0, 0, 6, 50_000).tolist() == GOLDEN_INDICES
     d = draws(augment, 0, 3, num_examples=50_000)
-    assert d.flip.tolist() == GOLDEN_FLIP
-    assert d.crop.tolist() == GOLDEN_CROP
-    assert (d.jitter * 4096).astype(int).tolist() == GOLDEN_JITTER
-    assert d.order.tolist() == GOLDEN_ORDER
-    assert d.rotation.tolist() == GOLDEN_ROTATION
+    assert d["flip"].tolist() == GOLDEN_FLIP
+    assert d["crop"].tolist() == GOLDEN_CROP
+    assert (d["jitter"] * 4096).astype(int).tolist() == GOLDEN_JITTER
+    assert d["order"].tolist() == GOLDEN_ORDER
+    assert d["rotation"].tolist() == GOLDEN_ROTATION
 
 
 def test_every_image_comes_once_an_epoch_across_batches_that_straddle_epochs():
@@ -82,8 +82,9 @@ def test_successive_epochs_and_seeds_are_uncorrelated():
 def test_draws_are_a_function_of_position_alone(augment):
     whole = draws(augment, 0, 2500)
     parts = [draws(augment, a, b) for a, b in ((0, 1), (1, 700), (700, 1300), (1300, 2500))]
-    for name in sampling.AugmentParams._fields:
-        assert np.array_equal(getattr(whole, name), np.concatenate([getattr(p, name) for p in parts])), name
+    assert set(whole) == {"flip", "crop", "jitter", "order", "rotation"}
+    for name in whole:
+        assert np.array_equal(whole[name], np.concatenate([part[name] for part in parts])), name
 
 
 def test_switching_one_augmentation_off_leaves_the_draws_of_the_others(augment):
@@ -91,34 +92,51 @@ def test_switching_one_augmentation_off_leaves_the_draws_of_the_others(augment):
     changed = ConfigDict(augment)
     changed.brightness = changed.flip_probability = changed.rotation_degrees = 0.0
     after = draws(changed, 0, 100)
-    assert not after.flip.any()
-    assert (after.jitter[:, 0] == 1.0).all()
-    assert np.array_equal(after.jitter[:, 1:], before.jitter[:, 1:])
-    assert np.array_equal(after.crop, before.crop)
-    assert np.array_equal(after.order, before.order)
-    identity = [65536, 0, 32768, 0, 65536, 32768]
-    assert (after.rotation == identity).all()
+    assert not after["flip"].any()
+    assert (after["jitter"][:, 0] == 1.0).all()
+    assert np.array_equal(after["jitter"][:, 1:], before["jitter"][:, 1:])
+    assert np.array_equal(after["crop"], before["crop"])
+    assert np.array_equal(after["order"], before["order"])
+    assert after.keys() == before.keys() - {"rotation"}
+
+
+def test_nothing_is_drawn_for_what_is_off(augment):
+    off = {name: type(value)() for name, value in augment.items()}
+    assert draws(ConfigDict(off), 0, 100) == {}
+    drawn = {
+        "flip_probability": {"flip", "crop"},
+        "crop_padding": {"flip", "crop"},
+        "brightness": {"jitter", "order"},
+        "contrast": {"jitter", "order"},
+        "saturation": {"jitter", "order"},
+        "rotation_degrees": {"rotation"},
+        "resized_crop_area": {"flip", "crop", "resized_crop"},
+        "cutout": {"cutout"},
+    }
+    for name, names in drawn.items():
+        on = ConfigDict(off | {name: type(off[name])(1)})
+        assert draws(on, 0, 100).keys() == names, name
 
 
 def test_each_draw_has_its_distribution(augment):
     n = 100_000
     d = draws(augment, 0, n, num_examples=n)
-    assert abs(d.flip.mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
+    assert abs(d["flip"].mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
     for axis in range(2):
-        counts = np.bincount(d.crop[:, axis], minlength=9)
+        counts = np.bincount(d["crop"][:, axis], minlength=9)
         assert len(counts) == 9
         assert np.abs(counts - n / 9).max() < 5 * np.sqrt(n / 9)
-    assert (d.jitter * 4096 == np.round(d.jitter * 4096)).all()
+    assert (d["jitter"] * 4096 == np.round(d["jitter"] * 4096)).all()
     for kind in range(3):
-        factor = d.jitter[:, kind]
+        factor = d["jitter"][:, kind]
         assert factor.min() >= np.float32(0.8) - 1 / 4096
         assert factor.max() <= np.float32(1.2) + 1 / 4096
         assert abs(factor.mean() - 1.0) < 5 * (0.4 / np.sqrt(12)) / np.sqrt(n)
         assert abs(factor.std() - 0.4 / np.sqrt(12)) < 0.001
-    orders, counts = np.unique(d.order, axis=0, return_counts=True)
+    orders, counts = np.unique(d["order"], axis=0, return_counts=True)
     assert sorted(map(tuple, orders)) == sorted(map(tuple, sampling.JITTER_ORDERS))
     assert np.abs(counts - n / 6).max() < 5 * np.sqrt(n / 6)
-    angle = degrees(d.rotation)
+    angle = degrees(d["rotation"])
     assert np.abs(angle).max() <= 15.01
     assert np.abs(angle).max() > 14.9
     assert abs(angle.mean()) < 5 * (30 / np.sqrt(12)) / np.sqrt(n)
@@ -128,8 +146,8 @@ def test_each_draw_has_its_distribution(augment):
 def test_draws_are_independent_of_each_other_of_the_next_image_and_of_the_next_epoch(augment):
     n = 20_000
     d = draws(augment, 0, 2 * n, num_examples=n)
-    order = (d.order == np.array([[0, 1, 2]])).all(axis=1)
-    columns = np.column_stack([d.flip, d.crop, d.jitter, order, degrees(d.rotation)]).astype(float)
+    order = (d["order"] == np.array([[0, 1, 2]])).all(axis=1)
+    columns = np.column_stack([d["flip"], d["crop"], d["jitter"], order, degrees(d["rotation"])]).astype(float)
     first, second = columns[:n], columns[n:]
     limit = 5.5 / np.sqrt(n)
     k = columns.shape[1]
@@ -147,27 +165,27 @@ def test_alternating_flips_mirror_each_image_every_other_epoch(augment):
     d = draws(augment, 0, epochs * n, num_examples=n)
     of_image = np.empty((epochs, n), bool)
     for epoch in range(epochs):
-        of_image[epoch, sampling.permutation(0, epoch, n)] = d.flip[epoch * n : (epoch + 1) * n]
+        of_image[epoch, sampling.permutation(0, epoch, n)] = d["flip"][epoch * n : (epoch + 1) * n]
     assert abs(of_image[0].mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / n)
     for epoch in range(1, epochs):
         assert np.array_equal(of_image[epoch], ~of_image[epoch - 1])
-    assert not np.array_equal(of_image[0], draws(augment, 0, n, seed=1, num_examples=n).flip)
+    assert not np.array_equal(of_image[0], draws(augment, 0, n, seed=1, num_examples=n)["flip"])
 
 
 def test_alternating_flips_depend_on_position_alone_and_leave_the_other_draws(augment):
     before = draws(augment, 0, 2500)
     augment.flip = "alternating"
     whole = draws(augment, 0, 2500)
-    parts = [draws(augment, a, b).flip for a, b in ((0, 1), (1, 990), (990, 2500))]
-    assert np.array_equal(whole.flip, np.concatenate(parts))
-    assert whole.flip[:24].tolist() == [bit == "1" for bit in GOLDEN_ALTERNATING]
-    for name in set(sampling.AugmentParams._fields) - {"flip"}:
-        assert np.array_equal(getattr(whole, name), getattr(before, name)), name
+    parts = [draws(augment, a, b)["flip"] for a, b in ((0, 1), (1, 990), (990, 2500))]
+    assert np.array_equal(whole["flip"], np.concatenate(parts))
+    assert whole["flip"][:24].tolist() == [bit == "1" for bit in GOLDEN_ALTERNATING]
+    for name in before.keys() - {"flip"}:
+        assert np.array_equal(whole[name], before[name]), name
 
 
 def test_a_flip_probability_of_0_switches_alternating_flips_off(augment):
     augment.flip, augment.flip_probability = "alternating", 0.0
-    assert not draws(augment, 0, 3 * N).flip.any()
+    assert not draws(augment, 0, 3 * N)["flip"].any()
 
 
 def test_the_centres_of_cutout_are_uniform_over_the_pixels_and_of_position_alone():
@@ -284,7 +302,7 @@ def test_any_step_costs_one_epochs_permutation(augment):
         sampling.permutation.cache_clear()
         start = time.perf_counter()
         sampling.indices(0, step * batch, (step + 1) * batch, n)
-        sampling.augment_params(0, step * batch, (step + 1) * batch, n, augment, (32, 32))
+        sampling.augment_draws(0, step * batch, (step + 1) * batch, n, augment, (32, 32))
         return time.perf_counter() - start
 
     early, late = (min(cost(step) for _ in range(5)) for step in (10, 10_000_000))
