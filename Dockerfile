@@ -1,7 +1,8 @@
 # The command resnet-jax on a CPU:
 #   docker build --tag resnet-jax .
 #   docker run --rm --volume resnet-jax:/home/trainer resnet-jax train --config quickstart
-# The volume keeps the runs, the data and the compiled programs. For a GPU, add '.[cuda]' to the last pip install.
+# The volume keeps the runs, the data and the compiled programs. For a GPU, add a
+# line before USER: RUN python -m pip install '.[cuda]'
 FROM python:3.12-slim
 
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from benchmarks import measure, timing
-from benchmarks.benchmark import check_output, find_torch_python
+from benchmarks import measure, timing, tool
 from resnet_jax import setup
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -33,17 +32,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--seconds", type=command_line.seconds, default=10.0, help="minimum seconds of each measurement (default: 10)"
     )
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments = parser.parse_args(argv)
     file = arguments.clone / "airbench94_muon.py"
     if not file.is_file():
         raise UserError(f"{arguments.clone} holds no airbench94_muon.py: give a clone of KellerJordan/cifar10-airbench")
-    python = find_torch_python(arguments.torch_python)
+    python = tool.find_torch_python(arguments.torch_python)
     if jax.default_backend() != "cpu":
         raise UserError("airbench94 is measured on a CPU here: set JAX_PLATFORMS=cpu")
-    check_output(arguments.output)
+    tool.check_output(arguments.output)
     start = setup.setup(command_line.load_config("configs/speedrun.py"), 1)
     config = start.config
     spec = {"source": file.read_text("utf-8")}
@@ -62,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
             "time of all epochs / airbench94's": timing.summary(of_all, "ratio"),
         },
     }
-    measure.write_result(arguments.output, {"cases": [case], "torch": about}, config)
+    tool.write_result(arguments.output, {"cases": [case], "torch": about}, config)
+    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,19 @@ The table shows the median and the spread. The JSON holds all repeats, the confi
 import argparse
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks import timing
+from benchmarks import timing, tool
 from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data.lazy_tensorflow import has_tensorflow
-from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 
@@ -57,14 +54,6 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def whole_numbers(text: str) -> list[int]:
-    """The type of a flag that takes whole numbers, separated by commas."""
-    numbers = text.split(",")
-    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"must be whole numbers >= 1, separated by commas, got {text!r}")
-    return [int(number) for number in numbers]
-
-
 def _not_naive(config: ConfigDict) -> list[str]:
     """Return the augmentations of a config that `naive_pipeline` lacks: all that the report lacks."""
     values, off = config_lib.flatten(config), stored_config.LATER_FIELDS
@@ -80,11 +69,11 @@ def _parser() -> ArgumentParser:
         metavar="NAMES",
         help="what to measure, separated by commas (default: all that is possible)",
     )
-    parser.add_argument("--batch-sizes", type=whole_numbers, metavar="SIZES", help="instead of config.batch_size")
+    parser.add_argument("--batch-sizes", type=tool.whole_numbers, metavar="SIZES", help="instead of config.batch_size")
     parser.add_argument("--dtypes", metavar="DTYPES", help="instead of config.model.dtype")
     parser.add_argument(
         "--device-counts",
-        type=whole_numbers,
+        type=tool.whole_numbers,
         metavar="COUNTS",
         help="instead of all devices; a CPU simulates that many; startup and memory are measured only on all devices",
     )
@@ -178,25 +167,6 @@ def table(case: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<30} {' '.join(cells)} {figure['unit']}"
 
 
-def check_output(path: Path) -> None:
-    """Check that the output file can be written, before anything is measured."""
-    try:
-        with files.scratch_directory(path.parent):
-            is_folder = path.is_dir()
-    except OSError:
-        is_folder = True
-    if is_folder:
-        raise UserError(f"--output {path} cannot be written: give a file in a folder that exists and is writable")
-
-
-def find_torch_python(program: str) -> str:
-    """Return the path of `--torch-python`."""
-    path = shutil.which(program)
-    if path is None:
-        raise UserError(f"--torch-python {program} is not a program: give a Python that has PyTorch")
-    return path
-
-
 def main(argv: Sequence[str]) -> None:
     """Run the tool `benchmark`: measure each case, print it and write the result."""
     arguments, config = command_line.parse_config(_parser(), argv)
@@ -208,9 +178,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"naive_pipeline cannot be compared, because it has no {lacking[0]}: leave it out of --only")
     output = arguments.output and arguments.output.absolute()
     if output:
-        check_output(output)
+        tool.check_output(output)
     if arguments.against_torch:
-        arguments.torch_python = find_torch_python(arguments.torch_python)
+        arguments.torch_python = tool.find_torch_python(arguments.torch_python)
     if arguments.against_torch and config.optim.name == "muon":
         raise UserError("--against-torch cannot time Muon, which PyTorch lacks for convolutions: set config.optim.name")
     cases = list(cases_of(config, arguments))
@@ -222,10 +192,10 @@ def main(argv: Sequence[str]) -> None:
     if counts:  # before JAX starts
         fake_devices = f"--xla_force_host_platform_device_count={max(counts)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake_devices}".strip()
+    if (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # for which operations are counted
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # because other processes use the GPU too
     import jax
-
-    from resnet_jax.runs import environment
 
     for _, num_devices in cases:
         if arguments.against_torch and (num_devices or jax.device_count()) > 1:
@@ -236,7 +206,6 @@ def main(argv: Sequence[str]) -> None:
             results.append(measure_case(case_config, num_devices, arguments))
         print("\n".join(table(results[-1])), flush=True)
         if output:  # after each case, so that a later failure loses none
-            result = {"cases": results, "config": stored_config.to_json(config), "environment": environment.collect()}
-            files.write_json(output, result)
+            tool.write_result(output, {"cases": results}, config)
     if output:
         print(output)

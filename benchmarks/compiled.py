@@ -23,8 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks import measure
-from benchmarks.benchmark import check_output, whole_numbers
+from benchmarks import measure, tool
 from resnet_jax import config as config_lib
 from resnet_jax import steps, train_state
 from resnet_jax.cli import command_line
@@ -258,16 +257,14 @@ def main(argv: Sequence[str]) -> None:
     command_line.add_config_arguments(parser)
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="NAMES", help=f"of {', '.join(TARGETS)}")
     parser.add_argument(
-        "--batch-sizes", type=whole_numbers, metavar="SIZES", help="for each target, instead of those of the docs"
+        "--batch-sizes", type=tool.whole_numbers, metavar="SIZES", help="for each target, instead of those of the docs"
     )
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments, config = command_line.parse_config(parser, argv)
     names = arguments.targets.split(",")
     if not set(names) <= set(TARGETS):
         parser.error(f"argument --targets: must be names from {','.join(TARGETS)}, got {arguments.targets!r}")
-    check_output(arguments.output)
+    tool.check_output(arguments.output)
     config = config_lib.replaced(config, {"pipeline": "device", "model.dtype": "bfloat16"})
     programs = []
     for name in names:
@@ -279,7 +276,8 @@ def main(argv: Sequence[str]) -> None:
             programs.append({**target, **facts(compiled, state, sized)})
             print(f"{name}, batch {batch_size}: {programs[-1]['operations']} operations a step", flush=True)
     flops = measure.flops_per_image(config, _images(), state, NUM_CLASSES)
-    measure.write_result(arguments.output, {"compiled": programs, "train_flops_per_image": flops}, config)
+    tool.write_result(arguments.output, {"compiled": programs, "train_flops_per_image": flops}, config)
+    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from benchmarks import measure, timing
-from benchmarks.benchmark import check_output
+from benchmarks import timing, tool
 from configs import resnet50
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -106,11 +105,9 @@ def main(argv: Sequence[str]) -> None:
     whole = command_line.whole_number(1)
     parser.add_argument("--images", type=whole, default=10_000, help="in the set (default: 10000)")
     parser.add_argument("--repeats", type=whole, default=5, help="of each, in turns (default: 5)")
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments = parser.parse_args(argv)
-    check_output(arguments.output)
+    tool.check_output(arguments.output)
     config = resnet50.get_config()
     config.batch_size = 128
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +147,8 @@ def main(argv: Sequence[str]) -> None:
         "decoding, once": timing.summary([decoding], "images/s"),
     }
     case = {"batch_size": config.batch_size, "dtype": "uint8", "devices": 1, "figures": figures}
-    measure.write_result(arguments.output, {"cases": [case], "images": arguments.images, "set": sizes}, config)
+    tool.write_result(arguments.output, {"cases": [case], "images": arguments.images, "set": sizes}, config)
+    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import measure, timing
-from benchmarks.benchmark import check_output, find_torch_python
+from benchmarks import measure, timing, tool
 from resnet_jax import config as config_lib
 from resnet_jax import train_state
 from resnet_jax.cli import command_line
@@ -101,12 +100,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--seconds", type=command_line.seconds, default=5.0, help="minimum seconds of each measurement (default: 5)"
     )
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments = parser.parse_args(argv)
-    check_output(arguments.output)
-    python = find_torch_python(arguments.torch_python)
+    tool.check_output(arguments.output)
+    python = tool.find_torch_python(arguments.torch_python)
     with tempfile.TemporaryDirectory() as scratch:
         model = trained_model.load(arguments.run)
         paths, differences = written(model, Path(scratch))
@@ -122,7 +119,8 @@ def main(argv: Sequence[str]) -> None:
             "differences": differences,
             "torch": about_torch,
         }
-        measure.write_result(arguments.output, result, model.config)
+        tool.write_result(arguments.output, result, model.config)
+        print(arguments.output)
 
 
 if __name__ == "__main__":

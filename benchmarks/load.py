@@ -10,13 +10,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from benchmarks import timing
-from benchmarks.benchmark import check_output
+from benchmarks import timing, tool
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser, run
-from resnet_jax.disk import files
 from resnet_jax.inference import trained_model
-from resnet_jax.runs import environment
 
 PROGRAMS = {
     "import": "import resnet_jax.inference.trained_model",
@@ -41,11 +38,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--repeats", type=command_line.whole_number(1), default=5, help="measurements of each (default: 5)"
     )
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments = parser.parse_args(argv)
-    check_output(arguments.output)
+    tool.check_output(arguments.output)
     model = trained_model.load(arguments.source)
     seconds: dict[str, list[float]] = {"import": [], "load cold": [], "load warm": []}
     for _ in range(arguments.repeats):
@@ -58,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         "devices": 1,
         "figures": {name: timing.summary(measured, "CPU s") for name, measured in seconds.items()},
     }
-    files.write_json(arguments.output, {"cases": [case], "environment": environment.collect()})
+    tool.write_result(arguments.output, {"cases": [case]}, model.config)
     print(arguments.output)
 
 

@@ -5,8 +5,8 @@
 
 A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
 beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a
-better network, which replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, as a
-share of it.
+better network, which replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, in per
+cent of it; that of the evaluations is in it.
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from benchmarks import measure, timing
-from benchmarks.benchmark import check_output
+from benchmarks import timing, tool
 from resnet_jax import setup, steps, train_state, training
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -87,9 +86,10 @@ def _fake_evaluations(images_per_second: float) -> Callable[..., Evaluation]:
     return evaluate
 
 
-def seconds_of_loop(config: ConfigDict, start: setup.Setup, images_per_second: float, evaluated: float) -> float:
+def seconds_of_loop(
+    config: ConfigDict, start: setup.Setup, plan: Plan, images_per_second: float, evaluated: float
+) -> float:
     """Return how long the loop of a run takes, its last checkpoint included."""
-    plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
     with (
         mock.patch.object(feed, "make_step", _fake_steps(images_per_second)),
         mock.patch.object(training, "evaluate", _fake_evaluations(evaluated)),
@@ -118,16 +118,16 @@ def main(argv: Sequence[str]) -> None:
         help="of evaluations (default: 220000)",
     )
     parser.add_argument("--repeats", type=command_line.whole_number(1), default=3, help="runs (default: 3)")
-    parser.add_argument(
-        "--output", type=command_line.local_path, required=True, metavar="FILE", help="JSON file to write"
-    )
+    tool.add_output_argument(parser)
     arguments, config = command_line.parse_config(parser, argv)
-    check_output(arguments.output)
+    tool.check_output(arguments.output)
     start = setup.setup(config, 1)
     config = start.config
     ideal = start.total_steps * config.batch_size / arguments.images_per_second
+    plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
+    evaluations = sum(map(plan.evaluates_after, range(1, start.total_steps + 1)))
     seconds = [
-        seconds_of_loop(config, start, arguments.images_per_second, arguments.evaluated_per_second)
+        seconds_of_loop(config, start, plan, arguments.images_per_second, arguments.evaluated_per_second)
         for _ in range(arguments.repeats)
     ]
     case = {
@@ -136,12 +136,16 @@ def main(argv: Sequence[str]) -> None:
         "devices": 1,
         "figures": {
             "steps alone": timing.summary([ideal], "s"),
+            "evaluations alone": timing.summary(
+                [evaluations * len(start.validation.labels) / arguments.evaluated_per_second], "s"
+            ),
             "loop": timing.summary(seconds, "s"),
-            "overhead / steps": timing.summary([took / ideal - 1 for took in seconds], "ratio"),
+            "overhead": timing.summary([100 * (took / ideal - 1) for took in seconds], "%"),
         },
     }
     speeds = {name: getattr(arguments, name) for name in ("images_per_second", "evaluated_per_second")}
-    measure.write_result(arguments.output, {"cases": [case], **speeds}, config)
+    tool.write_result(arguments.output, {"cases": [case], **speeds}, config)
+    print(arguments.output)
 
 
 if __name__ == "__main__":

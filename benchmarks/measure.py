@@ -31,7 +31,7 @@ from resnet_jax.data import augment_jax, feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
-from resnet_jax.runs import environment, preemption, stored_config, workdir
+from resnet_jax.runs import preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.plan import Call, Plan
@@ -181,13 +181,6 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
     return measure
 
 
-def write_result(path: Path, result: dict[str, Any], config: ConfigDict) -> None:
-    """Write the result of a tool of its own, with its config and this machine, and print its path."""
-    described = {"config": stored_config.to_json(config), "environment": environment.collect()}
-    files.write_json(path, result | described)
-    print(path)
-
-
 def save_seconds(config: ConfigDict, start: Setup, repeats: int) -> list[float]:
     """Measure how long a save blocks the loop, after the previous one was written; the first does not count."""
     seconds = []
@@ -275,7 +268,7 @@ def torch_step(
 
 @contextmanager
 def in_torch(module: str, spec: dict[str, Any], python: str) -> Iterator[tuple[timing.Contender, dict[str, Any]]]:
-    """Yield a contender that runs in another Python, and its description.
+    """Yield a contender that runs in another Python, on a CPU if JAX does, and its description.
 
     Args:
         module: reads `spec` as a line of JSON and answers with a line, its description. Each further line is a number of
@@ -286,11 +279,13 @@ def in_torch(module: str, spec: dict[str, Any], python: str) -> Iterator[tuple[t
     Raises:
         UserError: if that Python has no PyTorch.
     """
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if jax.default_backend() == "cpu" else {}
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(
             [os.path.abspath(python), "-m", module],
             cwd=ROOT,
+            env=os.environ | no_gpu,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

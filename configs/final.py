@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every_steps = 50  # steps per row of metrics.jsonl, which holds their mean
     config.abort_grad_norm = 1e4  # stop if the gradient's global norm reaches this; 0 for no limit; nan always stops
     config.pipeline = "auto"  # "tf_data" on the host; "device": images in the accelerator's memory, where they fit
-    config.steps_per_call = 0  # device pipeline only; 0 for 50 on accelerators and 1 on a CPU, where loops are slow
+    config.steps_per_call = 0  # at most; device pipeline only; 0: 50 on accelerators, 1 on a CPU, where loops are slow
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, digits, npz:FILE or folder:DIR

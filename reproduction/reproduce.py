@@ -30,6 +30,7 @@ folder of their own. To test the GPU's parts on a CPU with a tiny network:
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -102,6 +103,11 @@ def check_machine(results: Path) -> str:
     except OSError as error:
         raise UserError(f"--results {results}: {error.strerror}: give a folder that can be written") from error
     return probed.stdout.split()[-1]
+
+
+def has_torch() -> bool:
+    """Return whether this Python has PyTorch."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -358,7 +364,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("narrow is measured on a CPU: set JAX_PLATFORMS=cpu")
     arguments.data = arguments.data or ("npz:cifar10.npz" if (ROOT / "cifar10.npz").exists() else "cifar10")
     arguments.dtype = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")
-    for part in arguments.parts or (on_cpu if backend == "cpu" else on_gpu):
+    parts = arguments.parts or list(on_cpu if backend == "cpu" else on_gpu)
+    if arguments.torch and "step" in parts and not has_torch():
+        raise UserError(
+            f"step compares with PyTorch, which {sys.executable} lacks: install it there, or give --no-torch"
+        )
+    for part in parts:
         known[part](arguments)
 
 

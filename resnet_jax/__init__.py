@@ -45,8 +45,10 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
     directory = command_line.folder(workdir, "workdir")
     from resnet_jax import training  # only for a valid config, because JAX takes seconds to import
     from resnet_jax.inference.fine_tuning import initialise
+    from resnet_jax.runs.preemption import StopRequest
 
-    return training.train(config, directory, max_seconds=max_seconds, initialise=initialise)
+    stop_request = StopRequest(max_seconds, ends_process=False)
+    return training.train(config, directory, stop_request=stop_request, initialise=initialise)
 
 
 def __getattr__(name: str) -> Any:

@@ -82,10 +82,10 @@ def rand_augment(policy: str) -> tuple[int, int]:
     Raises:
         ValueError: if the text is not of that form.
     """
-    found = re.fullmatch(r"rand-m(\d{1,2})-n([1-4])", policy, re.ASCII)
-    if not found or int(found[1]) > 30:
+    match = re.fullmatch(r"rand-m(\d{1,2})-n([1-4])", policy, re.ASCII)
+    if not match or int(match[1]) > 30:
         raise ValueError(policy)
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _is_policy(text: str) -> bool:

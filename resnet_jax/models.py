@@ -49,11 +49,11 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu, _ = self.layers
-        y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
-        y = relu(norm(name="norm1")(y))
-        y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
-        return add_relu(norm(name="norm2")(y), _shortcut(self, x, y.shape[-1]))
+        layers = self.layers
+        y = layers.conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = layers.relu(layers.norm(name="norm1")(y))
+        y = layers.conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+        return layers.add_relu(layers.norm(name="norm2")(y), _shortcut(self, x, y.shape[-1]))
 
 
 class BottleneckBlock(nn.Module):
@@ -67,13 +67,13 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        conv, norm, relu, _, add_relu, _ = self.layers
-        y = conv(self.channels, (1, 1), name="conv1")(x)
-        y = relu(norm(name="norm1")(y))
-        y = conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
-        y = relu(norm(name="norm2")(y))
-        y = conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
-        return add_relu(norm(name="norm3")(y), _shortcut(self, x, y.shape[-1]))
+        layers = self.layers
+        y = layers.conv(self.channels, (1, 1), name="conv1")(x)
+        y = layers.relu(layers.norm(name="norm1")(y))
+        y = layers.conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = layers.relu(layers.norm(name="norm2")(y))
+        y = layers.conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
+        return layers.add_relu(layers.norm(name="norm3")(y), _shortcut(self, x, y.shape[-1]))
 
 
 def _shortcut(block: Any, x: jax.Array, channels: int) -> Any:
@@ -88,7 +88,7 @@ BLOCKS: dict[str, type[BasicBlock] | type[BottleneckBlock]] = {"basic": BasicBlo
 
 
 class ResNet(nn.Module):
-    """A residual network: stem, stages, global average pool, linear classifier.
+    """A residual network: stem, stages, global pool, linear classifier.
 
     Attributes:
         num_classes: size of the output.

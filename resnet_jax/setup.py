@@ -21,7 +21,7 @@ class Setup(NamedTuple):
     """A run's data, devices and initial state.
 
     Attributes:
-        config: the run's config, with the numbers that it leaves to be computed.
+        config: the run's config, with computed values filled in.
         dataset: the whole data set.
         train: the part of `dataset.train` for training.
         validation: the rest of `dataset.train`, possibly empty.

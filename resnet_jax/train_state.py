@@ -76,7 +76,7 @@ class AveragedTrainState(TrainState):
         return self.average
 
     def with_variables(self, variables: Any) -> "AveragedTrainState":
-        """The state with other weights, which the average is too."""
+        """The state with other weights; the average starts from them too."""
         return self.replace(**variables, average=jax.tree.map(jnp.copy, variables))  # else a step donates arrays twice
 
     def averaged(self, decay: float) -> "AveragedTrainState":

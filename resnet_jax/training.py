@@ -27,7 +27,7 @@ from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.metrics_log import best_step
 from resnet_jax.runs.plan import Call, Plan
-from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, reason
+from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, stopped_by
 from resnet_jax.runs.progress import Progress
 from resnet_jax.runs.result import RunResult
 from resnet_jax.setup import Setup, setup
@@ -42,7 +42,6 @@ def train(
     config: ConfigDict,
     directory: Path,
     started: float | None = None,
-    max_seconds: float | None = None,
     hooks: Sequence[Hook] = (),
     test: bool = True,
     stop_request: StopRequest | None = None,
@@ -54,22 +53,21 @@ def train(
         config: validated by `config.validate`.
         directory: the workdir; made if it does not exist.
         started: the `time.monotonic()` from which the run's seconds count; now if None.
-        max_seconds: stop, with the state saved, after the first step that ends later than this after `started`.
         hooks: watch the run.
         test: evaluate on the test split; without it the result's test figures are None.
-        stop_request: shared by a caller that runs several trainings; it replaces `max_seconds`.
+        stop_request: when to stop before the end; at a signal only, if None.
         initialise: reads `config.init_from`, for a run without a checkpoint: the state of step 0, and its origin.
 
     Raises:
         TrainingDiverged: if a step is rejected.
         UserError: if the config, the data or the folder does not allow the run.
-        preemption.TrainingInterrupted: after a signal or `max_seconds`, with the state saved.
+        preemption.TrainingInterrupted: once it stops, with the state saved.
     """
     started = time.monotonic() if started is None else started
     config = workdir.check(directory, config)
     if workdir.is_complete(directory, config):
         return _complete(directory, config, hooks)
-    stop_request = stop_request or StopRequest(None if max_seconds is None else started + max_seconds)
+    stop_request = stop_request or StopRequest()
     with stop_request.capture_signals():
         with stop_request.exit_before_first_step(_GRACE_SECONDS):
             start, origin = setup(config), None
@@ -81,7 +79,7 @@ def train(
         for hook in hooks:
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
-            raise TrainingInterrupted(code, f"stopped by {reason(code)} before the first step")
+            raise TrainingInterrupted(code, f"stopped by {stopped_by(code)} before the first step")
         needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(start.state))  # three are kept, one is being written
         with (
             workdir.open_workdir(directory, config, start.meta, needed) as folder,
@@ -304,7 +302,7 @@ def _stop(run: Run, exit_code: int, step: int) -> NoReturn:
     run.folder.wait()
     raise TrainingInterrupted(
         exit_code,
-        f"stopped by {reason(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the command to resume",
+        f"stopped by {stopped_by(exit_code)} at step {step} of {run.plan.total_steps}, saved in {run.folder.path}: rerun the command to resume",
     )
 
 

@@ -200,6 +200,8 @@ def test_a_config_is_a_file_a_shipped_name_or_the_config_json_of_a_run(tmp_path,
     expected = config.replaced(by_name, {"model.block_list": (2, 1), "seed": 3})
     assert from_json.to_dict() == expected.to_dict()
     assert from_json.is_locked
+    with pytest.raises(UserError, match=r"--config config.json:full: a config.json has no variants: leave out :full"):
+        command_line.load_config("config.json:full")
 
 
 def test_a_file_wins_over_the_shipped_config_of_its_name(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_the_dtype_and_the_pipeline_of_the_machine_are_in_the_result(trained):
 def test_a_run_of_an_accelerator_goes_on_in_its_dtype(own_config, tmp_path, capsys):
     begun = config_lib.replaced(own_config, {"model.dtype": "bfloat16"})
     with pytest.raises(preemption.TrainingInterrupted):
-        training.train(begun, tmp_path / "run", max_seconds=0.0)
+        training.train(begun, tmp_path / "run", stop_request=preemption.StopRequest(0.0))
     assert training.train(own_config, tmp_path / "run").config["model"]["dtype"] == "bfloat16"
     assert "computing in bfloat16, pipeline tf_data\n" in capsys.readouterr().out
 
@@ -95,7 +95,7 @@ def test_the_numbers_are_computed_once_and_a_resumed_run_is_the_uninterrupted_on
 ):
     directory, result = trained
     with pytest.raises(preemption.TrainingInterrupted):
-        training.train(own_config, tmp_path / "parts", max_seconds=0.0)
+        training.train(own_config, tmp_path / "parts", stop_request=preemption.StopRequest(0.0))
     monkeypatch.delattr(datasets, "channel_statistics")
     assert training.train(own_config, tmp_path / "parts").state_digest == result.state_digest
     assert rows(tmp_path / "parts") == rows(directory)
@@ -184,7 +184,7 @@ def copied(on_folder, tmp_path):
 def test_a_run_resumes_to_the_same_end_after_its_folder_moved(on_folder, cache_dir, tmp_path):
     _, root, expected = on_folder
     with pytest.raises(preemption.TrainingInterrupted):
-        training.train(folder_config(cache_dir, root), tmp_path / "run", max_seconds=0.0)
+        training.train(folder_config(cache_dir, root), tmp_path / "run", stop_request=preemption.StopRequest(0.0))
     moved = shutil.copytree(root, tmp_path / "moved")
     result = training.train(folder_config(cache_dir, moved), tmp_path / "run")
     assert result.state_digest == expected.state_digest

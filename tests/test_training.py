@@ -158,7 +158,7 @@ def test_a_run_that_resumes_in_another_environment_says_what_changed(tmp_path, t
             path.write_text("{")
         capsys.readouterr()
         with pytest.raises(preemption.TrainingInterrupted):
-            training.train(tiny_config, tmp_path, max_seconds=0.0)
+            training.train(tiny_config, tmp_path, stop_request=preemption.StopRequest(0.0))
         said = capsys.readouterr().err
         if change and "cpu_count" in change:
             assert "warning: resuming with cpu_count 99 -> " in said
@@ -639,7 +639,7 @@ def test_a_time_limit_stops_the_run_saved_and_the_next_session_goes_on(tmp_path,
         with pytest.raises(
             preemption.TrainingInterrupted, match=f"stopped by its time limit at step {step} of 41"
         ) as stop:
-            training.train(tiny_config, tmp_path / "parts", max_seconds=0.0)
+            training.train(tiny_config, tmp_path / "parts", stop_request=preemption.StopRequest(0.0))
         assert stop.value.exit_code == 124
     assert training.train(tiny_config, tmp_path / "parts").state_digest == expected.state_digest
 

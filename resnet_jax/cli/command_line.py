@@ -200,6 +200,8 @@ def load_config(
     values, argv = flags.FlagValues(), ["", *overrides]
     try:
         if file.suffix == ".json":
+            if variant:
+                raise UserError(f"--config {source}: a config.json has no variants: leave out {variant}")
             stored = stored_config.from_json(files.read_json(file, hint="give another --config"), extra_fields)
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:

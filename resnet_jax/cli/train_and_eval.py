@@ -128,13 +128,15 @@ def start_training(arguments: Namespace, config: ConfigDict, started: float) -> 
     directory = workdir(arguments)
     with _session(arguments.distributed):
         from resnet_jax.inference.fine_tuning import initialise
+        from resnet_jax.runs.preemption import StopRequest
         from resnet_jax.runs.workdir import extended
         from resnet_jax.training import train
 
         if arguments.extend_to is not None:
             config = extended(directory, config, arguments.extend_to)
         hooks = [arguments.profile] if arguments.profile else []
-        train(config, directory, started, arguments.max_seconds, hooks, initialise=initialise)
+        stop_request = StopRequest(arguments.max_seconds, started)
+        train(config, directory, started, hooks, stop_request=stop_request, initialise=initialise)
 
 
 def start_evaluation(arguments: Namespace, config: ConfigDict, directory: Path, distributed: bool = False) -> None:

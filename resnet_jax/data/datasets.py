@@ -204,9 +204,9 @@ def computed(config: ConfigDict, train: Split, num_classes: int) -> ConfigDict:
             )
         weights = [float(weight) for weight in len(train.labels) / (num_classes * counts)]
         config = config_lib.replaced(config, {"class_weights": ",".join(map(repr, weights))})
-    given = len(config_lib.class_weights(config.class_weights))
-    if given not in (0, num_classes):
-        raise UserError(f"config.class_weights has {given} numbers for {num_classes} classes: give one per class")
+    num_weights = len(config_lib.class_weights(config.class_weights))
+    if num_weights not in (0, num_classes):
+        raise UserError(f"config.class_weights has {num_weights} numbers for {num_classes} classes: give one per class")
     wanted = [name for name in ("mean", "std") if not config.data[name]]
     if not wanted:
         return config

@@ -23,7 +23,7 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read(source: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file as people see it, in RGB: turned as its camera says, on white where it is transparent.
 
-    Of several frames it reads the first. 16 bits are rounded to 8. Reading takes up to 25 bytes of memory a pixel.
+    Of several frames it reads the first. Grey of 16 bits is rounded to 8. Reading takes up to 25 bytes of memory a pixel.
 
     Raises:
         OSError, ValueError, SyntaxError: if it cannot be read, is of another format, or has too many pixels or too narrow a shape.
@@ -91,7 +91,7 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
 
     Hidden files and folders, and what macOS and Windows leave behind, are passed over and not counted.
     """
-    found, others = [], 0
+    paths, others = [], 0
     for directory, folders, names in os.walk(folder, onerror=onerror):
         folders[:] = [name for name in folders if not _is_left_behind(name)]
         for name in names:
@@ -99,10 +99,10 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
             if _is_left_behind(name):
                 continue
             if is_image(path):
-                found.append(path)
+                paths.append(path)
             else:
                 others += 1
-    return sorted(found), others
+    return sorted(paths), others
 
 
 def is_image(path: Path) -> bool:

@@ -138,8 +138,11 @@ def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
         raise UserError(
             f"config.augment.cutout {config.augment.cutout} is larger than the images' {smallest} pixels: reduce it"
         )
-    if sampling.mixes(config.augment) and config.batch_size == 1:
-        raise UserError("config.batch_size is 1, and mixup and CutMix mix two images of a batch: set it to 2 or more")
+    if sampling.mixes(config.augment) and config.batch_size == config.accumulation_steps:
+        raise UserError(
+            f"config.batch_size {config.batch_size} leaves one image in each part of a batch, and mixup and CutMix mix two: raise "
+            "it, or lower config.accumulation_steps"
+        )
 
 
 def check_fits(split: Split, mesh: Mesh) -> None:

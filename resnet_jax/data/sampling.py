@@ -164,12 +164,12 @@ def resized_crops(
     for extent, side in ((np.sqrt(area / ratio), height), (np.sqrt(area * ratio), width)):
         sizes.append(np.rint(extent).astype(np.int64))
         inside &= (sizes[-1] > 0) & (sizes[-1] <= side)
-    found, chosen = inside.any(axis=1), (np.arange(len(bits)), inside.argmax(axis=1))
+    fits, chosen = inside.any(axis=1), (np.arange(len(bits)), inside.argmax(axis=1))
     crops = []
     for axis, (side, size) in enumerate(zip(image_shape, sizes, strict=True)):
-        length = np.where(found, size[chosen], central[axis])
+        length = np.where(fits, size[chosen], central[axis])
         place = below(bits[:, 2 * _ATTEMPTS + axis], side - length + 1)
-        first = np.where(found, place, (side - length) // 2)
+        first = np.where(fits, place, (side - length) // 2)
         crops.append(_between(first, length, side))
     return np.concatenate(crops, axis=1).astype(np.int32)
 

@@ -85,12 +85,12 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
         if not classes:
             raise UserError(f"{root} holds no images: put them in {root}/<class>/")
         for directory in classes:
-            found, others_here = images.find(directory)
+            paths, others_here = images.find(directory)
             others += others_here
-            if not found:
+            if not paths:
                 raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
             label = unicodedata.normalize("NFC", directory.name)  # macOS writes names decomposed
-            files += [LabelledFile(path, part, label) for path in found]
+            files += [LabelledFile(path, part, label) for path in paths]
     known = {file.label for file in files if file.part == "train"}
     for part, root in parts.items():
         if unseen := sorted({file.label for file in files if file.part == part} - known):
@@ -217,10 +217,10 @@ def prepared_tfds_builder(name: str, data_dir: str) -> Any:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))]).strip()
-        reason = reason or "TFDS knows no such name."
+        explanation = " ".join([lines[0], *(line for line in lines[1:] if line.startswith("Did you mean"))]).strip()
+        explanation = explanation or "TFDS knows no such name."
         raise UserError(
-            f"config.data.name {name!r}: {reason} Give a TFDS name such as cifar10 or cifar10:train[:80%], or digits, npz:FILE or folder:DIR"
+            f"config.data.name {name!r}: {explanation} Give a TFDS name such as cifar10 or cifar10:train[:80%], or digits, npz:FILE or folder:DIR"
         ) from error
     features = dict(getattr(builder.info.features, "items", dict)())
     image, label = features.get("image"), features.get("label")
@@ -296,8 +296,8 @@ def _check_part(builder: Any, part: str, split: str) -> None:
     try:
         pieces = tfds.core.ReadInstruction.from_spec(part).to_absolute(builder.info.splits)
     except (ValueError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"config.data.name: {part} is no part of a split ({reason}): {example}") from error
+        explanation = " ".join(str(error).split())[:150]
+        raise UserError(f"config.data.name: {part} is no part of a split ({explanation}): {example}") from error
     if others := sorted({piece.splitname for piece in pieces} - {split}):
         raise UserError(f"config.data.name: {part} is not of the training images alone ({others[0]}): {example}")
     size = builder.info.splits[split].num_examples

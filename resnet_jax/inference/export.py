@@ -105,9 +105,8 @@ def write_safetensors(model: "Model", path: Path, float16: bool = False) -> Run:
         for name, leaf in flat.items()
     }
     meta = metadata(model)
-    path.write_bytes(
-        save(arrays, {"resnet_jax": sealed(meta, meta["weights"])})
-    )  # one key, because the order of several is not fixed
+    # One key, because the order of several is not fixed.
+    path.write_bytes(save(arrays, {"resnet_jax": sealed(meta, meta["weights"])}))
     return trained_model.load(path).logits
 
 
@@ -124,9 +123,7 @@ def write_stablehlo(model: "Model", path: Path, views: int = 1) -> Run:
 
     from resnet_jax import models, steps
 
-    network = models.from_config(
-        model.config.model, len(model.class_names)
-    )  # with XLA's convolutions, which run on every device
+    network = models.from_config(model.config.model, len(model.class_names))  # XLA's convolutions run on every device
     variables = jax.device_get(model.variables)
 
     def logits(images: jax.Array) -> jax.Array:
@@ -138,9 +135,8 @@ def write_stablehlo(model: "Model", path: Path, views: int = 1) -> Run:
     path.write_bytes(program_bytes)
     with zipfile.ZipFile(path, "a") as archive:  # after the program, where its reader ignores it
         meta = sealed(metadata(model, views), hashlib.sha256(program_bytes).hexdigest())
-        archive.writestr(
-            zipfile.ZipInfo("metadata.json"), meta
-        )  # without a date, so that the same network gives the same bytes
+        # Without a date, so that the same network gives the same bytes.
+        archive.writestr(zipfile.ZipInfo("metadata.json"), meta)
     program = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(program.call(images))
 
@@ -193,19 +189,22 @@ def largest_difference(model: "Model", run: Run, views: int = 1) -> float:
 def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """Write an export atomically, and return its `largest_difference` from the network.
 
-    An ONNX export always computes in float32, and is compared with the network in float32. One with `float16` is compared
-    with the `rounded` network.
+    An ONNX export always computes in float32, and is compared with the network in float32, without an accelerator's shorter
+    products. One with `float16` is compared with the `rounded` network.
 
     Raises:
         UserError: if the file cannot be written.
         RuntimeError: if the export differs from the network; then no file is written.
     """
+    import jax
+
+    precision = None
     if kind == "onnx":
-        model = model.in_float32()
+        model, precision = model.in_float32(), "highest"  # else TF32 on a GPU, bfloat16 on a TPU
     if settings.get("float16"):
         model = rounded(model)
     try:
-        with files.atomic_file(path) as new:
+        with files.atomic_file(path) as new, jax.default_matmul_precision(precision):
             difference = largest_difference(model, WRITERS[kind](model, new, **settings), settings.get("views", 1))
             if not difference <= _TOLERANCE:
                 raise RuntimeError(
@@ -257,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
     from resnet_jax.inference import trained_model  # after the checks, because JAX takes seconds to import
 
     model = trained_model.load(arguments.run, arguments.checkpoint)
-    settings = {name: given for name in ("fold", "float16", "opset") if (given := getattr(arguments, name))}
+    settings = {name: value for name in ("fold", "float16", "opset") if (value := getattr(arguments, name))}
     if arguments.views > 1:
         settings["views"] = arguments.views
     difference = write(model, arguments.format, path, **settings)

@@ -66,9 +66,9 @@ def listed(arguments: Sequence[str]) -> list[Path]:
         elif path.exists():
             matches = [path]
         else:
-            found = _matching(str(path))
-            matches = [p for p in found if p.suffix.lower() == ".npz" or images.is_image(p)]
-            others = len(found) - len(matches)
+            named = _matching(str(path))
+            matches = [p for p in named if p.suffix.lower() == ".npz" or images.is_image(p)]
+            others = len(named) - len(matches)
         if others:
             print(f"{one_line(path)}: {images.left_out(others)}", file=sys.stderr)
         if not matches:

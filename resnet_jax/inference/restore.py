@@ -24,7 +24,7 @@ def restore_run(config: ConfigDict, directory: Path, which: str) -> tuple[Setup,
     """
     if not (directory / "config.json").exists():
         raise UserError(f"{directory} holds no run: train first, or give the --workdir of a run")
-    config = workdir.check(directory, config)
+    config = workdir.with_computed(directory, config)
     checkpoints.read_chosen(directory, which, lambda saved, step: None)  # a user error comes before the data are loaded
     start = setup(config)
     check_meta = partial(workdir.check_meta, directory, config, start.dataset.fingerprint)

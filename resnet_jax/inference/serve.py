@@ -218,6 +218,15 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def _hosts(host: str, address: str) -> set[str] | None:
+    """Return the host names that requests to `--host` may use; None for any where other machines can reach its address.
+
+    The names by which other machines call this one are not known here.
+    """
+    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return {"localhost", address, host.lower()} if loopback else None
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the tool `serve`."""
     parser = ArgumentParser("python -m resnet_jax serve", __doc__)
@@ -244,16 +253,14 @@ def main(argv: Sequence[str]) -> None:
         from resnet_jax.inference import trained_model
 
         model = trained_model.load(arguments.run, arguments.checkpoint)
-        _ = answer(
-            model, np.zeros((1, *model.image_shape), np.uint8)
-        )  # compiles, and fails early if there are no weights
+        # It compiles, and fails early if there are no weights.
+        _ = answer(model, np.zeros((1, *model.image_shape), np.uint8))
         shown = [] if arguments.no_samples else samples(model)
         address, port = listening.getsockname()[:2]
         shown_address = f"[{address}]" if ":" in address else address
-        hosts: set[str] | None = {"localhost", address}
-        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        hosts = _hosts(arguments.host, address)
+        if hosts is None:
             print(f"warning: {address} can be reached by other machines, and the page has no password", file=sys.stderr)
-            hosts = None  # the machine's names are not known here
         app = make_app(model, arguments.run.resolve().name, shown, hosts)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a warning for each request that waits
         server = waitress.create_server(

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -108,9 +109,9 @@ class Model:
 
         Args:
             images: an image of Pillow, an array [H, W], [H, W, C] or [N, H, W, C], or a list of these of any sizes; an empty list,
-                or N = 0, gives empty predictions, [0, num_classes]. C is 3, 1 for grey, or 4 with transparency, which becomes white. uint8 in 0..255, or floats in
-                0..1. Images of another size than `image_shape` are scaled, bilinearly, until they
-                cover it, and the centre is cropped.
+                or N = 0, gives empty predictions, [0, num_classes]. C is 3, 1 for grey, or 4 with transparency, which becomes
+                white. uint8 in 0..255, or floats in 0..1. Images of another size than `image_shape` are scaled, bilinearly,
+                until they cover it, and the centre is cropped.
             views: 1 for the image; 2 averages its logits and those of its mirror image; 6 also those of both moved by a pixel:
                 `steps.average_over_views`.
 
@@ -252,7 +253,7 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
         source: a run's workdir, a `.safetensors` or `.stablehlo` from `python -m resnet_jax export`, or the name of weights
             that ship with the package, "final-cifar10". A `.stablehlo` is a program: load only files that you trust. It
             has no `variables` and rounds floats to uint8.
-        checkpoint: "best" by validation accuracy, "latest", or a step; an export holds only one.
+        checkpoint: "best", as the run chose it; "latest"; or a step. An export holds only one.
 
     Raises:
         UserError: if the run, checkpoint or file does not exist or cannot be read.
@@ -275,8 +276,8 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
     # Here, because Orbax takes half a second to import, and a file needs none of it.
     from resnet_jax.runs import checkpoints
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folder
-    meta, _ = checkpoints.read_chosen(directory, str(checkpoint), checkpoints.Checkpoints.meta)
+    with _without_warnings():  # Orbax warns that it only reads the folder
+        meta, _ = checkpoints.read_chosen(directory, str(checkpoint), checkpoints.Checkpoints.meta)
     config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
     height, width, depth = meta["image_shape"]
     mesh = train_state.make_mesh(1)
@@ -284,11 +285,23 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
     shapes = jax.eval_shape(partial(train_state.create, config, len(names), (height, width, depth), 1.0, mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
-    variables, step = checkpoints.read_chosen(
-        directory, str(checkpoint), lambda saved, step: saved.restore_variables(step, like)
-    )
+    with _without_warnings():
+        variables, step = checkpoints.read_chosen(
+            directory, str(checkpoint), lambda saved, step: saved.restore_variables(step, like)
+        )
     temperatures = calibration.temperatures(directory, step)
     return Model(config, names, (height, width, depth), variables, step, temperatures)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let absl log nothing less than an error in this block."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load_file(path: Path) -> Model:

@@ -28,10 +28,6 @@ from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
 _MISTAKES = 16
-SUMMARY_KEYS = (
-    *("config", "dataset", "environment", "num_params", "test_accuracy", "test_loss", "seconds", "steps"),
-    *("metrics", "analysis"),
-)
 
 
 def summarise(directory: Path) -> dict[str, Any]:

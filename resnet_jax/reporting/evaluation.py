@@ -20,7 +20,7 @@ from resnet_jax.evaluate import Evaluation, evaluate
 from resnet_jax.inference import calibration, trained_model
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.reporting import figures
-from resnet_jax.runs import environment
+from resnet_jax.runs import environment, workdir
 from resnet_jax.runs.progress import waiting
 
 
@@ -39,6 +39,7 @@ def run(
         What `eval.json` holds.
     """
     _warn_of_mirrors(config, views)
+    workdir.check_writable(directory)
     run_setup, state, step = restore_run(config, directory, which)
     config = run_setup.config
     if fit_temperature and not len(run_setup.validation.labels):
@@ -113,6 +114,7 @@ def run_on(config: ConfigDict, directory: Path, which: str, data: str, views: in
         UserError: if the run or the data cannot be read, or the data have other classes or an image size that does not fit.
     """
     _warn_of_mirrors(config, views)
+    workdir.check_writable(directory)
     model = trained_model.load(directory, which)
     kind, _, path = data.partition(":")
     height, width, _ = model.image_shape

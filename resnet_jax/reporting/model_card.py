@@ -89,12 +89,12 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
 
     hint = f"evaluate the run again: python -m resnet_jax eval {directory}"
     evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "views", "dataset", "test"), hint)
-    for key, wanted in (
-        ("checkpoint_step", result.checkpoint_step),
-        ("dataset", result.dataset),
-        ("views", 1),
+    for key, found, wanted in (
+        ("checkpoint_step", evaluation["checkpoint_step"], result.checkpoint_step),
+        ("dataset", _but_for_name(evaluation["dataset"]), _but_for_name(result.dataset)),
+        ("views", evaluation["views"], 1),
     ):
-        if evaluation[key] != wanted:
+        if found != wanted:
             raise UserError(f"{directory / 'eval.json'} and result.json differ in the {key.replace('_', ' ')}: {hint}")
 
     model = trained_model.load(directory, result.checkpoint_step)
@@ -131,6 +131,11 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
         raise UserError(f"{directory}: result.json or eval.json is corrupt ({error!r}): {hint}") from error
+
+
+def _but_for_name(dataset: Any) -> Any:
+    """A description of data without the name, which may be a folder that has moved since."""
+    return {key: value for key, value in dataset.items() if key != "name"} if isinstance(dataset, dict) else dataset
 
 
 def main(argv: Sequence[str]) -> None:

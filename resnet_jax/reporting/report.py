@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
@@ -32,6 +31,10 @@ from resnet_jax.runs import stored_config
 
 # Fields that all optimizers have, and that are no part of one.
 _OPTIM_FIELDS = {"optim.backbone_rate", "optim.decay_mask", "optim.max_grad_norm", "optim.ema_decay"}
+_SUMMARY_KEYS = (
+    *("config", "dataset", "environment", "num_params", "test_accuracy", "test_loss", "seconds", "steps"),
+    *("metrics", "analysis"),
+)
 _ROWS = {  # the metrics in each row, by split
     "train": ("loss", "accuracy", "learning_rate", "grad_norm"),
     "validation": ("loss", "accuracy"),
@@ -45,12 +48,12 @@ def read_run(path: Path) -> tuple[str, Summary]:
     Raises:
         UserError: if the run is not complete, or the file is not a summary.
     """
-    from resnet_jax.reporting import analysis  # only here, because JAX takes seconds to import
-
     if path.is_dir():
+        from resnet_jax.reporting import analysis  # only here, because JAX takes seconds to import
+
         with redirect_stdout(StringIO()):  # what restoring a run prints
             return path.absolute().name, analysis.summarise(path)
-    summary = files.read_json(path, analysis.SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
+    summary = files.read_json(path, _SUMMARY_KEYS, "give the workdir of a complete run, or its summary")
     try:
         stored_config.from_json(summary["config"])
         _check(summary)
@@ -62,7 +65,7 @@ def read_run(path: Path) -> tuple[str, Summary]:
 def _check(summary: Summary) -> None:
     """Read every value that is drawn, so that a wrong file is detected before anything is written."""
     analysis, classes = summary["analysis"], len(summary["analysis"]["class_names"])
-    if np.array(analysis["confusion"]).shape != (classes, classes):
+    if np.array(analysis["confusion"], np.int64).shape != (classes, classes):
         raise ValueError("the size of the confusion matrix is not the number of classes")
     for row in summary["metrics"]:
         for name in ("epoch", "step", *_ROWS[row["split"]]):
@@ -71,6 +74,7 @@ def _check(summary: Summary) -> None:
         raise ValueError("the network has no stages")
     for stage in analysis["stages"]:
         _ = stage["name"], stage["blocks"], int(stage["num_params"]), list(stage["shape"])
+        _ = [float(stage[name]) for name in ("rms", "zeros", "dead") if stage.get(name) is not None]
     for mistake in analysis["mistakes"]:
         _ = analysis["class_names"][mistake["label"]], analysis["class_names"][mistake["prediction"]]
         _ = mistake["index"], float(mistake["probability"]), base64.b64decode(mistake["png"], validate=True)
@@ -78,6 +82,8 @@ def _check(summary: Summary) -> None:
         float(summary["test_accuracy"]),
         float(summary["test_loss"]),
         float(summary["seconds"]),
+        int(summary["num_params"]),
+        summary["dataset"]["fingerprint"],
         pages.machine(summary["environment"]),
     )
 
@@ -233,10 +239,13 @@ def main(argv: Sequence[str]) -> None:
         "--summary", type=command_line.local_path, metavar="FILE", help="write the one RUN's summary instead"
     )
     arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it only reads the folders
     if arguments.summary:
         if len(arguments.runs) > 1:
             raise UserError("--summary takes one RUN")
+        if arguments.summary.exists():
+            files.read_json(
+                arguments.summary, _SUMMARY_KEYS, "--summary overwrites only the summary of a run: give another file"
+            )
         files.write_json(arguments.summary, read_run(arguments.runs[0])[1])
         print(arguments.summary)
         return

@@ -93,8 +93,8 @@ def best_step(validated: Mapping[int, Validation]) -> int | None:
     """The step with the best validation, or None if there is none.
 
     Its accuracy is within one standard error of the highest: such a difference is no better than luck, so the lower loss
-    decides, and then the later step. Steps count in their order, and the best of some steps takes part with those that
-    follow. So the choice is the same whether or not a run was stopped in between, though it keeps only its best checkpoint.
+    decides, and then the later step. Validations are compared in the order of their steps. A resumed run, which keeps only
+    its best checkpoint, therefore chooses the same one.
     """
     best: int | None = None
     highest = Validation(0.0, 0.0)

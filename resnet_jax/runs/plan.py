@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 def total_steps(config: ConfigDict, num_examples: int) -> int:
     """Return the fewest steps whose images are `num_epochs` epochs or more.
 
-    1.1 epochs are 11/10, as they are written, and 2/3 of an epoch, which a float holds a little too large or too small,
-    are the steps of 2/3: one step fewer is enough where its epochs are the same float.
+    `num_epochs` counts as the decimal that is written: 1.1 is 11/10. A quotient such as 2/3 is not an exact decimal, so one
+    step fewer is taken if it gives the same float.
     """
     steps = math.ceil(Fraction(str(config.num_epochs)) * num_examples / config.batch_size)
     one_fewer = max(1, steps - 1)
@@ -66,18 +66,18 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What makes a run on little data train badly, with the numbers."""
-        found = []
+        warnings = []
         if self.num_examples < self.batch_size:
-            found.append(
+            warnings.append(
                 f"warning: a batch holds {self.batch_size} images, and there are only {self.num_examples} for training, so each "
                 "comes several times in it: lower config.batch_size"
             )
         if self.total_steps < 10:
-            found.append(
+            warnings.append(
                 f"warning: the run takes only {self.total_steps} steps of {self.batch_size} images: lower config.batch_size, or "
                 "raise config.num_epochs"
             )
-        return found
+        return warnings
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the run evaluates after a step: as each whole `eval_every_epochs` ends, and at the last step."""
@@ -98,14 +98,20 @@ class Plan:
         """Whether a call holds a step that ends a full row, `log_every_steps` long."""
         return call.end // self.log_every_steps > call.start // self.log_every_steps
 
-    def calls(self, first_step: int, steps_per_call: int) -> Iterator[Call]:
-        """The calls from `first_step` to the end.
+    def steps_per_call(self, most: int) -> int:
+        """The steps of a call: the number, up to `most`, with which the fewest calls take the steps between two saves."""
+        epochs = self.num_examples * self.eval_every_epochs // self.batch_size
+        gap = min(steps for steps in (epochs, self.checkpoint_every_steps, self.total_steps) if steps)
+        return min(range(min(most, gap), 0, -1), key=lambda steps: gap // steps + gap % steps)
+
+    def calls(self, first_step: int, most_steps: int) -> Iterator[Call]:
+        """The calls from `first_step` to the end, of at most `most_steps` steps.
 
         A call takes `steps_per_call` steps, or 1 where a save would come before its end. So a call never goes past a
         save, only two lengths are compiled, and the steps that follow a save are cut into calls as in the run that was
         not stopped there.
         """
-        step = first_step
+        step, steps_per_call = first_step, self.steps_per_call(most_steps)
         while step < self.total_steps:
             saves_within = any(map(self.saves_after, range(step + 1, step + steps_per_call)))
             call = Call(step, step + (1 if saves_within else steps_per_call))

@@ -39,20 +39,27 @@ class TrainingInterrupted(Exception):
         self.exit_code = exit_code
 
 
-def reason(exit_code: int) -> str:
+def stopped_by(exit_code: int) -> str:
     """What stopped a run, in words."""
     return "its time limit" if exit_code == TIME_LIMIT else signal.Signals(exit_code - 128).name
 
 
 class StopRequest:
-    """Whether the run was asked to stop, by a signal or by its deadline.
+    """Whether the run was asked to stop, by a signal or by its time limit.
 
     Args:
-        deadline: `time.monotonic()` at which to stop, effective once `start_clock` is called; None for never.
+        max_seconds: stop so long after `started`, but not before `start_clock` is called; None for never.
+        started: a `time.monotonic()`; now if None.
+        ends_process: whether signals may end the process where its main thread is busy. False in a process of the caller's,
+            such as a notebook: there, a second Ctrl-C raises `KeyboardInterrupt`.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self._deadline = math.inf if deadline is None else deadline
+    def __init__(
+        self, max_seconds: float | None = None, started: float | None = None, ends_process: bool = True
+    ) -> None:
+        started = time.monotonic() if started is None else started
+        self._deadline = math.inf if max_seconds is None else started + max_seconds
+        self._ends_process = ends_process
         self._clock_runs = False
         self._captured = False
         self._signum: int | None = None
@@ -66,7 +73,7 @@ class StopRequest:
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Note the first signal that arrives in this block; a second one, a second later, ends the process at once.
+        """Note the first signal that arrives in this block; a second one, a second later, ends the process (`ends_process`).
 
         Python runs a handler only when the main thread leaves XLA, which may compile for minutes. The C handler writes each
         signal to a pipe at once, and another thread reads it there.
@@ -99,6 +106,8 @@ class StopRequest:
             os.close(reader)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
+        if self._signum and signum == signal.SIGINT and not self._ends_process:
+            raise KeyboardInterrupt
         self._signum = self._signum or signum
 
     def _watch(self, reader: int, others: int) -> None:
@@ -110,15 +119,15 @@ class StopRequest:
                     os.write(others, byte)
             elif stopping_since is None:
                 stopping_since = time.monotonic()
-                if self._on_signal:
+                if self._on_signal and self._ends_process:
                     threading.Thread(target=self._on_signal, args=(128 + byte[0],), daemon=True).start()
                 threading.Thread(target=_say_stopping, daemon=True).start()  # a stopped terminal would block this one
-            elif time.monotonic() - stopping_since > _SAME_SIGNAL_SECONDS:
+            elif self._ends_process and time.monotonic() - stopping_since > _SAME_SIGNAL_SECONDS:
                 os._exit(128 + byte[0])  # without a flush, which would wait for a main thread that is writing
 
     @contextmanager
     def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
-        """End the process soon after a captured signal, even if the main thread is inside XLA for minutes.
+        """End the process soon after a captured signal (`ends_process`), even if the main thread is in XLA for minutes.
 
         Args:
             seconds: how long the block has, after a signal, to end by itself.
@@ -138,10 +147,10 @@ class StopRequest:
             done.set()
 
     def exit_before_first_step(self, seconds: float) -> AbstractContextManager[None]:
-        """`exit_within`, while there is nothing to save yet: data can take hours to decode."""
+        """Like `exit_within`, before the first step: nothing needs saving, and data can take hours to decode."""
 
         def end(exit_code: int) -> None:
-            print(f"stopped by {reason(exit_code)} before the first step", file=sys.stderr)
+            print(f"stopped by {stopped_by(exit_code)} before the first step", file=sys.stderr)
             exit_immediately(exit_code)
 
         return self.exit_within(seconds, end)

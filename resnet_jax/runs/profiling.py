@@ -79,7 +79,7 @@ class Profile(Hook):
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the loop that it watches
         jax.profiler.start_trace(self._directory, profiler_options=options)
-        self._phase = "running"
+        self._first, self._phase = call.start + 1, "running"
 
     def after_dispatch(self, call: Call, metrics: Any) -> str:
         """End the trace after the call that holds its last step; returns the ten costliest operations."""
@@ -88,7 +88,7 @@ class Profile(Hook):
         if self._phase != "running" or call.end < self._last:
             return ""
         jax.block_until_ready(metrics)
-        return self.on_stop(self._last)
+        return self.on_stop(call.end)
 
     def on_stop(self, step: int) -> str:
         """End a running trace; return the ten most expensive operations."""

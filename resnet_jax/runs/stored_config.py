@@ -127,9 +127,9 @@ def without_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
 def extended(config: ConfigDict, num_epochs: float) -> ConfigDict:
     """A config with more epochs, whose schedule begins anew where it ended."""
     restarts = (*config.schedule.restart_epochs, config.num_epochs)
-    extended = replaced(config, {"num_epochs": float(num_epochs), "schedule.restart_epochs": restarts})
-    validate(extended)
-    return extended
+    longer = replaced(config, {"num_epochs": float(num_epochs), "schedule.restart_epochs": restarts})
+    validate(longer)
+    return longer
 
 
 def differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:

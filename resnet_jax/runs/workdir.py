@@ -38,6 +38,18 @@ def check(directory: Path, config: ConfigDict) -> ConfigDict:
     Raises:
         UserError: if the folder cannot be written, or its run has another config; the message names the fields.
     """
+    check_writable(directory)
+    remains = [*directory.glob("result.json"), *_checkpoints(directory)]
+    if not (directory / "config.json").exists():
+        if remains:
+            raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
+        return config
+    filled = with_computed(directory, config)
+    return filled if remains else config  # a run that ended before its first checkpoint begins anew
+
+
+def check_writable(directory: Path) -> None:
+    """Raise a `UserError` if a folder cannot be written, or made."""
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
     except OSError as error:
@@ -45,15 +57,18 @@ def check(directory: Path, config: ConfigDict) -> ConfigDict:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = f"{directory}" if existing == directory else f"{directory}: {existing}"
         raise UserError(f"--workdir {what} is not a writable folder: choose another")
-    remains = [*directory.glob("result.json"), *_checkpoints(directory)]
-    if not (directory / "config.json").exists():
-        if remains:
-            raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
-        return config
+
+
+def with_computed(directory: Path, config: ConfigDict) -> ConfigDict:
+    """Return a config with the numbers that a folder's run computed when it began.
+
+    Raises:
+        UserError: if the run has another config; the message names the fields.
+    """
     stored = files.read_json(directory / "config.json")
     filled = stored_config.with_computed(config, stored)
     _refuse_differences(str(directory), filled, stored)
-    return filled if remains else config  # a run that ended before its first checkpoint begins anew
+    return filled
 
 
 def _refuse_differences(what: str, config: ConfigDict, stored: dict[str, Any]) -> None:
@@ -97,7 +112,11 @@ def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDi
         raise UserError(f"--extend-to {num_epochs:g}: {directory} holds no run: train it first, or give its --workdir")
     as_json = files.read_json(directory / "config.json")
     stored, config = stored_config.from_json(as_json), stored_config.with_computed(config, as_json)
-    _refuse_differences(str(directory), stored, stored_config.to_json(config))
+    epochs = [
+        {"num_epochs": of.num_epochs, "schedule.restart_epochs": of.schedule.restart_epochs} for of in (config, stored)
+    ]
+    extends = not stored_config.differences(stored, stored_config.to_json(replaced(stored, epochs[0])))
+    _refuse_differences(str(directory), replaced(config, epochs[1]) if extends else config, as_json)
     if num_epochs < stored.num_epochs:
         raise UserError(f"--extend-to {num_epochs:g}: {directory} has {stored.num_epochs:g} epochs already: give more")
     if num_epochs != stored.num_epochs:
@@ -198,7 +217,8 @@ class Workdir:
     def restore(self, initial: TrainState) -> tuple[TrainState, float]:
         """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
 
-        Rows logged after that step are dropped, because they will be logged again. The config of this session is written.
+        Rows logged after that step are dropped, because they will be logged again. The config of this session is written, and
+        where it extends a complete run, that run's result gets another name.
         """
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)
@@ -206,6 +226,10 @@ class Workdir:
         for later in [s for s in self.validations if s > step]:
             del self.validations[later]
         if self._lock:
+            epochs = _epochs_of_result(self.path)
+            if epochs is not None and epochs != self._config.num_epochs:
+                self.check_lock()
+                (self.path / "result.json").replace(self.path / f"result-{epochs:g}-epochs.json")
             self.write_json("config.json", stored_config.to_json(self._config))
             self._log = MetricsLog(self.path, step)
         return state, seconds
@@ -298,9 +322,6 @@ def open_workdir(
         if lock:
             check(directory, config)
             files.remove_scratch(directory)  # of a session that was killed
-            epochs = _epochs_of_result(directory)
-            if epochs is not None and epochs != config.num_epochs:  # the run is extended
-                (directory / "result.json").replace(directory / f"result-{epochs:g}-epochs.json")
             if not (directory / "config.json").exists():  # else `restore` writes it, if the data are those of the run
                 files.write_json(directory / "config.json", stored_config.to_json(config))
             _record_environment(directory)

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             worker.Worker(config, name, storage, root).run(STAGES if arguments.stage == "all" else (arguments.stage,))
         except preemption.TrainingInterrupted as stop:
-            print(f"{stop}; rerun the command to resume the search", file=sys.stderr)
+            print(stop, file=sys.stderr)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             print("stopped by SIGINT between trials: rerun the command to resume the search", file=sys.stderr)
@@ -107,7 +107,8 @@ def main_report(argv: Sequence[str]) -> None:
         "--workdir", type=command_line.local_path, metavar="DIR", help="folder of its runs (default: runs/search/NAME)"
     )
     parser.add_argument("--storage", metavar="WHERE", help="its storage (default: WORKDIR/study.journal)")
-    parser.add_argument(
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
         "--output",
         type=command_line.local_path,
         metavar="DIR",
@@ -117,10 +118,9 @@ def main_report(argv: Sequence[str]) -> None:
         "--found",
         type=command_line.local_path,
         metavar="FILE",
-        default=Path("configs/found.py"),
         help="config to write (default: configs/found.py)",
     )
-    parser.add_argument(
+    target.add_argument(
         "--summary",
         type=command_line.local_path,
         metavar="FILE",
@@ -130,10 +130,13 @@ def main_report(argv: Sequence[str]) -> None:
     name = arguments.study
     if not is_name(name):
         raise UserError(f"--study is {name!r}: use a name of letters, digits, '.', '_' and '-'")
+    if arguments.summary and arguments.found:
+        raise UserError("--summary writes no config: leave out --found")
     from resnet_jax.search import report  # after the checks, because JAX takes seconds to import
 
     where = arguments.storage or str(default_storage(arguments.workdir or default_workdir(name)))
     if arguments.summary:
         report.save_summary(name, where, arguments.summary)
     else:
-        report.save_page(name, where, arguments.output or Path(f"report-{name}"), arguments.found)
+        page, found = arguments.output or Path(f"report-{name}"), arguments.found or Path("configs/found.py")
+        report.save_page(name, where, page, found)

@@ -104,7 +104,7 @@ def outcome(config: ConfigDict, study: optuna.Study, stage: str) -> str:
         )
     winner = f"{best[0].values[0]:.2%}, {space.name(best[0].user_attrs['fields'])}"
     if stage == "confirm":  # which is decided by means, not by the best seed
-        for entry in summary.confirmed([summary.row(trial) for trial in study.trials], config):
+        for entry in summary.confirmed(summary.rows(study), config):
             if entry["best"]:
                 winner = (
                     f"{entry['mean']:.2%}, the mean of {len(entry['accuracies'])} seeds, {space.name(entry['fields'])}"

@@ -34,14 +34,14 @@ def summarise(name: str, by_stage: Mapping[str, optuna.Study]) -> Summary:
     """
     attributes = [study.user_attrs for study in by_stage.values()]
     config = stored_config.from_json(attributes[0]["config"], SEARCH_FIELDS)
-    trials = {stage: [row(t) for t in study.trials if "fields" in t.user_attrs] for stage, study in by_stage.items()}
+    trials = {stage: rows(study) for stage, study in by_stage.items()}
     candidates = confirmed(trials.get("confirm", []), config)
     ranked = sorted(
         (row for stage in ("grid", "refine") for row in trials.get(stage, []) if row["accuracy"] is not None),
         key=lambda row: -row["accuracy"],
     )
     chosen: Sequence[dict[str, Any]] = [entry for entry in candidates if entry["best"]] or ranked
-    timed = [row for rows in trials.values() for row in rows if row["worker_seconds"]]
+    timed = [row for of_stage in trials.values() for row in of_stage if row["worker_seconds"]]
     return {
         "study": name,
         "config": attributes[0]["config"],
@@ -64,6 +64,12 @@ def _wall_seconds(trials: Sequence[FrozenTrial]) -> float | None:
     began = [trial.datetime_start for trial in trials if trial.datetime_start]
     ended = [trial.datetime_complete for trial in trials if trial.datetime_complete]
     return (max(ended) - min(began)).total_seconds() if ended else None
+
+
+def rows(study: optuna.Study) -> list[dict[str, Any]]:
+    """Return `row` of each trial of a stage; one that a worker is about to begin, or died before it began, has none."""
+    described = {"fields", *Cost._fields}
+    return [row(trial) for trial in study.trials if described <= trial.user_attrs.keys()]
 
 
 def row(trial: FrozenTrial) -> dict[str, Any]:

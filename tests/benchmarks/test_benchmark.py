@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import sys
 
 import pytest
 from helpers import ROOT, launch, tool
@@ -121,6 +122,23 @@ def test_all_is_measured(measured):
 def test_an_augmentation_that_the_naive_pipeline_lacks_is_not_compared():
     with pytest.raises(UserError, match=r"naive_pipeline cannot be compared, because it has no augment\.crop_fill"):
         benchmark.main(["--config", str(ROOT / "configs" / "best.py"), "--only=naive_pipeline"])
+
+
+def test_operations_can_be_counted_where_jax_is_told_to_use_only_a_gpu(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(benchmark, "cases_of", lambda *_: [])
+    benchmark.main(["--config", str(ROOT / "configs" / "quickstart.py")])
+    assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
+
+
+def test_pytorch_sees_no_gpu_where_jax_computes_on_the_cpu(monkeypatch, tmp_path):
+    program = "import json, os; input(); print(json.dumps(os.environ['CUDA_VISIBLE_DEVICES']), flush=True)"
+    (tmp_path / "as_pytorch.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with measure.in_torch("as_pytorch", {}, sys.executable) as (_, visible):
+        assert visible == ""
 
 
 def test_the_steps_of_a_call_are_timed_together(tiny_config, monkeypatch):

@@ -112,9 +112,10 @@ def test_images_too_large_for_the_augmentation_are_refused(config, name):
         check(4097)
 
 
-def test_a_batch_of_one_image_cannot_be_mixed(split, config):
-    config.batch_size, config.augment.mixup_alpha = 1, 0.2
-    with pytest.raises(UserError, match="batch_size is 1, and mixup and CutMix mix two images"):
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_part_of_a_batch_with_one_image_cannot_be_mixed(split, config, images):
+    config.batch_size, config.accumulation_steps, config.augment.mixup_alpha = images, images, 0.2
+    with pytest.raises(UserError, match=f"batch_size {images} leaves one image in each part of a batch, and mixup"):
         pipelines.check(config, split, mesh=None)
 
 

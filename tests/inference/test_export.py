@@ -81,6 +81,22 @@ def test_every_structure_is_exported_and_computes_the_same(model_of_structure, t
     assert [path.name for path in tmp_path.iterdir()] == [f"model.{kind}"]
 
 
+@pytest.mark.parametrize(("kind", "precision"), [("onnx", "highest"), ("stablehlo", None)])
+def test_an_onnx_export_is_compared_with_float32_products(cache_dir, tmp_path, monkeypatch, kind, precision):
+    """Without it, a GPU multiplies in TF32, and a TPU in bfloat16."""
+    pytest.importorskip("onnxruntime")
+    precisions = []
+    difference = export.largest_difference
+
+    def compare(*arguments):
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return difference(*arguments)
+
+    monkeypatch.setattr(export, "largest_difference", compare)
+    export.write(random_model(cache_dir), kind, tmp_path / f"model.{kind}")
+    assert precisions == [precision]
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_export_holds_no_path_of_this_machine(cache_dir, tmp_path, kind):
     pytest.importorskip("onnxruntime")

@@ -302,6 +302,19 @@ def test_mistakes_are_one_line_and_loading_does_not_come_first(run, tmp_path, ad
     assert_user_error(launch(tmp_path / "nowhere", "--port=0", program=DEMO), "holds no run with checkpoints")
 
 
+@pytest.mark.parametrize(
+    ("host", "address", "hosts"),
+    [
+        ("127.0.0.1", "127.0.0.1", {"localhost", "127.0.0.1"}),
+        ("MyMachine", "127.0.1.1", {"localhost", "127.0.1.1", "mymachine"}),  # as Debian names a machine
+        ("ip6-localhost", "::1", {"localhost", "::1", "ip6-localhost"}),
+        ("0.0.0.0", "0.0.0.0", None),
+    ],
+)
+def test_requests_may_use_the_name_that_was_given(host, address, hosts):
+    assert serve._hosts(host, address) == hosts
+
+
 MISTAKES = {
     "a port that there is not": (["{run}", "--port=99999"], "--port 99999"),
     "a host that there is not": (["{run}", "--host=no.such.host.invalid"], "--host no.such.host.invalid"),

@@ -7,6 +7,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from helpers import make_tiny_config
 from PIL import Image
 
@@ -218,6 +219,17 @@ def test_any_checkpoint_can_be_loaded(run):
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     assert {trained_model.load(run, step).step for step in steps} == set(steps)
     assert trained_model.load(str(run), "latest").step == steps[-1]
+
+
+def test_loading_leaves_the_callers_logging_as_it_is(run):
+    before = logging.get_verbosity()
+    try:
+        for verbosity in (logging.DEBUG, logging.FATAL):
+            logging.set_verbosity(verbosity)
+            trained_model.load(run)
+            assert logging.get_verbosity() == verbosity
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_the_parameters_are_those_of_the_checkpoint(run, model, cache_dir):

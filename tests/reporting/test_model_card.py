@@ -171,6 +171,12 @@ def test_what_is_there_is_not_written_over(evaluated, capsys):
         assert (evaluated / "result.json").read_text() == before
 
 
+def test_data_that_have_moved_since_are_the_same_data(changed, evaluated):
+    before = model_card.card(evaluated)
+    run = changed("eval.json", lambda value: value["dataset"].update(name="folder:elsewhere"))
+    assert model_card.card(run) == before
+
+
 def test_a_run_without_validation_says_so(changed):
     def plain(value):
         del value["validation"], value["test"]["calibrated"]
@@ -194,6 +200,11 @@ def test_a_run_without_validation_says_so(changed):
         (
             "eval.json",
             lambda value: value["dataset"].update(fingerprint="0"),
+            "eval.json and result.json differ in the dataset",
+        ),
+        (
+            "eval.json",
+            lambda value: value.update(dataset=None),
             "eval.json and result.json differ in the dataset",
         ),
         ("eval.json", lambda value: value["test"].pop("confusion"), "result.json or eval.json is corrupt"),

@@ -21,10 +21,11 @@ from reproduction import report as reproduction_report
 from resnet_jax import config as config_lib
 from resnet_jax import optim, training
 from resnet_jax.data import datasets
+from resnet_jax.errors import UserError
 from resnet_jax.inference.restore import restore_run
-from resnet_jax.reporting import analysis, figures, pages, report, statistics
+from resnet_jax.reporting import analysis, evaluation, figures, pages, report, statistics
 from resnet_jax.reporting.figures import Group
-from resnet_jax.runs import stored_config
+from resnet_jax.runs import stored_config, workdir
 from resnet_jax.runs.exits import exit_on_user_error
 
 
@@ -91,6 +92,16 @@ def test_a_summary_is_the_result_with_what_the_run_logged_and_its_network(runs, 
     assert [stage["name"] for stage in stages] == ["stem", "stage1", "stage2", "classifier"]
     assert [stage["shape"] for stage in stages] == [[8, 8, 8], [8, 8, 8], [4, 4, 16], [10]]
     assert sum(stage["num_params"] for stage in stages) == result["num_params"]
+
+
+def test_a_run_that_may_only_be_read_is_summarised_and_not_evaluated(runs, summaries, cache_dir, monkeypatch):
+    def refuse(_):
+        raise UserError("not writable")
+
+    monkeypatch.setattr(workdir, "check_writable", refuse)  # root may write everywhere
+    with pytest.raises(UserError, match="not writable"):
+        evaluation.run(make_tiny_config(cache_dir), runs[0], "best")
+    assert report.read_run(runs[0])[1] == json.loads(summaries[0].read_text())
 
 
 def test_the_most_confident_mistakes_are_those_of_the_test_split(runs, summaries):
@@ -464,6 +475,13 @@ MISTAKES = {
     "a file as folder": (["good.json", "--output", "text.json"], "holds files that are not a report"),
     "a folder in a file": (["good.json", "--output", "text.json/page"], "cannot be written"),
     "a summary of two": (["good.json", "twin.json", "--summary", "x.json"], "--summary takes one RUN"),
+    "a file that is no summary": (
+        ["good.json", "--summary", "other.json"],
+        "--summary overwrites only the summary of a run",
+    ),
+    "no fingerprint": (["fingerprint.json", "--output", "page"], "is not the summary of a run"),
+    "no count": (["count.json", "--output", "page"], "is not the summary of a run"),
+    "a share that is no number": (["share.json", "--output", "page"], "is not the summary of a run"),
     "a summary nowhere": (["good.json", "--summary", "nowhere/x.json"], "cannot be written"),
     "no comparison": (["good.json", "--resnet18", "nowhere", "--output", "page"], "reproduction.reproduce resnet18"),
     "another comparison": (
@@ -512,6 +530,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(summaries, tmp_path, monkeypat
         "rate": good | {"metrics": [good["metrics"][0] | {"learning_rate": None}]},
         "stages": good | {"analysis": good["analysis"] | {"stages": []}},
         "devices": good | {"environment": {}},
+        "fingerprint": good | {"dataset": {}},
+        "count": good | {"analysis": good["analysis"] | {"confusion": [["few"] * 10] * 10}},
+        "share": good | {"analysis": good["analysis"] | {"stages": [good["analysis"]["stages"][0] | {"dead": "many"}]}},
     }
     for name, content in files.items():
         Path(f"{name}.json").write_text(json.dumps(content))

@@ -113,6 +113,14 @@ def test_what_is_measured_on_a_cpu_is_refused_on_a_gpu(tmp_path, monkeypatch):
         reproduce.main(["narrow", *flags_of(tmp_path)])
 
 
+def test_a_comparison_without_pytorch_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "check_machine", lambda _: "gpu")
+    monkeypatch.setattr(reproduce, "has_torch", lambda: False)
+    monkeypatch.setattr(reproduce, "run", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=r"step compares with PyTorch, which .* lacks: .* or give --no-torch"):
+        reproduce.main([*(flag for flag in flags_of(tmp_path) if flag != "--no-torch")])
+
+
 PARTS = {  # by name of the results: is it SGD, AutoAugment, all images for training, float32, one seed
     "final": (False, False, False, False, False),
     "final-f32": (False, False, False, True, True),

@@ -3,12 +3,14 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from helpers import launch_here, mistake_of_tool, rows
 from test_training import at_step
 
 from resnet_jax import config as config_lib
 from resnet_jax import training
+from resnet_jax.data import datasets
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.reporting import evaluation
@@ -79,11 +81,12 @@ def test_a_run_can_be_extended_again_and_a_complete_extension_is_not_run_again(
     [
         (1, [], ["--extend-to 1", "has 2 epochs already: give more"]),
         ("nan", [], ["config.num_epochs is nan"]),
-        (3, ["--config.seed=5"], ["seed: 5 -> 0"]),
+        (3, ["--config.seed=5"], ["(seed: 0 -> 5)"]),
+        (3, ["--config.num_epochs=4"], ["num_epochs: 2.0 -> 4.0"]),
         (3, ["--mode=eval"], ["--extend-to need --mode train"]),
         (None, ["--config.num_epochs=3"], ["num_epochs: 2.0 -> 3.0", "--extend-to"]),
     ],
-    ids=["fewer", "nan", "another run", "eval", "without the flag"],
+    ids=["fewer", "nan", "another run", "epochs that it never had", "eval", "without the flag"],
 )
 def test_an_extension_that_cannot_be_is_one_line_and_changes_nothing(run, extend, capsys, epochs, more, words):
     before = {path: path.read_bytes() for path in run.glob("*.json*")}
@@ -92,6 +95,21 @@ def test_an_extension_that_cannot_be_is_one_line_and_changes_nothing(run, extend
         run, None, *arguments, *more, program=lambda *flags: mistake_of_tool(capsys, *flags, program=launch_here)
     )
     assert all(word in line for word in words), line
+    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_an_extension_on_other_data_keeps_the_result(trained_once, extend, tiny_config, tmp_path, capsys):
+    run = shutil.copytree(trained_once, tmp_path / "run")
+    digits = datasets.load(tiny_config.data)
+    np.savez(tmp_path / "other.npz", train_images=digits.test.images, train_labels=digits.test.labels)
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
+    line = extend(
+        run,
+        3,
+        f"--config.data.name=npz:{tmp_path}/other.npz",
+        program=lambda *flags: mistake_of_tool(capsys, *flags, program=launch_here),
+    )
+    assert "has changed since the run began" in line
     assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
 
 

@@ -116,8 +116,29 @@ def test_calls_cover_every_step_once_and_never_go_past_a_save(first_step, steps_
     calls = list(uneven.calls(first_step, steps_per_call))
     assert [step for call in calls for step in range(call.start + 1, call.end + 1)] == list(range(first_step + 1, 42))
     for call in calls:
-        assert call.count in (1, steps_per_call)
+        assert call.count in (1, uneven.steps_per_call(steps_per_call))
+        assert call.count <= steps_per_call
         assert not any(uneven.saves_after(step) for step in range(call.start + 1, call.end))
+
+
+@pytest.mark.parametrize(
+    ("steps_between_saves", "most", "steps_per_call"),
+    [
+        (351, 50, 50),  # configs/final.py: seven calls and a step
+        (98, 50, 49),  # configs/best.py: two calls, and not one and 48 steps
+        (97, 50, 48),  # two calls and a step
+        (351, 500, 351),
+        (11, 50, 11),
+        (0, 50, 41),  # a save after every step, of a batch larger than the data: such calls are single steps
+    ],
+)
+def test_a_call_takes_the_steps_with_which_there_are_fewest_calls(steps_between_saves, most, steps_per_call):
+    total = max(steps_between_saves, 41)
+    between = plan(total_steps=total, num_examples=steps_between_saves * 64 + 1)
+    assert between.steps_per_call(most) == steps_per_call
+    assert plan(total_steps=total, num_examples=10**6, checkpoint_every_steps=7).steps_per_call(most) == 7
+    fewest = len(list(between.calls(0, most)))
+    assert all(fewest <= len(list(between.calls(0, count))) for count in range(1, most + 1))
 
 
 def test_after_a_save_the_calls_are_those_of_the_run_that_did_not_stop():

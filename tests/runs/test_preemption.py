@@ -65,6 +65,19 @@ def test_a_second_signal_ends_a_run_at_once():
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
+def test_in_a_notebook_signals_do_not_end_the_process():
+    request, ended = preemption.StopRequest(ends_process=False), []
+    with request.capture_signals(), request.exit_within(0.0, end=ended.append):
+        signal.raise_signal(signal.SIGINT)
+        assert request.exit_code() == 128 + signal.SIGINT
+        time.sleep(preemption._SAME_SIGNAL_SECONDS + 0.5)  # after which a second one would end a process of our own
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert ended == []
+    assert request.exit_code() == 128 + signal.SIGINT
+
+
 def test_signals_of_others_reach_their_pipe():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -107,6 +107,13 @@ def test_a_run_prints_the_ten_costliest_operations_of_its_trace(profiled):
     assert lines[heading + 11].startswith(f"steps 3 to 6 are traced in {directory}/profile/")
 
 
+def test_calls_of_several_steps_are_traced_whole_and_named(tmp_path, capsys):
+    flags = ["--profile=4:1", "--config.pipeline=device", "--config.steps_per_call=3"]
+    launch_here(f"--config={ROOT}/configs/final.py:smoke", "--workdir", tmp_path / "run", *flags)
+    (path,) = tmp_path.glob("run/profile/plugins/profile/*/*.trace.json.gz")
+    assert f"steps 4 to 6 are traced in {path}" in capsys.readouterr().out
+
+
 def test_a_run_that_stops_amid_its_trace_leaves_what_there_is_of_it(tmp_path, capsys):
     flags = ["--profile=1:8", "--max-seconds=0"]
     with pytest.raises(SystemExit) as stop:

@@ -397,7 +397,9 @@ def test_a_trial_that_was_left_is_taken_up_with_its_candidate_and_reports(run, c
 
 @pytest.mark.parametrize("stage", ["grid", "refine", "confirm"])
 @pytest.mark.parametrize("left_after", ["create_new_trial", "set_trial_user_attr"])
-def test_a_trial_that_was_left_before_it_had_a_candidate_gets_one(run, config, monkeypatch, stage, left_after):
+def test_a_trial_that_was_left_before_it_had_a_candidate_gets_one(
+    run, config, tmp_path, monkeypatch, stage, left_after
+):
     original = getattr(optuna.storages.JournalStorage, left_after)
 
     def die(self, *arguments, **more):
@@ -410,6 +412,12 @@ def test_a_trial_that_was_left_before_it_had_a_candidate_gets_one(run, config, m
             patch.setattr(optuna.storages.JournalStorage, "set_trial_state_values", die)  # it waits as enqueued
         with pytest.raises(SystemExit):
             run(by_width, stage)
+    with studies.opened(str(tmp_path / "study.journal"), create=False) as storage:
+        if stage == "refine" and left_after == "create_new_trial":  # its study has nothing but a trial that waits
+            with pytest.raises(UserError, match="--study s has no candidates yet: wait"):
+                studies.existing(storage, "s")
+        else:
+            assert summary.summarise("s", studies.existing(storage, "s"))["trials"][stage] == []
     found = run(by_width, stage)[stage]
     assert all(trial.state.is_finished() and "fields" in trial.user_attrs for trial in found.trials)
     candidates = [json.dumps(trial.user_attrs["fields"]) for trial in found.trials]
@@ -756,6 +764,14 @@ REPORT_MISTAKES = {
     "a summary on a file": (
         ["--study=s", "--storage=study.journal", "--summary=mine.py"],
         "only the summary of a search",
+    ),
+    "a summary and a page": (
+        ["--study=s", "--storage=study.journal", "--summary=x.json", "--output=p"],
+        "--output: not allowed with argument --summary",
+    ),
+    "a summary and a config": (
+        ["--study=s", "--storage=study.journal", "--summary=x.json", "--found=x.py"],
+        "--summary writes no config: leave out --found",
     ),
     "an edited config": (["--study=s", "--storage=study.journal", "--found=edited.py"], "exists, and was edited"),
     "a config of another search": (
