@@ -6,7 +6,7 @@
 A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
 beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a
 better network, which replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, in per
-cent of it; that of the evaluations is in it.
+cent of it. It includes the evaluations.
 """
 
 import dataclasses

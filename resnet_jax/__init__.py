@@ -37,6 +37,7 @@ def train(config: "ConfigDict", workdir: str | os.PathLike[str], max_seconds: fl
     Raises:
         resnet_jax.errors.UserError: if the config, the data or the folder does not allow the run.
         resnet_jax.runs.preemption.TrainingInterrupted: after a signal or `max_seconds`; the same call resumes the run.
+        KeyboardInterrupt: at a second Ctrl-C.
     """
     from resnet_jax import config as config_lib
     from resnet_jax.cli import command_line

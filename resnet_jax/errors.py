@@ -21,6 +21,5 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or a device ran out of memory."""
-    # JAX raises a RuntimeError whose text begins with the status code.
+    """Whether Python or a device ran out of memory, for which JAX raises a RuntimeError that begins with the status code."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))

@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy. Two right and two wrong images are added (Agresti and Coull, 1998), so it is never 0."""
+        """That of the accuracy, with two right and two wrong images more (Agresti and Coull, 1998), so that it is never 0."""
         count = len(self.logits) + 4
         share = (np.trace(self.confusion) + 2) / count
         return float(np.sqrt(share * (1 - share) / count))

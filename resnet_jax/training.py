@@ -61,7 +61,7 @@ def train(
     Raises:
         TrainingDiverged: if a step is rejected.
         UserError: if the config, the data or the folder does not allow the run.
-        preemption.TrainingInterrupted: once it stops, with the state saved.
+        preemption.TrainingInterrupted: once `stop_request` stops the run, with the state saved.
     """
     started = time.monotonic() if started is None else started
     config = workdir.check(directory, config)
@@ -79,7 +79,7 @@ def train(
         for hook in hooks:
             hook.check(0, start.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
-            raise TrainingInterrupted(code, f"stopped by {stopped_by(code)} before the first step")
+            raise TrainingInterrupted(code, f"stopped by {stopped_by(code)} before the first step: rerun the command")
         needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(start.state))  # three are kept, one is being written
         with (
             workdir.open_workdir(directory, config, start.meta, needed) as folder,

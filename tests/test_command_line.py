@@ -301,6 +301,16 @@ def test_train_is_the_function_whatever_was_imported_before(tmp_path, cache_dir)
     assert repr(resnet_jax.load(tmp_path / "run")) == "Model(5,266 parameters, 10 classes, 8x8 images, step 41)"
 
 
+def test_train_leaves_the_process_to_its_caller(tmp_path, cache_dir, monkeypatch):
+    import resnet_jax.training
+
+    stop_requests = []
+    monkeypatch.setattr(resnet_jax.training, "train", lambda *_, stop_request, **__: stop_requests.append(stop_request))
+    resnet_jax.train(make_tiny_config(cache_dir), tmp_path / "run")
+    (stop_request,) = stop_requests
+    assert not stop_request._ends_process
+
+
 def test_importing_the_package_imports_no_jax(tmp_path):
     program = "import sys; from resnet_jax import train; print(callable(train), 'jax' in sys.modules)"
     assert run_in(tmp_path, "-c", program, PYTHONPATH=ROOT).stdout == "True False\n"

@@ -29,7 +29,7 @@ def make_step(
 ) -> tuple[StepFn, int]:
     """Return the function that takes the steps of a run, fed by `config.pipeline`, and the most steps of one call.
 
-    The function's arguments are the state, the number of steps done, and how many steps to take: 1, or the most. Calls
+    The function's arguments are the state, the number of steps done, and how many steps to take, at most that many. Calls
     continue from `first_step` without gaps. It dispatches the steps and does not wait for them. It consumes the state,
     and returns the next state and the metrics of each step: stacked [steps], or those of the one step.
 

@@ -140,8 +140,8 @@ def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
         )
     if sampling.mixes(config.augment) and config.batch_size == config.accumulation_steps:
         raise UserError(
-            f"config.batch_size {config.batch_size} leaves one image in each part of a batch, and mixup and CutMix mix two: raise "
-            "it, or lower config.accumulation_steps"
+            f"config.batch_size {config.batch_size} leaves one image in each of config.accumulation_steps "
+            f"{config.accumulation_steps} parts, and mixup and CutMix mix two: make it larger"
         )
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +190,8 @@ def largest_difference(model: "Model", run: Run, views: int = 1) -> float:
 def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """Write an export atomically, and return its `largest_difference` from the network.
 
-    An ONNX export always computes in float32, and is compared with the network in float32, without an accelerator's shorter
-    products. One with `float16` is compared with the `rounded` network.
+    An ONNX export always computes in float32, and is compared with the network in float32, without the shorter products of
+    accelerators. One with `float16` is compared with the `rounded` network.
 
     Raises:
         UserError: if the file cannot be written.
@@ -198,13 +199,13 @@ def write(model: "Model", kind: str, path: Path, **settings: Any) -> float:
     """
     import jax
 
-    precision = None
+    precision = nullcontext()
     if kind == "onnx":
-        model, precision = model.in_float32(), "highest"  # else TF32 on a GPU, bfloat16 on a TPU
+        model, precision = model.in_float32(), jax.default_matmul_precision("highest")  # not TF32, as on a GPU
     if settings.get("float16"):
         model = rounded(model)
     try:
-        with files.atomic_file(path) as new, jax.default_matmul_precision(precision):
+        with files.atomic_file(path) as new, precision:
             difference = largest_difference(model, WRITERS[kind](model, new, **settings), settings.get("views", 1))
             if not difference <= _TOLERANCE:
                 raise RuntimeError(

@@ -17,11 +17,9 @@ from resnet_jax.setup import Setup
 from resnet_jax.train_state import TrainState
 
 _HEAD = "classifier"  # the rest of the network is its backbone
-# The fields of `config.model` that the weights were trained with; not those of training alone.
-_ARCHITECTURE = (
-    *("block", "stem", "downsample", "channel_list", "block_list"),
-    *("global_pool", "logit_scale", "batch_norm_epsilon"),
-)
+# The fields of `config.model` that say what is computed with the weights, and those that shape them.
+_COMPUTATION = ("stem", "downsample", "global_pool", "logit_scale", "batch_norm_epsilon")
+_SHAPES = ("block", "channel_list", "block_list")
 
 
 def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, Any]]:
@@ -50,12 +48,13 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
         weights = model.variables
     except UserError as error:
         raise UserError(f"config.init_from: {error}") from error
+    same_shapes = _shapes(weights) == _shapes(own)
     theirs = ", ".join(
         f"config.model.{field} {value!r}"
-        for field in _ARCHITECTURE
+        for field in (*_COMPUTATION, *(() if same_shapes else _SHAPES))
         if (value := model.config.model[field]) != config.model[field]
     )
-    if theirs or _shapes(weights) != _shapes(own):
+    if theirs or not same_shapes:
         raise UserError(f"config.init_from: {name} is another network, with {theirs}: set that, or give other weights")
     same_classes = model.class_names == start.dataset.class_names
     origin = {

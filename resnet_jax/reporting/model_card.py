@@ -89,12 +89,12 @@ def card(directory: Path, shipped_as: str | None = None) -> str:
 
     hint = f"evaluate the run again: python -m resnet_jax eval {directory}"
     evaluation = files.read_json(directory / "eval.json", ("checkpoint_step", "views", "dataset", "test"), hint)
-    for key, found, wanted in (
+    for key, stored, wanted in (
         ("checkpoint_step", evaluation["checkpoint_step"], result.checkpoint_step),
         ("dataset", _but_for_name(evaluation["dataset"]), _but_for_name(result.dataset)),
         ("views", evaluation["views"], 1),
     ):
-        if found != wanted:
+        if stored != wanted:
             raise UserError(f"{directory / 'eval.json'} and result.json differ in the {key.replace('_', ' ')}: {hint}")
 
     model = trained_model.load(directory, result.checkpoint_step)

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 def total_steps(config: ConfigDict, num_examples: int) -> int:
     """Return the fewest steps whose images are `num_epochs` epochs or more.
 
-    `num_epochs` counts as the decimal that is written: 1.1 is 11/10. A quotient such as 2/3 is not an exact decimal, so one
-    step fewer is taken if it gives the same float.
+    `num_epochs` counts as the decimal that is written: 1.1 is 11/10. A quotient such as 2/3 is not an exact decimal, so
+    one step fewer is taken if it gives the same float.
     """
     steps = math.ceil(Fraction(str(config.num_epochs)) * num_examples / config.batch_size)
     one_fewer = max(1, steps - 1)
@@ -99,7 +99,10 @@ class Plan:
         return call.end // self.log_every_steps > call.start // self.log_every_steps
 
     def steps_per_call(self, most: int) -> int:
-        """The steps of a call: the number, up to `most`, with which the fewest calls take the steps between two saves."""
+        """The steps of a call: the number, up to `most`, with which fewest calls lie between two saves.
+
+        Epochs of a number of steps that is not whole count as the shorter ones.
+        """
         epochs = self.num_examples * self.eval_every_epochs // self.batch_size
         gap = min(steps for steps in (epochs, self.checkpoint_every_steps, self.total_steps) if steps)
         return min(range(min(most, gap), 0, -1), key=lambda steps: gap // steps + gap % steps)

@@ -50,8 +50,8 @@ class StopRequest:
     Args:
         max_seconds: stop so long after `started`, but not before `start_clock` is called; None for never.
         started: a `time.monotonic()`; now if None.
-        ends_process: whether signals may end the process where its main thread is busy. False in a process of the caller's,
-            such as a notebook: there, a second Ctrl-C raises `KeyboardInterrupt`.
+        ends_process: whether signals may end the process where its main thread is busy. False in a process of the
+            caller's, such as a notebook: there, a second Ctrl-C, a second later, raises `KeyboardInterrupt`.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class StopRequest:
         self._clock_runs = False
         self._captured = False
         self._signum: int | None = None
+        self._noted = 0.0
         self._on_signal: Callable[[int], None] | None = None
         self._posted: jax.Array | None = None
         self._rare_calls = 0
@@ -73,7 +74,7 @@ class StopRequest:
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Note the first signal that arrives in this block; a second one, a second later, ends the process (`ends_process`).
+        """Note the first signal that arrives in this block; a second one, a second later, acts as `ends_process` says.
 
         Python runs a handler only when the main thread leaves XLA, which may compile for minutes. The C handler writes each
         signal to a pipe at once, and another thread reads it there.
@@ -106,9 +107,10 @@ class StopRequest:
             os.close(reader)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        if self._signum and signum == signal.SIGINT and not self._ends_process:
+        if self._signum is None:
+            self._signum, self._noted = signum, time.monotonic()
+        elif signum == signal.SIGINT and not self._ends_process and not _same_signal_as(self._noted):
             raise KeyboardInterrupt
-        self._signum = self._signum or signum
 
     def _watch(self, reader: int, others: int) -> None:
         """Act on the signals that the pipe names, until its other end is closed; `others` is the pipe for other signals, or -1."""
@@ -121,9 +123,16 @@ class StopRequest:
                 stopping_since = time.monotonic()
                 if self._on_signal and self._ends_process:
                     threading.Thread(target=self._on_signal, args=(128 + byte[0],), daemon=True).start()
-                threading.Thread(target=_say_stopping, daemon=True).start()  # a stopped terminal would block this one
-            elif self._ends_process and time.monotonic() - stopping_since > _SAME_SIGNAL_SECONDS:
+                threading.Thread(target=self._say_stopping, daemon=True).start()  # a stopped terminal would block this
+            elif self._ends_process and not _same_signal_as(stopping_since):
                 os._exit(128 + byte[0])  # without a flush, which would wait for a main thread that is writing
+
+    def _say_stopping(self) -> None:
+        """Tell a person at a terminal what a signal does."""
+        second = "a second signal exits at once" if self._ends_process else "a second Ctrl-C raises KeyboardInterrupt"
+        with suppress(AttributeError, OSError, ValueError):  # no standard output, or a closed one
+            if sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), f"\nstopping after this step; {second}\n".encode())
 
     @contextmanager
     def exit_within(self, seconds: float, end: Callable[[int], object]) -> Iterator[None]:
@@ -187,11 +196,9 @@ class StopRequest:
         return (code if code > _SAVE else None), code > 0
 
 
-def _say_stopping() -> None:
-    """Tell a person at a terminal what a signal does."""
-    with suppress(AttributeError, OSError, ValueError):  # no standard output, or a closed one
-        if sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b"\nstopping after this step; a second signal exits at once\n")
+def _same_signal_as(noted: float) -> bool:
+    """Whether a signal now is the one of that `time.monotonic()`, sent twice."""
+    return time.monotonic() - noted <= _SAME_SIGNAL_SECONDS
 
 
 @functools.cache

@@ -117,6 +117,7 @@ def extended(directory: Path, config: ConfigDict, num_epochs: float) -> ConfigDi
     ]
     extends = not stored_config.differences(stored, stored_config.to_json(replaced(stored, epochs[0])))
     _refuse_differences(str(directory), replaced(config, epochs[1]) if extends else config, as_json)
+    _refuse_differences(str(directory), stored, stored_config.to_json(config))  # a config that extends the stored one
     if num_epochs < stored.num_epochs:
         raise UserError(f"--extend-to {num_epochs:g}: {directory} has {stored.num_epochs:g} epochs already: give more")
     if num_epochs != stored.num_epochs:
@@ -217,8 +218,8 @@ class Workdir:
     def restore(self, initial: TrainState) -> tuple[TrainState, float]:
         """The state of the newest intact checkpoint, and the seconds spent until then; `initial` and 0.0 if there is none.
 
-        Rows logged after that step are dropped, because they will be logged again. The config of this session is written, and
-        where it extends a complete run, that run's result gets another name.
+        Rows logged after that step are dropped, because they will be logged again. The config of this session is written,
+        and where it extends a complete run, that run's result gets another name.
         """
         restored = self._checkpoints.restore_newest(initial, self._check_meta)
         state, seconds = (restored[0], restored[1]["seconds"]) if restored else (initial, 0.0)

@@ -157,7 +157,9 @@ def existing(storage: Storage, name: str) -> dict[str, optuna.Study]:
     if not by_stage:
         others = sorted({known.rpartition("-")[0] for known in optuna.get_all_study_names(storage)})
         if name in others:
-            raise UserError(f"--study {name} has no candidates yet: wait until its first worker has begun")
+            raise UserError(
+                f"--study {name} has no candidates yet: rerun the search, or wait until its first worker has begun"
+            )
         raise UserError(
             f"--study {name} is not in this storage, which has {', '.join(others) or 'none'}: give one of them"
         )

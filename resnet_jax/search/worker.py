@@ -139,7 +139,9 @@ class Worker:
             study = self.study(stage, token)
         while True:
             if code := self.stop_request.exit_code():
-                raise preemption.TrainingInterrupted(code, f"stopped by {preemption.stopped_by(code)} between trials")
+                raise preemption.TrainingInterrupted(
+                    code, f"stopped by {preemption.stopped_by(code)} between trials: rerun the command to resume"
+                )
             with self.claiming():
                 claim = self.adopt(study, stage) or self.ask(study, stage)
                 running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

@@ -142,7 +142,7 @@ def test_pytorch_sees_no_gpu_where_jax_computes_on_the_cpu(monkeypatch, tmp_path
 
 
 def test_the_steps_of_a_call_are_timed_together(tiny_config, monkeypatch):
-    """On an accelerator, training takes 50 steps a call, and a single step is another program."""
+    """On an accelerator, training takes up to 50 steps a call, and a single step is another program."""
     tiny_config.pipeline, tiny_config.steps_per_call = "device", 3
     start = setup.setup(tiny_config, 2)
     monkeypatch.setattr(timing, "throughput", lambda dispatch, wait, images, seconds: (wait(dispatch()), images))

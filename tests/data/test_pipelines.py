@@ -115,7 +115,9 @@ def test_images_too_large_for_the_augmentation_are_refused(config, name):
 @pytest.mark.parametrize("images", [1, 4])
 def test_a_part_of_a_batch_with_one_image_cannot_be_mixed(split, config, images):
     config.batch_size, config.accumulation_steps, config.augment.mixup_alpha = images, images, 0.2
-    with pytest.raises(UserError, match=f"batch_size {images} leaves one image in each part of a batch, and mixup"):
+    with pytest.raises(
+        UserError, match=f"batch_size {images} leaves one image in each of config.accumulation_steps {images} parts"
+    ):
         pipelines.check(config, split, mesh=None)
 
 

@@ -101,6 +101,8 @@ def test_a_run_that_may_only_be_read_is_summarised_and_not_evaluated(runs, summa
     monkeypatch.setattr(workdir, "check_writable", refuse)  # root may write everywhere
     with pytest.raises(UserError, match="not writable"):
         evaluation.run(make_tiny_config(cache_dir), runs[0], "best")
+    with pytest.raises(UserError, match="not writable"):
+        evaluation.run_on(make_tiny_config(cache_dir), runs[0], "best", "digits")
     assert report.read_run(runs[0])[1] == json.loads(summaries[0].read_text())
 
 

@@ -83,10 +83,19 @@ def test_a_run_can_be_extended_again_and_a_complete_extension_is_not_run_again(
         ("nan", [], ["config.num_epochs is nan"]),
         (3, ["--config.seed=5"], ["(seed: 0 -> 5)"]),
         (3, ["--config.num_epochs=4"], ["num_epochs: 2.0 -> 4.0"]),
+        (5, ["--config.num_epochs=3", "--config.schedule.restart_epochs=(2.0,)"], ["num_epochs: 3.0 -> 2.0"]),
         (3, ["--mode=eval"], ["--extend-to need --mode train"]),
         (None, ["--config.num_epochs=3"], ["num_epochs: 2.0 -> 3.0", "--extend-to"]),
     ],
-    ids=["fewer", "nan", "another run", "epochs that it never had", "eval", "without the flag"],
+    ids=[
+        "fewer",
+        "nan",
+        "another run",
+        "epochs that it never had",
+        "an extension that is not trained",
+        "eval",
+        "without the flag",
+    ],
 )
 def test_an_extension_that_cannot_be_is_one_line_and_changes_nothing(run, extend, capsys, epochs, more, words):
     before = {path: path.read_bytes() for path in run.glob("*.json*")}

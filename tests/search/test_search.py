@@ -332,7 +332,7 @@ def test_a_signal_in_a_trial_that_ends_by_itself_ends_the_worker(run):
         signal.raise_signal(signal.SIGTERM)  # which `train` notes, and is done before it looks
         return [0.1, 0.2, 0.3]
 
-    with pytest.raises(preemption.TrainingInterrupted, match="stopped by SIGTERM between trials") as stop:
+    with pytest.raises(preemption.TrainingInterrupted, match="stopped by SIGTERM between trials: rerun") as stop:
         run(accuracies, "grid")
     assert stop.value.exit_code == 128 + signal.SIGTERM
     assert len(run.pretended.configs) == 1
@@ -414,7 +414,7 @@ def test_a_trial_that_was_left_before_it_had_a_candidate_gets_one(
             run(by_width, stage)
     with studies.opened(str(tmp_path / "study.journal"), create=False) as storage:
         if stage == "refine" and left_after == "create_new_trial":  # its study has nothing but a trial that waits
-            with pytest.raises(UserError, match="--study s has no candidates yet: wait"):
+            with pytest.raises(UserError, match="--study s has no candidates yet: rerun"):
                 studies.existing(storage, "s")
         else:
             assert summary.summarise("s", studies.existing(storage, "s"))["trials"][stage] == []
