@@ -164,19 +164,19 @@ def max_pool(x: jax.Array) -> jax.Array:
     return x.reshape(size, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
-def from_config(config: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
+def from_config(model: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
     """Build the network that `config.model` describes, by default of Flax's layers."""
     return ResNet(
         num_classes=num_classes,
-        channel_list=tuple(config.channel_list),
-        block_list=tuple(config.block_list),
-        block=BLOCKS[config.block],
-        stem=config.stem,
-        downsample=config.downsample,
-        global_pool=config.global_pool,
-        logit_scale=config.logit_scale,
-        batch_norm_momentum=config.batch_norm_momentum,
-        batch_norm_epsilon=config.batch_norm_epsilon,
-        dtype=jnp.dtype(config.dtype),
+        channel_list=tuple(model.channel_list),
+        block_list=tuple(model.block_list),
+        block=BLOCKS[model.block],
+        stem=model.stem,
+        downsample=model.downsample,
+        global_pool=model.global_pool,
+        logit_scale=model.logit_scale,
+        batch_norm_momentum=model.batch_norm_momentum,
+        batch_norm_epsilon=model.batch_norm_epsilon,
+        dtype=jnp.dtype(model.dtype),
         layers=layers,
     )

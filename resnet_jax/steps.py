@@ -23,9 +23,9 @@ Batch = Mapping[str, jax.Array]
 BuildBatch = Callable[[Batch, Batch], Batch]
 
 
-def normalize(images: jax.Array, config: ConfigDict) -> jax.Array:
+def normalize(images: jax.Array, data: ConfigDict) -> jax.Array:
     """Convert uint8 [B, H, W, 3] to float32 (x / 255 - mean) / std, with the mean and std of `config.data`."""
-    mean, std = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (config.mean, config.std))
+    mean, std = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (data.mean, data.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

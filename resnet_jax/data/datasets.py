@@ -61,11 +61,11 @@ _FIFTH_IS_TEST = "the test images are a fifth of each class"
 _DECODER = 2  # counts the versions of `images`: what an earlier one decoded is decoded again
 
 
-def load(config: ConfigDict, in_memory: bool = False) -> Dataset:
+def load(data: ConfigDict, in_memory: bool = False) -> Dataset:
     """Load the data set that `config.data` names.
 
     Args:
-        config: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
+        data: `config.data`; reads `name`, `data_dir` (TFDS's folder, "" for its default), `cache_dir` ("" for the
             user's cache folder), `image_size` (0 keeps the images as they are; otherwise the shorter side is scaled
             to it and the centre is cropped) and `num_threads`.
         in_memory: hold the images in memory, or raise, instead of leaving on disk those that do not fit there with the copies
@@ -74,19 +74,17 @@ def load(config: ConfigDict, in_memory: bool = False) -> Dataset:
     Raises:
         UserError: if the data are missing, unreadable or not image classification.
     """
-    splits, class_names, digest, layout = _load(config, in_memory)
+    splits, class_names, digest, layout = _load(data, in_memory)
     if "test" not in splits:
-        splits |= _with_test(config.name, splits["train"])
+        splits |= _with_test(data.name, splits["train"])
         layout += f"; {_FIFTH_IS_TEST}"
-    dataset = Dataset(
-        config.name, splits["train"], splits.get("validation"), splits["test"], class_names, digest, layout
-    )
-    if config.name.startswith(("npz:", "folder:")):
+    dataset = Dataset(data.name, splits["train"], splits.get("validation"), splits["test"], class_names, digest, layout)
+    if data.name.startswith(("npz:", "folder:")):
         _check_own(dataset)
     return dataset
 
 
-def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]:
+def load_labelled(data: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a labelled set for an evaluation only: its test images if it has some, else its validation images, else all.
 
     Args and errors are those of `load`.
@@ -94,47 +92,47 @@ def load_labelled(config: ConfigDict) -> tuple[Split, tuple[str, ...], str, str]
     Returns:
         The images, the class names, the fingerprint of the whole set, and the part that they are.
     """
-    splits, class_names, digest, _ = _load(config)
+    splits, class_names, digest, _ = _load(data)
     part = [part for part in PARTS if part in splits][-1]
     return splits[part], class_names, digest, part
 
 
-def _load(config: ConfigDict, in_memory: bool = False) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
+def _load(data: ConfigDict, in_memory: bool = False) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
     """Return the parts that a source has, its class names, its fingerprint, and its layout in words."""
     try:
-        arrays, layout = _read(config, in_memory)
+        arrays, layout = _read(data, in_memory)
     except OSError as error:
-        raise UserError(f"config.data.name {config.name!r} cannot be read: {error}") from error
+        raise UserError(f"config.data.name {data.name!r} cannot be read: {error}") from error
     on_disk.say(arrays)
-    splits, class_names = _checked(config.name, arrays)
+    splits, class_names = _checked(data.name, arrays)
     arrays |= {f"{part}_labels": split.labels for part, split in splits.items()}
     return splits, class_names, str(arrays.get("fingerprint", "")) or fingerprint(arrays), layout
 
 
-def _read(config: ConfigDict, in_memory: bool) -> tuple[Arrays, str]:
+def _read(data: ConfigDict, in_memory: bool) -> tuple[Arrays, str]:
     """Return the arrays of a source, perhaps with their fingerprint, and its layout in words."""
-    source, colon, path = config.name.partition(":")
+    source, colon, path = data.name.partition(":")
     if (source in ("npz", "folder") and not path.strip()) or (source == "digits" and colon):
-        raise UserError(f"config.data.name is {config.name!r}: give npz:FILE, folder:DIR or digits, which has no parts")
-    if config.image_size and source == "npz":
+        raise UserError(f"config.data.name is {data.name!r}: give npz:FILE, folder:DIR or digits, which has no parts")
+    if data.image_size and source == "npz":
         raise UserError(f"config.data.image_size does not apply to {source}, whose images have one size: set it to 0")
-    if config.name == "digits":
-        return sources.read_digits(config.image_size), _FIFTH_IS_TEST
+    if data.name == "digits":
+        return sources.read_digits(data.image_size), _FIFTH_IS_TEST
     if source == "npz":
         arrays = npz.read_set(Path(os.path.expanduser(path)))
         return arrays, ", ".join(key for key in arrays if key.endswith("_images"))
     if source == "folder":
         folder = Path(os.path.realpath(os.path.expanduser(path)))
         files, layout = sources.list_folder(folder)
-        read = partial(sources.read_folder, files, config.image_size)
-        return _cached(config, folder, [f.path for f in files], read, in_memory), layout
-    name, part = sources.tfds_name_and_part(config.name)
-    builder = sources.prepared_tfds_builder(name, config.data_dir)
-    folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part, config.num_threads)
+        read = partial(sources.read_folder, files, data.image_size)
+        return _cached(data, folder, [f.path for f in files], read, in_memory), layout
+    name, part = sources.tfds_name_and_part(data.name)
+    builder = sources.prepared_tfds_builder(name, data.data_dir)
+    folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part, data.num_threads)
     if splits.get("test") != "test" and "test" in builder.info.splits:
         part += " tested on validation"
-    read = partial(sources.read_tfds, builder, splits, config.image_size, config.num_threads)
-    return _cached(config, folder, folder.iterdir(), read, in_memory, part), "splits " + ", ".join(splits.values())
+    read = partial(sources.read_tfds, builder, splits, data.image_size, data.num_threads)
+    return _cached(data, folder, folder.iterdir(), read, in_memory, part), "splits " + ", ".join(splits.values())
 
 
 def _with_test(name: str, whole: Split) -> dict[str, Split]:
@@ -152,7 +150,7 @@ def _with_test(name: str, whole: Split) -> dict[str, Split]:
     return {"train": train, "test": test}
 
 
-def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split]:
+def validation_split(dataset: Dataset, data: ConfigDict) -> tuple[Split, Split]:
     """Return (train, validation): the source's own, or `dataset.train` split by `config.data`'s `validation_ratio` and `split_seed`.
 
     Raises:
@@ -160,11 +158,11 @@ def validation_split(dataset: Dataset, config: ConfigDict) -> tuple[Split, Split
     """
     if dataset.validation is not None:
         return dataset.train, dataset.validation
-    train, validation = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
-    for part, wanted in ((train, True), (validation, config.validation_ratio > 0)):
+    train, validation = sampling.stratified_split(dataset.train.labels, data.validation_ratio, data.split_seed)
+    for part, wanted in ((train, True), (validation, data.validation_ratio > 0)):
         if wanted and not len(part):
             raise UserError(
-                f"config.data.validation_ratio {config.validation_ratio} of {len(dataset.train.labels)} training images "
+                f"config.data.validation_ratio {data.validation_ratio} of {len(dataset.train.labels)} training images "
                 "leaves no image in one part: change the ratio"
             )
     if not len(validation):
@@ -178,11 +176,11 @@ def _select(split: Split, positions: np.ndarray) -> Split:
     return Split(chosen, split.labels[positions])
 
 
-def source_positions(dataset: Dataset, config: ConfigDict, examples: np.ndarray) -> np.ndarray:
+def source_positions(dataset: Dataset, data: ConfigDict, examples: np.ndarray) -> np.ndarray:
     """Convert positions in the training part, int [B], to positions in `dataset.train`, int [B]."""
     if dataset.validation is not None:
         return examples
-    train, _ = sampling.stratified_split(dataset.train.labels, config.validation_ratio, config.split_seed)
+    train, _ = sampling.stratified_split(dataset.train.labels, data.validation_ratio, data.split_seed)
     return np.asarray(train[examples])
 
 
@@ -320,7 +318,7 @@ def _count_shared(images: Images, others: Images) -> int:
 
 
 def _cached(
-    config: ConfigDict,
+    data: ConfigDict,
     folder: Path,
     files: Iterable[Path],
     read: Callable[[on_disk.Store], Arrays],
@@ -333,11 +331,11 @@ def _cached(
     names the part of the files that `read` returns; "" for all.
     """
     state = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    key = hashlib.sha256(repr((_DECODER, state, config.image_size, *filter(None, [part]))).encode()).hexdigest()[:16]
-    directory = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache.folder()
+    key = hashlib.sha256(repr((_DECODER, state, data.image_size, *filter(None, [part]))).encode()).hexdigest()[:16]
+    directory = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else cache.folder()
     if directory is None:
         return read(on_disk.Store())
-    path = directory / f"{config.name.split(':')[0].replace('/', '-')}-{key}.npz"
+    path = directory / f"{data.name.split(':')[0].replace('/', '-')}-{key}.npz"
     if arrays := _from_cache(path, folder, in_memory):
         return arrays
     with ExitStack() as stack:
@@ -400,12 +398,10 @@ def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any
     return {"name": dataset.name, "fingerprint": dataset.fingerprint, "splits": sizes}
 
 
-def summary(dataset: Dataset, train: Split, validation: Split, config: ConfigDict) -> str:
+def summary(dataset: Dataset, train: Split, validation: Split, data: ConfigDict) -> str:
     """Say in one line what a data set holds; `config` is `config.data`."""
     counts = (
         f"{len(train.labels):,} training, {len(validation.labels):,} validation and {len(dataset.test.labels):,} test"
     )
-    own = "; config.data.validation_ratio is not used" * (
-        dataset.validation is not None and config.validation_ratio > 0
-    )
+    own = "; config.data.validation_ratio is not used" * (dataset.validation is not None and data.validation_ratio > 0)
     return one_line(f"{dataset.name}: {counts} images of {len(dataset.class_names)} classes ({dataset.layout}{own})")
