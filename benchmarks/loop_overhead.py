@@ -3,10 +3,10 @@
     python -m benchmarks.loop_overhead --config configs/final.py --config.pipeline=device --config.model.dtype=float32 \
         --output results/loop-overhead-cpu.json
 
-A step's metrics are ready once an accelerator of the given speed would have computed them, while the host does its work
-beside it: it draws the batches, logs, saves real states of the config's network, and evaluates. Each evaluation finds a
-better network, which replaces the best checkpoint. The overhead is the time of the loop beyond that of the steps, in per
-cent of it. It includes the evaluations.
+The results of a step are ready once an accelerator of the given speed would have computed them, while the host does its
+work beside it: it draws the batches of training, builds those of evaluation, logs, and saves real states of the config's
+network. Each evaluation finds a better network, which replaces the best checkpoint. The overhead is the time of the loop
+beyond that of the steps, in per cent of it. It includes the evaluations.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data import feed, pipelines
 from resnet_jax.data.datasets import Split
-from resnet_jax.evaluate import Evaluation
 from resnet_jax.runs import preemption, workdir
 from resnet_jax.runs.plan import Plan
 
@@ -50,8 +48,8 @@ class _Later:
         return self.block_until_ready().value
 
 
-def _fake_steps(images_per_second: float) -> Callable[..., tuple[feed.StepFn, int]]:
-    """Return what replaces `feed.make_step`."""
+def _make_step(images_per_second: float) -> feed.MakeStep:
+    """Return what makes steps of that speed, in place of `feed.make_step`."""
     ones = dict.fromkeys(("loss", "accuracy", "grad_norm"), jnp.ones(()))
     means = jax.device_get(train_state.TrainMetrics.single_from_model_output(**ones))
 
@@ -64,42 +62,46 @@ def _fake_steps(images_per_second: float) -> Callable[..., tuple[feed.StepFn, in
             free_at = max(free_at, time.perf_counter()) + count * config.batch_size / images_per_second
             step = jax.device_put(np.int32(start + count), state.step.sharding)
             stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), means)
-            return state.replace(step=step), steps.StepMetrics(stacked, _Later(np.zeros(count, bool), free_at))  # type: ignore[arg-type]
+            rejected: Any = _Later(np.zeros(count, bool), free_at)
+            return state.replace(step=step), steps.StepMetrics(stacked, rejected)
 
         return step_fn, feed.STEPS_PER_CALL
 
     return make_step
 
 
-def _fake_evaluations(images_per_second: float) -> Callable[..., Evaluation]:
-    """Return what replaces `evaluate`."""
-    right = 0
+def _make_eval_step(images_per_second: float, batches: int) -> Callable[[Any, steps.Batch], steps.EvalMetrics]:
+    """Return an evaluation step of that speed, which finds one more image right in each evaluation of so many batches."""
+    calls, free_at = 0, 0.0
 
-    def evaluate(_: Any, state: Any, split: Any, *__: Any) -> Evaluation:
-        nonlocal right
-        right = min(right + 1, len(split.labels))
-        time.sleep(len(split.labels) / images_per_second)
-        confusion = np.array([[right, len(split.labels) - right], [0, 0]])
-        logits = np.zeros((len(split.labels), 2), np.float32)
-        return Evaluation(1 - right / len(split.labels), right / len(split.labels), confusion, logits)
+    def eval_step(_: Any, batch: steps.Batch) -> steps.EvalMetrics:
+        nonlocal calls, free_at
+        count = int(np.asarray(batch["mask"]).sum())
+        free_at = max(free_at, time.perf_counter()) + count / images_per_second
+        right = min(calls // batches + 1, count)
+        calls += 1
+        loss: Any = _Later(np.float32(count - right), free_at)
+        confusion: Any = np.array([[right, count - right], [0, 0]])
+        logits: Any = np.zeros((len(batch["labels"]), 2), np.float32)
+        return steps.EvalMetrics(loss, confusion, logits)
 
-    return evaluate
+    return eval_step
 
 
 def seconds_of_loop(
-    config: ConfigDict, start: setup.Setup, plan: Plan, images_per_second: float, evaluated: float
+    config: ConfigDict, start: setup.Setup, plan: Plan, images_per_second: float, evaluated_per_second: float
 ) -> float:
     """Return how long the loop of a run takes, its last checkpoint included."""
     with (
-        mock.patch.object(feed, "make_step", _fake_steps(images_per_second)),
-        mock.patch.object(training, "evaluate", _fake_evaluations(evaluated)),
         tempfile.TemporaryDirectory() as scratch,
         workdir.open_workdir(Path(scratch), config, start.meta) as folder,
     ):
         state, _ = folder.restore(start.state)
         run = training.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0)
+        batches = -(-len(start.validation.labels) // config.eval_batch_size)
+        run.eval_step = _make_eval_step(evaluated_per_second, batches)
         began = time.perf_counter()
-        training.take_steps(run, state)
+        training.take_steps(run, state, _make_step(images_per_second))
         folder.wait()
         return time.perf_counter() - began
 

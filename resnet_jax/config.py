@@ -82,8 +82,7 @@ def rand_augment(policy: str) -> tuple[int, int]:
     Raises:
         ValueError: if the text is not of that form.
     """
-    match = re.fullmatch(r"rand-m(\d{1,2})-n([1-4])", policy, re.ASCII)
-    if not match or int(match[1]) > 30:
+    if not (match := re.fullmatch(r"rand-m(\d{1,2})-n([1-4])", policy, re.ASCII)) or int(match[1]) > 30:
         raise ValueError(policy)
     return int(match[1]), int(match[2])
 

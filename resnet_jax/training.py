@@ -159,8 +159,8 @@ def _begin(run: Run, state: TrainState) -> None:
         _validate(run, state, step)
 
 
-def take_steps(run: Run, state: TrainState) -> TrainState:
-    """Take the steps that remain, logging, saving and evaluating on the way; returns the state after the last.
+def take_steps(run: Run, state: TrainState, make_step: feed.MakeStep | None = None) -> TrainState:
+    """Take the steps that remain, by `feed.make_step` or another; log, save and evaluate; return the state after the last.
 
     The metrics of a call are fetched after the next call is dispatched, so the device never waits for them.
     """
@@ -169,7 +169,8 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
     if first_step == plan.total_steps:
         return state
     run.progress.waiting("compiling the training step", _COMPILE_SECONDS if jax.default_backend() == "cpu" else None)
-    step_fn, steps_per_call = feed.make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
+    make_step = make_step or feed.make_step
+    step_fn, steps_per_call = make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
     pending: tuple[Call, StepMetrics] | None = None
     for call in plan.calls(first_step, steps_per_call):
         if pending and call.count not in run.compiled:  # so that its speed leaves out the compilation

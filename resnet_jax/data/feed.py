@@ -22,6 +22,7 @@ STEPS_PER_CALL = 50  # on accelerators, so that running a call takes far longer 
 
 
 StepFn = Callable[[TrainState, int, int], tuple[TrainState, StepMetrics]]
+MakeStep = Callable[[ConfigDict, Split, Mesh, TrainState, int, int], tuple[StepFn, int]]
 
 
 def make_step(
