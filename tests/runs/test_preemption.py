@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -65,13 +66,14 @@ def test_a_second_signal_ends_a_run_at_once():
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
-def test_in_a_notebook_signals_do_not_end_the_process():
+def test_in_a_notebook_signals_do_not_end_the_process(monkeypatch):
     request, ended = preemption.StopRequest(ends_process=False), []
+    monkeypatch.setattr(preemption, "_SAME_SIGNAL_SECONDS", math.inf)
     with request.capture_signals(), request.exit_within(0.0, end=ended.append):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as one: timeout(1) may send it twice
         assert request.exit_code() == 128 + signal.SIGINT
-        time.sleep(preemption._SAME_SIGNAL_SECONDS + 0.5)  # after which a second one would end a process of our own
+        monkeypatch.setattr(preemption, "_SAME_SIGNAL_SECONDS", -1.0)  # from here on, every signal is another one
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
