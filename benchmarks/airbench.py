@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
         },
     }
     tool.write_result(arguments.output, {"cases": [case], "torch": about}, config)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from resnet_jax import config as config_lib
 from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data.lazy_tensorflow import has_tensorflow
+from resnet_jax.disk import files
 from resnet_jax.errors import UserError
 from resnet_jax.runs import stored_config
 
@@ -206,6 +207,6 @@ def main(argv: Sequence[str]) -> None:
             results.append(measure_case(case_config, num_devices, arguments))
         print("\n".join(table(results[-1])), flush=True)
         if output:  # after each case, so that a later failure loses none
-            tool.write_result(output, {"cases": results}, config)
+            files.write_json(output, tool.described({"cases": results}, config))
     if output:
         print(output)

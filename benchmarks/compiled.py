@@ -277,7 +277,6 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name}, batch {batch_size}: {programs[-1]['operations']} operations a step", flush=True)
     flops = measure.flops_per_image(config, _images(), state, NUM_CLASSES)
     tool.write_result(arguments.output, {"compiled": programs, "train_flops_per_image": flops}, config)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,6 @@ def main(argv: Sequence[str]) -> None:
     }
     case = {"batch_size": config.batch_size, "dtype": "uint8", "devices": 1, "figures": figures}
     tool.write_result(arguments.output, {"cases": [case], "images": arguments.images, "set": sizes}, config)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,6 @@ def main(argv: Sequence[str]) -> None:
             "torch": about_torch,
         }
         tool.write_result(arguments.output, result, model.config)
-        print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def main(argv: Sequence[str]) -> None:
         "figures": {name: timing.summary(measured, "CPU s") for name, measured in seconds.items()},
     }
     tool.write_result(arguments.output, {"cases": [case]}, model.config)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

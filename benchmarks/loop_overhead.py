@@ -147,7 +147,6 @@ def main(argv: Sequence[str]) -> None:
     }
     speeds = {name: getattr(arguments, name) for name in ("images_per_second", "evaluated_per_second")}
     tool.write_result(arguments.output, {"cases": [case], **speeds}, config)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

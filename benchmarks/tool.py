@@ -47,8 +47,14 @@ def find_torch_python(program: str) -> str:
     return path
 
 
-def write_result(path: Path, result: dict[str, Any], config: ConfigDict) -> None:
-    """Write a result with its config and this machine."""
+def described(result: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """Return a result with its config and this machine."""
     from resnet_jax.runs import environment  # not before the tool has set what JAX reads as it starts
 
-    files.write_json(path, result | {"config": stored_config.to_json(config), "environment": environment.collect()})
+    return result | {"config": stored_config.to_json(config), "environment": environment.collect()}
+
+
+def write_result(path: Path, result: dict[str, Any], config: ConfigDict) -> None:
+    """Write a `described` result, and print its path."""
+    files.write_json(path, described(result, config))
+    print(path)

@@ -267,6 +267,18 @@ def load(source: str | os.PathLike[str], checkpoint: str | int = "best") -> Mode
     return _load_file(path)
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let absl log nothing less than an error in this block, or in a function that it decorates."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@_without_warnings()  # Orbax warns that it only reads the folder
 def _load_run(directory: Path, checkpoint: str | int) -> Model:
     if not (directory / "checkpoints").is_dir():
         raise UserError(
@@ -276,8 +288,7 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
     # Here, because Orbax takes half a second to import, and a file needs none of it.
     from resnet_jax.runs import checkpoints
 
-    with _without_warnings():  # Orbax warns that it only reads the folder
-        meta, _ = checkpoints.read_chosen(directory, str(checkpoint), checkpoints.Checkpoints.meta)
+    meta, _ = checkpoints.read_chosen(directory, str(checkpoint), checkpoints.Checkpoints.meta)
     config, names = stored_config.from_json(meta["config"]), tuple(meta["class_names"])
     height, width, depth = meta["image_shape"]
     mesh = train_state.make_mesh(1)
@@ -285,23 +296,11 @@ def _load_run(directory: Path, checkpoint: str | int) -> Model:
     shapes = jax.eval_shape(partial(train_state.create, config, len(names), (height, width, depth), 1.0, mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
-    with _without_warnings():
-        variables, step = checkpoints.read_chosen(
-            directory, str(checkpoint), lambda saved, step: saved.restore_variables(step, like)
-        )
+    variables, step = checkpoints.read_chosen(
+        directory, str(checkpoint), lambda saved, step: saved.restore_variables(step, like)
+    )
     temperatures = calibration.temperatures(directory, step)
     return Model(config, names, (height, width, depth), variables, step, temperatures)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Let absl log nothing less than an error in this block."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _load_file(path: Path) -> Model:

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,16 @@ def check_output(directory: Path) -> None:
     if others or (names and _GENERATOR not in page) or (directory.exists() and not directory.is_dir()):
         what = f" ({others[0]})" if others else ""
         raise UserError(f"--output {directory} holds files that are not a report{what}: give a new folder")
+
+
+def check_summary(path: Path, keys: Iterable[str], what: str) -> None:
+    """Check that `--summary` overwrites nothing but the summary of a run or a search, which has these keys.
+
+    Raises:
+        UserError: if the file is something else.
+    """
+    if path.exists():
+        files.read_json(path, keys, f"--summary overwrites only the summary of a {what}: give another file")
 
 
 @contextmanager

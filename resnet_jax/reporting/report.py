@@ -242,10 +242,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.summary:
         if len(arguments.runs) > 1:
             raise UserError("--summary takes one RUN")
-        if arguments.summary.exists():
-            files.read_json(
-                arguments.summary, _SUMMARY_KEYS, "--summary overwrites only the summary of a run: give another file"
-            )
+        pages.check_summary(arguments.summary, _SUMMARY_KEYS, "run")
         files.write_json(arguments.summary, read_run(arguments.runs[0])[1])
         print(arguments.summary)
         return

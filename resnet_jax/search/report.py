@@ -143,20 +143,6 @@ def _check_found(path: Path, study: str) -> None:
         raise UserError(f"--found {path} exists, and was edited or belongs to something else: {hint}")
 
 
-def _check_summary(path: Path) -> None:
-    """Check that a file can be written: only the summary of a search is overwritten.
-
-    Raises:
-        UserError: if the file is something else.
-    """
-    if path.exists():
-        files.read_json(
-            path,
-            ("study", "trials", "confirmed"),
-            "--summary overwrites only the summary of a search: give another file",
-        )
-
-
 def read(study: str, where: str) -> Summary:
     """Read the summary of a search from its storage.
 
@@ -180,7 +166,7 @@ def save_summary(study: str, where: str, path: Path) -> None:
     Raises:
         UserError: if there is no such search, or the file is something else than an earlier summary.
     """
-    _check_summary(path)
+    pages.check_summary(path, ("study", "trials", "confirmed"), "search")
     files.write_json(path, read(study, where))
     print(path)
 
