@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+from cpu_devices import xla_flags
+
+os.environ.setdefault("XLA_FLAGS", xla_flags(2))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # tiny programs too
 os.environ.pop("MAKEFLAGS", None)  # the tests call make too: without the variables of the make that started them

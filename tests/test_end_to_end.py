@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from cpu_devices import xla_flags
 from helpers import ROOT, assert_user_error, launch, read_until, rows, saved_by_signal, start
 
 SMOKE = ("--config", "configs/final.py:smoke")
@@ -34,12 +35,12 @@ def test_train_again_and_evaluate(tmp_path):
     assert (again.returncode, again.stderr) == (0, "")
     assert "is complete" in again.stdout
     evaluation = (*SMOKE, *workdir, "--mode", "eval")
-    evaluated = launch(*evaluation, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    evaluated = launch(*evaluation, XLA_FLAGS=xla_flags(1))
     assert evaluated.returncode == 0, evaluated.stderr
     report = json.loads((run / "eval.json").read_text())
     assert report["test"]["accuracy"] == result["test_accuracy"]
     assert report["environment"]["devices"] == ["cpu"]
-    refused = launch(*evaluation, XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    refused = launch(*evaluation, XLA_FLAGS=xla_flags(3))
     assert_user_error(refused, "batch_size 128 is not divisible by 3 devices")
 
 

@@ -1,5 +1,7 @@
 """Train on 1, 2, 4 and 8 of eight fake devices, and print the largest relative differences from one device as JSON.
 
+The caller asks XLA for the eight devices.
+
 The batches are those of the device pipeline: gathered and augmented on the devices.
 
 Losses and batch statistics are compared in float32, after one step and after ten; parameters in float64, for in float32
@@ -7,13 +9,11 @@ rounding flips what is discrete: the sign of a gradient near 0, which is Adam's 
 """
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax

@@ -16,6 +16,7 @@ import die
 import numpy as np
 import postgresql
 import pytest
+from cpu_devices import xla_flags
 from helpers import ROOT, SEARCH, assert_user_error, launch, read_until, rows, saved_by_signal, start
 
 from resnet_jax.search import studies
@@ -260,6 +261,7 @@ def test_runs_on_1_2_4_and_8_devices_agree():
     """tests/fault_injection/devices.py says in what, and why not in more."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "fault_injection" / "devices.py")],
+        env=os.environ | {"XLA_FLAGS": xla_flags(8)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -279,8 +281,7 @@ def test_a_checkpoint_of_any_number_of_devices_restores_on_any_other(tmp_path):
     command = (*SMOKE, "--config.num_epochs=3.0", "--workdir", tmp_path, "--max-seconds=0")
     saved = 0
     for devices in (8, 4, 2, 1, 8):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        done = launch(*command, XLA_FLAGS=flags)
+        done = launch(*command, XLA_FLAGS=xla_flags(devices))
         assert done.returncode == 124, done.stderr
         assert (f"resuming {tmp_path} at step {saved} of" in done.stdout) == (saved > 0)
         (saved,) = steps_saved(tmp_path)[-1:]
@@ -288,7 +289,7 @@ def test_a_checkpoint_of_any_number_of_devices_restores_on_any_other(tmp_path):
     for devices in (1, 2, 4, 8):
         done = launch(
             *(*SMOKE, "--config.num_epochs=3.0", "--workdir", tmp_path, "--mode=eval", "--checkpoint=latest"),
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+            XLA_FLAGS=xla_flags(devices),
         )
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / "eval.json").read_text())

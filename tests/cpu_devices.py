@@ -1,0 +1,9 @@
+"""Several devices on one CPU, for the tests of what happens between devices."""
+
+
+def xla_flags(count: int) -> str:
+    """The value of XLA_FLAGS that makes JAX see so many CPU devices.
+
+    XLA ends a process whose devices wait 40 seconds for each other. On a busy machine that is not a mistake, so here it is an hour.
+    """
+    return f"--xla_force_host_platform_device_count={count} --xla_cpu_collective_call_terminate_timeout_seconds=3600"
