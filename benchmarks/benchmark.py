@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> None:
         tool.check_output(output)
     if arguments.against_torch:
         arguments.torch_python = tool.find_torch_python(arguments.torch_python)
-    if arguments.against_torch and config.optim.name == "muon":
+    if arguments.against_torch and config.optim.name.startswith("muon"):
         raise UserError("--against-torch cannot time Muon, which PyTorch lacks for convolutions: set config.optim.name")
     cases = list(cases_of(config, arguments))
     for case_config, num_devices in cases:

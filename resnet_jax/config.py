@@ -151,7 +151,7 @@ FIELDS: dict[str, Field] = {
     "model.batch_norm_epsilon": _POSITIVE,
     "model.dtype": choice("auto", "float32", "bfloat16"),
     "model.max_params": integer(0),
-    "optim.name": choice("adamw", "sgd", "nesterov", "muon"),
+    "optim.name": choice("adamw", "sgd", "nesterov", "muon", "muon_normalized"),
     "optim.learning_rate": _POSITIVE,
     "optim.backbone_rate": NOT_NEGATIVE,
     "optim.weight_decay": NOT_NEGATIVE,
@@ -168,7 +168,7 @@ OPTIMIZER_FIELDS: dict[str, dict[str, Field]] = {
     "adamw": _ADAM,
     "sgd": {"optim.momentum": _FRACTION, "optim.dampening": _FRACTION},
     "nesterov": {"optim.momentum": _FRACTION},
-    "muon": {"optim.momentum": _FRACTION, "optim.adam_ratio": _POSITIVE} | _ADAM,
+    **dict.fromkeys(("muon", "muon_normalized"), {"optim.momentum": _FRACTION, "optim.adam_ratio": _POSITIVE} | _ADAM),
 }
 _WARMUP: dict[str, Field] = {"schedule.warmup_epochs": NOT_NEGATIVE, "schedule.min_ratio": _FRACTION}
 SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {

@@ -66,6 +66,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     - "muon" (Jordan, 2024): the momentum of each convolution's kernel but the stem's, orthogonalised as a matrix
       [k * k * channels, channels out]; all other parameters are left to Adam with Nesterov's momentum, at eta_t * adam_ratio.
       Weight decay as in "adamw".
+    - "muon_normalized" (Jordan's airbench94_muon): the same, but a step first scales the kernels whose momentum is
+      orthogonalised to the norm sqrt(channels out). The batch norm after each of them does not see their norm.
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
     batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
@@ -73,22 +75,25 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     trained.
     """
     optim = config.optim
-    mask = _kernels if optim.decay_mask == "kernels" else None
-    decay = optax.add_decayed_weights(optim.weight_decay, mask)
+    kernels = (lambda params: jax.tree.map(lambda p: p.ndim > 1, params)) if optim.decay_mask == "kernels" else None
+    decay = optax.add_decayed_weights(optim.weight_decay, kernels)
     clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm > 0 else optax.identity()
     if optim.name == "adamw":
         update = optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay)
     elif optim.name == "nesterov":
         update = optax.chain(decay, optax.trace(optim.momentum, nesterov=True))
-    elif optim.name == "muon":  # with rates of -1, because here the schedule changes the sign
+    elif optim.name in ("muon", "muon_normalized"):  # with rates of -1, because here the schedule changes the sign
         adam = {"adam_b1": optim.b1, "adam_b2": optim.b2, "eps": optim.eps, "adam_learning_rate": -optim.adam_ratio}
-        muon = contrib.muon(-1.0, beta=optim.momentum, muon_weight_dimension_numbers=_hidden_convolutions, **adam)
+        muon = contrib.muon(-1.0, beta=optim.momentum, muon_weight_dimension_numbers=_matrices, **adam)
         update = optax.chain(muon, decay)
     else:
         # optax.trace has no dampening. Scaling all gradients but the first gives the same buffer as PyTorch.
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
         update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
     steps = [clip, update, optax.scale_by_learning_rate(schedule)]
+    if optim.name == "muon_normalized":
+        normalize = optax.stateless_with_tree_map(lambda u, w: u + (w.shape[3] ** 0.5 / jnp.linalg.norm(w) - 1.0) * w)
+        steps.append(optax.masked(normalize, _hidden_convolutions))
     if optim.backbone_rate != 1:
         scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
         steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
@@ -98,11 +103,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
 
 def _hidden_convolutions(params: optax.Params) -> optax.Params:
-    """The axes of the matrices that Muon orthogonalises; None for the parameters of Adam."""
-    matrix = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
-    axes = jax.tree.map(lambda p: matrix if p.ndim == 4 else None, params)
-    return axes | {"stem_conv": jax.tree.map(lambda p: None, params["stem_conv"])}
+    """Whether Muon orthogonalises a parameter: the kernels of all convolutions but the stem."""
+    return jax.tree.map(lambda p: p.ndim == 4, params) | {"stem_conv": {"kernel": False}}
 
 
-def _kernels(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def _matrices(params: optax.Params) -> optax.Params:
+    """The axes of what Muon orthogonalises; None for the parameters of Adam."""
+    axes = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    return jax.tree.map(lambda hidden: axes if hidden else None, _hidden_convolutions(params))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import metrics, parameter_overview  # only here: it is no longer maintained
+from clu import metrics  # here and in runs/model_size.py alone: it is no longer maintained
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -144,11 +144,6 @@ def create(
 def num_params(params: Any) -> int:
     """Count trainable parameters, given arrays or their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def parameter_table(params: Any) -> str:
-    """Return a table of trainable parameters with their shapes and sizes."""
-    return str(parameter_overview.get_parameter_overview(params, include_stats=False))
 
 
 def trained(state: TrainState) -> dict[str, Any]:

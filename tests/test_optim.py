@@ -225,8 +225,9 @@ def orthogonalised(matrix):
     return x
 
 
-def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam(final_config):
-    config = with_optimizer(final_config, "muon", momentum=0.9, adam_ratio=0.25, b1=0.8, b2=0.99, eps=1e-8)
+@pytest.mark.parametrize("name", ["muon", "muon_normalized"])
+def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam(final_config, name):
+    config = with_optimizer(final_config, name, momentum=0.9, adam_ratio=0.25, b1=0.8, b2=0.99, eps=1e-8)
     tx, rate, decay = optim.make_optimizer(config, lambda step: 0.1), 0.1, 0.001
     rng = np.random.default_rng(0)
     shapes = {
@@ -243,7 +244,10 @@ def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam
     g = grads["block"]["conv1"]["kernel"].reshape(36, 8).astype(np.float64)
     expected = orthogonalised(g.T).T.reshape(3, 3, 4, 8)  # no matter how long the momentum is, and 8 <= 36
     kernel = params["block"]["conv1"]["kernel"]
-    np.testing.assert_allclose(updates["block"]["conv1"]["kernel"], -rate * (expected + decay * kernel), atol=2e-5)
+    updated = kernel - rate * (expected + decay * kernel)
+    if name == "muon_normalized":
+        updated += kernel * np.sqrt(8) / np.linalg.norm(kernel) - kernel
+    np.testing.assert_allclose(kernel + updates["block"]["conv1"]["kernel"], updated, atol=2e-5)
     adam = {("stem_conv", "kernel"), ("classifier", "kernel"), ("classifier", "bias")}
     for module, name in adam:
         g, p = grads[module][name], params[module][name]

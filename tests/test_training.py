@@ -80,7 +80,7 @@ def config(request, tiny_config):
         tiny_config.optim, tiny_config.schedule = sgd.get_config().optim, sgd.get_config().schedule
     if request.param == "muon":
         tiny_config.model.stem = "whitened"
-        tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon", 0.9, 0.5
+        tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon_normalized", 0.9, 0.5
         tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
     if request.param == "best":
         recipe = best.get_config()
