@@ -4,6 +4,6 @@
 def xla_flags(count: int) -> str:
     """The value of XLA_FLAGS that makes JAX see so many CPU devices.
 
-    XLA ends a process whose devices wait 40 seconds for each other. On a busy machine that is not a mistake, so here it is an hour.
+    XLA ends a process in which a device waits 40 seconds for another. On a busy machine that is no fault, so here it may wait ten minutes.
     """
-    return f"--xla_force_host_platform_device_count={count} --xla_cpu_collective_call_terminate_timeout_seconds=3600"
+    return f"--xla_force_host_platform_device_count={count} --xla_cpu_collective_call_terminate_timeout_seconds=600"
