@@ -30,7 +30,6 @@ from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.data import feed, pipelines
 from resnet_jax.data.datasets import Split
 from resnet_jax.runs import preemption, workdir
-from resnet_jax.runs.plan import Plan
 
 
 @dataclasses.dataclass
@@ -88,17 +87,15 @@ def _make_eval_step(images_per_second: float, batches: int) -> Callable[[Any, st
     return eval_step
 
 
-def seconds_of_loop(
-    config: ConfigDict, start: setup.Setup, plan: Plan, images_per_second: float, evaluated_per_second: float
-) -> float:
+def seconds_of_loop(start: setup.Setup, images_per_second: float, evaluated_per_second: float) -> float:
     """Return how long the loop of a run takes, its last checkpoint included."""
     with (
         tempfile.TemporaryDirectory() as scratch,
-        workdir.open_workdir(Path(scratch), config, start.meta) as folder,
+        workdir.open_workdir(Path(scratch), start.config, start.meta) as folder,
     ):
         state, _ = folder.restore(start.state)
-        run = training.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0)
-        batches = -(-len(start.validation.labels) // config.eval_batch_size)
+        run = training.Run(start, folder, preemption.StopRequest(), time.monotonic(), 0.0)
+        batches = -(-len(start.validation.labels) // start.config.eval_batch_size)
         run.eval_step = _make_eval_step(evaluated_per_second, batches)
         began = time.perf_counter()
         training.take_steps(run, state, _make_step(images_per_second))
@@ -124,12 +121,11 @@ def main(argv: Sequence[str]) -> None:
     arguments, config = command_line.parse_config(parser, argv)
     tool.check_output(arguments.output)
     start = setup.setup(config, 1)
-    config = start.config
-    ideal = start.total_steps * config.batch_size / arguments.images_per_second
-    plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
-    evaluations = sum(map(plan.evaluates_after, range(1, start.total_steps + 1)))
+    config, plan = start.config, start.plan
+    ideal = plan.total_steps * config.batch_size / arguments.images_per_second
+    evaluations = sum(map(plan.evaluates_after, range(1, plan.total_steps + 1)))
     seconds = [
-        seconds_of_loop(config, start, plan, arguments.images_per_second, arguments.evaluated_per_second)
+        seconds_of_loop(start, arguments.images_per_second, arguments.evaluated_per_second)
         for _ in range(arguments.repeats)
     ]
     case = {

@@ -34,7 +34,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.runs import preemption, stored_config, workdir
 from resnet_jax.runs.checkpoints import Checkpoints
 from resnet_jax.runs.hooks import Hook
-from resnet_jax.runs.plan import Call, Plan
+from resnet_jax.runs.plan import Call
 from resnet_jax.setup import Setup
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +62,7 @@ def flops_per_image(config: ConfigDict, train: Split, state: train_state.TrainSt
 def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the train step alone, on one batch in the devices' memory: as many steps a call as in training."""
     batch, _ = feed.batch_of_step(config, start.train, start.mesh, 0)
-    plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
-    state, count = jax.tree.map(jnp.copy, start.state), plan.steps_per_call(feed.steps_per_call(config))
+    state, count = jax.tree.map(jnp.copy, start.state), start.plan.steps_per_call(feed.steps_per_call(config))
     arguments: tuple[steps.Batch, ...]
     if config.pipeline == "device":
         repeated = jax.tree.map(lambda array: jnp.broadcast_to(array, (count, *array.shape)), jax.device_get(batch))
@@ -160,9 +159,8 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the training loop, without evaluations and saves."""
     endless = 2**31 - 1
     config = config_lib.replaced(config, {"checkpoint_every_minutes": 0.0})
-    plan = dataclasses.replace(
-        Plan.from_config(config, endless, len(start.train.labels)), eval_every_epochs=endless, checkpoint_every_steps=0
-    )
+    plan = dataclasses.replace(start.plan, total_steps=endless, eval_every_epochs=endless, checkpoint_every_steps=0)
+    start = start._replace(config=config, plan=plan)
 
     def measure(seconds: float) -> float:
         state, hook = jax.tree.map(jnp.copy, start.state), _Measure(seconds)
@@ -171,7 +169,7 @@ def end_to_end(config: ConfigDict, start: Setup) -> timing.Contender:
             workdir.open_workdir(Path(scratch), config, start.meta) as folder,
         ):
             state, _ = folder.restore(state)
-            run = training.Run(config, start, plan, folder, preemption.StopRequest(), time.monotonic(), 0.0, [hook])
+            run = training.Run(start, folder, preemption.StopRequest(), time.monotonic(), 0.0, [hook])
             try:
                 training.take_steps(run, state)
             except _Measured as measured:

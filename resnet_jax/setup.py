@@ -13,7 +13,8 @@ from resnet_jax import train_state
 from resnet_jax.data import datasets, feed, pipelines, whitening
 from resnet_jax.disk import cache
 from resnet_jax.errors import UserError
-from resnet_jax.runs import model_size, plan, processes, stored_config
+from resnet_jax.runs import model_size, processes, stored_config
+from resnet_jax.runs.plan import Plan
 from resnet_jax.runs.progress import say, waiting
 
 
@@ -28,7 +29,7 @@ class Setup(NamedTuple):
         mesh: the devices, on the axis "data".
         state: the state of step 0.
         steps_per_epoch: len(train) / batch_size, not rounded.
-        total_steps: the steps of num_epochs (`plan.total_steps`).
+        plan: what is done after which step.
         meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
 
@@ -39,7 +40,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     state: train_state.TrainState
     steps_per_epoch: float
-    total_steps: int
+    plan: Plan
     meta: dict[str, Any]
 
 
@@ -70,9 +71,9 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     on_devices = config.pipeline == "auto" and processes.all_agree(pipelines.prefers_devices(train, mesh))
     config = pipelines.without_auto(datasets.computed(config, train, len(dataset.class_names)), mesh, on_devices)
     steps_per_epoch = len(train.labels) / config.batch_size
-    total_steps = plan.total_steps(config, len(train.labels))
-    if total_steps >= 2**31:
-        raise UserError(f"config.num_epochs {config.num_epochs} takes {total_steps} steps: reduce them below 2**31")
+    plan = Plan.from_config(config, len(train.labels))
+    if plan.total_steps >= 2**31:
+        raise UserError(f"config.num_epochs {config.num_epochs} takes {plan.total_steps} steps: reduce it below 2**31")
     image_shape = train.images.shape[1:]
     model_size.check_images(config.model, *image_shape[:2])
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
@@ -89,4 +90,4 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "class_names": list(dataset.class_names),
         "image_shape": list(image_shape),
     }
-    return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, total_steps, meta)
+    return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, plan, meta)

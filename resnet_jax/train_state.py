@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import metrics  # here and in runs/model_size.py alone: it is no longer maintained
+from clu import metrics, parameter_overview  # only here: it is no longer maintained
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -139,6 +140,9 @@ def create(
         **average,
     )
     return jax.device_put(state, NamedSharding(mesh, P()))
+
+
+parameter_table = partial(parameter_overview.get_parameter_overview, include_stats=False)
 
 
 def num_params(params: Any) -> int:

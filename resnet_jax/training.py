@@ -26,7 +26,7 @@ from resnet_jax.runs.diagnose import as_line, diagnose_step
 from resnet_jax.runs.exits import exit_immediately, report
 from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.metrics_log import best_step
-from resnet_jax.runs.plan import Call, Plan
+from resnet_jax.runs.plan import Call
 from resnet_jax.runs.preemption import StopRequest, TrainingInterrupted, stopped_by
 from resnet_jax.runs.progress import Progress
 from resnet_jax.runs.result import RunResult
@@ -77,7 +77,7 @@ def train(
             initial, origin = initialise(config, start)
         pipelines.check(config, start.train, start.mesh)
         for hook in hooks:
-            hook.check(0, start.total_steps)
+            hook.check(0, start.plan.total_steps)
         if jax.process_count() == 1 and (code := stop_request.exit_code()):  # several agree, after the first step
             raise TrainingInterrupted(code, f"stopped by {stopped_by(code)} before the first step: rerun the command")
         needed = 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(start.state))  # three are kept, one is being written
@@ -88,8 +88,7 @@ def train(
             if origin and folder.latest_step is None:
                 folder.start_from(initial, origin)
             state, seconds_before = folder.restore(start.state)
-            plan = Plan.from_config(config, start.total_steps, len(start.train.labels))
-            run = Run(config, start, plan, folder, stop_request, started, seconds_before, hooks)
+            run = Run(start, folder, stop_request, started, seconds_before, hooks)
             with closing(run.progress):
                 _begin(run, state)
                 state = take_steps(run, state)
@@ -101,9 +100,7 @@ class Run:
     """What the functions below share.
 
     Attributes:
-        config: of the run.
-        start: what it starts from.
-        plan: decides what is done after which step.
+        start: what the run starts from, with its config and its plan.
         folder: its workdir.
         stop_request: read after each call and before each batch of evaluation.
         started: the `time.monotonic()` from which this session's seconds count.
@@ -113,9 +110,7 @@ class Run:
         compiled: the lengths of the calls so far; each is a program.
     """
 
-    config: ConfigDict
     start: Setup
-    plan: Plan
     folder: workdir.Workdir
     stop_request: StopRequest
     started: float
@@ -125,11 +120,11 @@ class Run:
     compiled: set[int] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Build what follows from the config: `progress`, `schedule` and `eval_step`."""
-        config, start = self.config, self.start
-        self.progress = Progress(start.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
-        self.schedule = optim.make_schedule(config, start.steps_per_epoch)
-        self.eval_step = steps.jit_eval_step(config, start.mesh)
+        """Take `config` and `plan` from the start, and build `progress`, `schedule` and `eval_step`."""
+        config, plan = self.config, self.plan = self.start.config, self.start.plan
+        self.progress = Progress(plan.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
+        self.schedule = optim.make_schedule(config, self.start.steps_per_epoch)
+        self.eval_step = steps.jit_eval_step(config, self.start.mesh)
 
     def seconds(self) -> float:
         """Wall time spent on the run."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from resnet_jax import train_state
@@ -34,4 +33,4 @@ def describe(params: Any, max_params: int, table: bool) -> str:
     """Describe the number of parameters in one line, after a table of all parameters if `table`."""
     budget = f" of {max_params:,} allowed (config.model.max_params)" if max_params else ""
     line = f"{train_state.num_params(params):,} trainable parameters{budget}"
-    return f"{parameter_overview.get_parameter_overview(params, include_stats=False)}\n{line}" if table else line
+    return f"{train_state.parameter_table(params)}\n{line}" if table else line

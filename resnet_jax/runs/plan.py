@@ -53,10 +53,10 @@ class Plan:
     log_every_steps: int
 
     @classmethod
-    def from_config(cls, config: ConfigDict, total_steps: int, num_examples: int) -> "Plan":
-        """The plan of a run."""
+    def from_config(cls, config: ConfigDict, num_examples: int) -> "Plan":
+        """The plan of a run on so many training images."""
         return cls(
-            total_steps,
+            total_steps(config, num_examples),
             config.batch_size,
             num_examples,
             config.eval_every_epochs,
