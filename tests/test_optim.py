@@ -249,10 +249,10 @@ def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam
         updated += kernel * np.sqrt(8) / np.linalg.norm(kernel) - kernel
     np.testing.assert_allclose(kernel + updates["block"]["conv1"]["kernel"], updated, atol=2e-5)
     adam = {("stem_conv", "kernel"), ("classifier", "kernel"), ("classifier", "bias")}
-    for module, name in adam:
-        g, p = grads[module][name], params[module][name]
+    for module, leaf in adam:
+        g, p = grads[module][leaf], params[module][leaf]
         nesterov = 0.8 * (1 - 0.8) / (1 - 0.8**2) + 1  # of m_hat / (sqrt(v_hat) + eps), in units of the gradient's sign
-        np.testing.assert_allclose(updates[module][name], -rate * (0.25 * nesterov * np.sign(g) + decay * p), atol=2e-6)
+        np.testing.assert_allclose(updates[module][leaf], -rate * (0.25 * nesterov * np.sign(g) + decay * p), atol=2e-6)
 
 
 def test_a_linear_schedule_is_a_triangle(final_config):
