@@ -232,7 +232,7 @@ def startup_seconds(config: ConfigDict, repeats: int) -> dict[str, list[float]]:
 
 def peak_memory_bytes(config: ConfigDict, start: Setup) -> dict[str, int | None]:
     """Measure the peak memory of `launch.py` in a run of three steps, with all its evaluations and saves."""
-    fields: dict[str, Any] = {"num_epochs": 2.5 / start.steps_per_epoch}
+    fields: dict[str, Any] = {"num_epochs": 2.5 / start.plan.steps_per_epoch}
     if "warmup_epochs" in config.schedule:
         fields["schedule.warmup_epochs"] = 0.0  # it must end before the run does
     with tempfile.TemporaryDirectory() as scratch:

@@ -89,8 +89,9 @@ class ResNet(nn.Module):
         else:
             self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.conv1.requires_grad_(config["stem"] != "whitened")
         self.bn1 = norm(width)
+        for layer in (self.conv1, self.bn1):
+            layer.requires_grad_(config["stem"] != "whitened")
         self.num_layers = len(config["block_list"])
         for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
             down, layer, pools = nn.Sequential(), nn.Sequential(), i > 0 and config["downsample"] == "pool"

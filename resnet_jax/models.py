@@ -27,7 +27,7 @@ class Layers(NamedTuple):
     conv: Callable[..., Any]  # a module like `nn.Conv`, without bias or padding
     norm: Callable[..., Any]  # a module like `nn.BatchNorm`, for what `conv` returns
     relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
-    value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned
+    value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned; an array stays as it is
     add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)
     relu_max_pool: Callable[[Any], jax.Array] = lambda x: max_pool(nn.relu(x))  # of what `norm` returns
 
@@ -101,7 +101,7 @@ class ResNet(nn.Module):
         global_pool: "mean" or "max" over the pixels of the last stage.
         logit_scale: factor on the logits.
         stem: "cifar" (3x3 conv, stride 1), "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2) or "whitened", as
-            "cifar", but with the kernel of `data.whitening`, which is not trained.
+            "cifar", but with the kernel of `data.whitening`; neither it nor the batch norm after it is trained.
         batch_norm_momentum: weight of the old running statistic at each step (PyTorch's momentum is 1 - this).
         batch_norm_epsilon: added to the variance.
         dtype: dtype of the computation up to the last stage; parameters, and all that follows, are `at_least_float32`.
@@ -140,9 +140,11 @@ class ResNet(nn.Module):
         layers = layers._replace(conv=conv, norm=norm)
         kernel, stride = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
-        x = layers.value(layers.relu(norm(name="stem_norm")(x)))
+        x = layers.relu(norm(name="stem_norm")(x))
+        if self.stem == "whitened":
+            x = jax.lax.stop_gradient(x)
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = nn.max_pool(layers.value(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, (channels, blocks) in enumerate(zip(self.channel_list, self.block_list, strict=True)):
             pools = i > 0 and self.downsample == "pool"
             if pools:
@@ -150,8 +152,8 @@ class ResNet(nn.Module):
                 x = layers.relu_max_pool(norm(name=f"stage{i + 1}_norm")(x))
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
-                x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(x)
-        dtype = at_least_float32(self.dtype)
+                x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(layers.value(x))
+        x, dtype = layers.value(x), at_least_float32(self.dtype)
         x = x.max(axis=(1, 2)) if self.global_pool == "max" else jnp.mean(x, axis=(1, 2), dtype=dtype)
         classifier = nn.Dense(self.num_classes, dtype=dtype, param_dtype=dtype, name="classifier")
         return (classifier(x) * self.logit_scale).astype(jnp.float32)

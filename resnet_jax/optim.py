@@ -71,7 +71,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
     batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
-    parameters but the classifier's, and so on their weight decay; 0 leaves them as they are. A whitened stem's kernel is not
+    parameters but the classifier's, and so on their weight decay; 0 leaves them as they are. A whitened stem is not
     trained.
     """
     optim = config.optim
@@ -98,7 +98,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
         steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
     if config.model.stem == "whitened":
-        steps.append(optax.masked(optax.set_to_zero(), lambda params: {name: name == "stem_conv" for name in params}))
+        steps.append(optax.masked(optax.set_to_zero(), lambda params: {name: "stem" in name for name in params}))
     return optax.chain(*steps)
 
 

@@ -28,7 +28,6 @@ class Setup(NamedTuple):
         validation: the rest of `dataset.train`, possibly empty.
         mesh: the devices, on the axis "data".
         state: the state of step 0.
-        steps_per_epoch: len(train) / batch_size, not rounded.
         plan: what is done after which step.
         meta: stored with every checkpoint: {"config", "fingerprint", "class_names", "image_shape"}.
     """
@@ -39,7 +38,6 @@ class Setup(NamedTuple):
     validation: datasets.Split
     mesh: Mesh
     state: train_state.TrainState
-    steps_per_epoch: float
     plan: Plan
     meta: dict[str, Any]
 
@@ -70,13 +68,12 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     say(datasets.summary(dataset, train, validation, config.data), quiet=not first)
     on_devices = config.pipeline == "auto" and processes.all_agree(pipelines.prefers_devices(train, mesh))
     config = pipelines.without_auto(datasets.computed(config, train, len(dataset.class_names)), mesh, on_devices)
-    steps_per_epoch = len(train.labels) / config.batch_size
     plan = Plan.from_config(config, len(train.labels))
     if plan.total_steps >= 2**31:
         raise UserError(f"config.num_epochs {config.num_epochs} takes {plan.total_steps} steps: reduce it below 2**31")
     image_shape = train.images.shape[1:]
     model_size.check_images(config.model, *image_shape[:2])
-    create = partial(train_state.create, config, len(dataset.class_names), image_shape, steps_per_epoch, mesh)
+    create = partial(train_state.create, config, len(dataset.class_names), image_shape, plan.steps_per_epoch, mesh)
     traced = jax.jit(create).trace()  # shapes only: a model over its budget is never built
     model_size.check(train_state.num_params(traced.out_info.params), config.model.max_params)
     waiting("initialising the network", quiet=not first)
@@ -90,4 +87,4 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         "class_names": list(dataset.class_names),
         "image_shape": list(image_shape),
     }
-    return Setup(config, dataset, train, validation, mesh, state, steps_per_epoch, plan, meta)
+    return Setup(config, dataset, train, validation, mesh, state, plan, meta)

@@ -121,9 +121,10 @@ class Run:
 
     def __post_init__(self) -> None:
         """Take `config` and `plan` from the start, and build `progress`, `schedule` and `eval_step`."""
-        config, plan = self.config, self.plan = self.start.config, self.start.plan
+        config, plan = self.start.config, self.start.plan
+        self.config, self.plan = config, plan
         self.progress = Progress(plan.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
-        self.schedule = optim.make_schedule(config, self.start.steps_per_epoch)
+        self.schedule = optim.make_schedule(config, plan.steps_per_epoch)
         self.eval_step = steps.jit_eval_step(config, self.start.mesh)
 
     def seconds(self) -> float:
@@ -132,7 +133,7 @@ class Run:
 
     def row(self, step: int, split: str, **values: float | None) -> dict[str, Any]:
         """A row of `metrics.jsonl`."""
-        epoch, seconds = round(step / self.start.steps_per_epoch, 6), round(self.seconds(), 3)
+        epoch, seconds = round(step / self.plan.steps_per_epoch, 6), round(self.seconds(), 3)
         return {"step": step, "epoch": epoch, "split": split, "seconds": seconds, **values}
 
 
@@ -244,7 +245,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
     batch, examples = feed.batch_of_step(run.config, run.start.train, run.start.mesh, step - 1)
     diagnosis = {
         "step": step,
-        "epoch": step / run.start.steps_per_epoch,
+        "epoch": step / run.plan.steps_per_epoch,
         "checkpoint_step": run.folder.latest_step,
         "examples": datasets.source_positions(run.start.dataset, run.config.data, examples).tolist(),
         "labels": run.start.train.labels[examples].tolist(),
@@ -257,7 +258,7 @@ def _reject(run: Run, state: TrainState, step: int) -> NoReturn:
 def _validate(run: Run, state: TrainState, step: int) -> None:
     """Evaluate on the validation split, if there is one."""
     if not len(run.start.validation.labels):
-        run.progress.epoch_ended(step, step / run.start.steps_per_epoch)
+        run.progress.epoch_ended(step, step / run.plan.steps_per_epoch)
         return
     run.progress.waiting("evaluating the validation split")
     result = _evaluate(run, state, run.start.validation, step)

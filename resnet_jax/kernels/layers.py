@@ -5,7 +5,7 @@ them, and the ReLU, while it reads the images; so does `add_relu` at the end of 
 statistics have the names, shapes and initial values of Flax's layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -40,7 +40,7 @@ class Normalized:
 
     y: jax.Array
     affine: jax.Array
-    relu: bool = False
+    relu: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

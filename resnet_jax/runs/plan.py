@@ -64,6 +64,11 @@ class Plan:
             config.log_every_steps,
         )
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """The steps whose images are an epoch, not rounded."""
+        return self.num_examples / self.batch_size
+
     def warnings(self) -> list[str]:
         """What makes a run on little data train badly, with the numbers."""
         warnings = []

@@ -70,4 +70,8 @@ def test_a_run_keeps_the_filters_of_its_training_images(tmp_path, tiny_config):
     training.train(tiny_config, tmp_path)
     trained = trained_model.load(tmp_path).variables["params"]
     np.testing.assert_array_equal(trained["stem_conv"]["kernel"], kernel)
-    assert not np.array_equal(trained["stem_norm"]["bias"], start.state.params["stem_norm"]["bias"])
+    for name in ("scale", "bias"):
+        np.testing.assert_array_equal(trained["stem_norm"][name], start.state.params["stem_norm"][name])
+    assert not np.array_equal(
+        trained["stage1_block1"]["norm1"]["bias"], start.state.params["stage1_block1"]["norm1"]["bias"]
+    )

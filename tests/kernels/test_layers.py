@@ -17,6 +17,7 @@ NETWORKS = {
     "bottleneck": {"channel_list": (16, 32), "block_list": (1, 1), "block": models.BottleneckBlock},
     "a stem for large images": {"channel_list": (16, 32), "block_list": (1, 1), "stem": "imagenet"},
     "max-pools": {"channel_list": (16, 32), "block_list": (0, 1), "downsample": "pool", "global_pool": "max"},
+    "no block": {"channel_list": (16,), "block_list": (0,)},
     "channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1)},
 }
 
