@@ -26,13 +26,21 @@ from benchmarks import timing
 from resnet_jax import host
 
 
+def activate(activation: str, x: torch.Tensor) -> torch.Tensor:
+    """Apply one of `models.ACTIVATIONS`."""
+    return functional.relu(x) if activation == "relu" else functional.gelu(x, approximate="tanh")
+
+
 class BasicBlock(nn.Module):
-    """3x3 conv, BN, ReLU, 3x3 conv, BN, plus the shortcut, ReLU."""
+    """3x3 conv, BN, activation, 3x3 conv, BN, plus the shortcut, activation."""
 
     expansion = 1
 
-    def __init__(self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module], activation: str
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
         self.bn1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -41,8 +49,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the block."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = activate(self.activation, self.bn1(self.conv1(x)))
+        return activate(self.activation, self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -50,8 +58,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, inputs: int, channels: int, stride: int, norm: Callable[[int], nn.Module], activation: str
+    ) -> None:
         super().__init__()
+        self.activation = activation
         outputs = channels * self.expansion
         self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
         self.bn1 = norm(channels)
@@ -63,9 +74,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the block."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        y = functional.relu(self.bn2(self.conv2(y)))
-        return functional.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+        y = activate(self.activation, self.bn1(self.conv1(x)))
+        y = activate(self.activation, self.bn2(self.conv2(y)))
+        return activate(self.activation, self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
@@ -92,16 +103,17 @@ class ResNet(nn.Module):
         self.bn1 = norm(width)
         for layer in (self.conv1, self.bn1):
             layer.requires_grad_(config["stem"] != "whitened")
-        self.num_layers = len(config["block_list"])
+        self.num_layers, self.activation = len(config["block_list"]), config["activation"]
         for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
             down, layer, pools = nn.Sequential(), nn.Sequential(), i > 0 and config["downsample"] == "pool"
             if pools:
                 outputs = channels * block.expansion
                 conv = nn.Conv2d(width, outputs, 3, padding=1, bias=False)
-                down.extend([conv, norm(outputs), nn.ReLU(), nn.MaxPool2d(2)])
+                activation = nn.ReLU() if self.activation == "relu" else nn.GELU("tanh")
+                down.extend([conv, norm(outputs), activation, nn.MaxPool2d(2)])
                 width = outputs
             for j in range(blocks):
-                layer.append(block(width, channels, 2 if i > 0 and j == 0 and not pools else 1, norm))
+                layer.append(block(width, channels, 2 if i > 0 and j == 0 and not pools else 1, norm, self.activation))
                 width = channels * block.expansion
             self.add_module(f"down{i + 1}", down)
             self.add_module(f"layer{i + 1}", layer)
@@ -110,7 +122,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map normalised images [B, 3, H, W] to logits [B, num_classes]."""
-        x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(activate(self.activation, self.bn1(self.conv1(x))))
         for i in range(self.num_layers):
             x = getattr(self, f"layer{i + 1}")(getattr(self, f"down{i + 1}")(x))
         return self.fc(x.amax((2, 3)) if self.global_pool == "max" else x.mean((2, 3))) * self.logit_scale

@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     config.model.channel_list = (24, 48, 88, 128)
     config.model.downsample = "stride"
     config.model.dtype = "float32"
+    config.model.activation = "relu"
     config.model.global_pool = "mean"
     config.model.logit_scale = 1.0
     config.model.max_params = 0

@@ -145,6 +145,7 @@ FIELDS: dict[str, Field] = {
     "model.channel_list": integers(1),
     "model.block_list": integers(0),
     "model.downsample": choice("stride", "pool"),
+    "model.activation": choice("relu", "gelu"),
     "model.global_pool": choice("mean", "max"),
     "model.logit_scale": _POSITIVE,
     "model.batch_norm_momentum": _FRACTION,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu}
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
 
 
@@ -26,20 +27,22 @@ class Layers(NamedTuple):
 
     conv: Callable[..., Any]  # a module like `nn.Conv`, without bias or padding
     norm: Callable[..., Any]  # a module like `nn.BatchNorm`, for what `conv` returns
-    relu: Callable[[Any], Any] = nn.relu  # of what `norm` returns
-    value: Callable[[Any], jax.Array] = lambda x: x  # the array that `relu` returned; an array stays as it is
-    add_relu: Callable[[Any, Any], jax.Array] = lambda x, shortcut: nn.relu(x + shortcut)
-    relu_max_pool: Callable[[Any], jax.Array] = lambda x: max_pool(nn.relu(x))  # of what `norm` returns
+    activate: Callable[[Any], Any]  # of what `norm` returns
+    value: Callable[[Any], jax.Array]  # the array that `activate` returned; an array stays as it is
+    add_activate: Callable[[Any, Any], jax.Array]  # of what `norm` returns, and a shortcut
+    activate_max_pool: Callable[[Any], jax.Array]  # of what `norm` returns
 
 
-def flax_layers(dtype: Any) -> Layers:
+def flax_layers(dtype: Any, activation: str) -> Layers:
     """Return Flax's layers, which compute in `dtype`, with parameters of `at_least_float32`."""
-    dtypes = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}
-    return Layers(partial(nn.Conv, use_bias=False, padding=0, **dtypes), partial(nn.BatchNorm, **dtypes))
+    dtypes, activate = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}, ACTIVATIONS[activation]
+    conv, norm = partial(nn.Conv, use_bias=False, padding=0, **dtypes), partial(nn.BatchNorm, **dtypes)
+    add_activate, activate_max_pool = lambda x, shortcut: activate(x + shortcut), lambda x: max_pool(activate(x))
+    return Layers(conv, norm, activate, lambda x: x, add_activate, activate_max_pool)
 
 
 class BasicBlock(nn.Module):
-    """3x3 conv, BN, ReLU, 3x3 conv, BN, plus the shortcut, ReLU; [B, H, W, C] -> [B, H/stride, W/stride, channels]."""
+    """3x3 conv, BN, activation, 3x3 conv, BN, plus the shortcut, activation; [B, H, W, C] -> [B, H/stride, W/stride, channels]."""
 
     channels: int
     stride: int
@@ -51,9 +54,9 @@ class BasicBlock(nn.Module):
         """Apply the block."""
         layers = self.layers
         y = layers.conv(self.channels, (3, 3), self.stride, padding=1, name="conv1")(x)
-        y = layers.relu(layers.norm(name="norm1")(y))
+        y = layers.activate(layers.norm(name="norm1")(y))
         y = layers.conv(self.channels, (3, 3), padding=1, name="conv2")(y)
-        return layers.add_relu(layers.norm(name="norm2")(y), _shortcut(self, x, y.shape[-1]))
+        return layers.add_activate(layers.norm(name="norm2")(y), _shortcut(self, x, y.shape[-1]))
 
 
 class BottleneckBlock(nn.Module):
@@ -69,11 +72,11 @@ class BottleneckBlock(nn.Module):
         """Apply the block."""
         layers = self.layers
         y = layers.conv(self.channels, (1, 1), name="conv1")(x)
-        y = layers.relu(layers.norm(name="norm1")(y))
+        y = layers.activate(layers.norm(name="norm1")(y))
         y = layers.conv(self.channels, (3, 3), self.stride, padding=1, name="conv2")(y)
-        y = layers.relu(layers.norm(name="norm2")(y))
+        y = layers.activate(layers.norm(name="norm2")(y))
         y = layers.conv(self.channels * self.expansion, (1, 1), name="conv3")(y)
-        return layers.add_relu(layers.norm(name="norm3")(y), _shortcut(self, x, y.shape[-1]))
+        return layers.add_activate(layers.norm(name="norm3")(y), _shortcut(self, x, y.shape[-1]))
 
 
 def _shortcut(block: Any, x: jax.Array, channels: int) -> Any:
@@ -97,7 +100,8 @@ class ResNet(nn.Module):
             but the first, the first block has stride 2.
         block: `BasicBlock` or `BottleneckBlock`.
         downsample: how all stages but the first halve the size: "stride", in their first block, or "pool", a 3x3 conv, BN,
-            ReLU and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
+            activation and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
+        activation: one of `ACTIVATIONS`; GELU in its form with tanh (Hendrycks and Gimpel, arXiv:1606.08415).
         global_pool: "mean" or "max" over the pixels of the last stage.
         logit_scale: factor on the logits.
         stem: "cifar" (3x3 conv, stride 1), "imagenet" (7x7 conv, stride 2, then 3x3 max-pool, stride 2) or "whitened", as
@@ -114,6 +118,7 @@ class ResNet(nn.Module):
     block: type[BasicBlock] | type[BottleneckBlock] = BasicBlock
     stem: str = "cifar"
     downsample: str = "stride"
+    activation: str = "relu"
     global_pool: str = "mean"
     logit_scale: float = 1.0
     batch_norm_momentum: float = 0.9
@@ -133,14 +138,14 @@ class ResNet(nn.Module):
         Returns:
             [B, num_classes] float32 logits.
         """
-        layers = self.layers or flax_layers(self.dtype)
+        layers = self.layers or flax_layers(self.dtype, self.activation)
         conv = partial(layers.conv, kernel_init=conv_init)
         norm = partial(layers.norm, momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon)
         norm = partial(norm, use_running_average=not train)
         layers = layers._replace(conv=conv, norm=norm)
         kernel, stride = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
-        x = layers.relu(norm(name="stem_norm")(x))
+        x = layers.activate(norm(name="stem_norm")(x))
         if self.stem == "whitened":
             x = jax.lax.stop_gradient(x)
         if self.stem == "imagenet":
@@ -149,7 +154,7 @@ class ResNet(nn.Module):
             pools = i > 0 and self.downsample == "pool"
             if pools:
                 x = conv(channels * self.block.expansion, (3, 3), padding=1, name=f"stage{i + 1}_conv")(x)
-                x = layers.relu_max_pool(norm(name=f"stage{i + 1}_norm")(x))
+                x = layers.activate_max_pool(norm(name=f"stage{i + 1}_norm")(x))
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(layers.value(x))
@@ -168,17 +173,14 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 def from_config(model: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
     """Build the network that `config.model` describes, by default of Flax's layers."""
+    alike = ("stem", "downsample", "activation", "global_pool", "logit_scale", "batch_norm_epsilon")
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(model.channel_list),
         block_list=tuple(model.block_list),
         block=BLOCKS[model.block],
-        stem=model.stem,
-        downsample=model.downsample,
-        global_pool=model.global_pool,
-        logit_scale=model.logit_scale,
         batch_norm_momentum=model.batch_norm_momentum,
-        batch_norm_epsilon=model.batch_norm_epsilon,
         dtype=jnp.dtype(model.dtype),
         layers=layers,
+        **{name: model[name] for name in alike},
     )

@@ -71,8 +71,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
     `max_grad_norm` > 0 clips the gradient's global norm first. `decay_mask` "kernels" does not decay biases and
     batch-norm parameters; "all" decays every parameter, as in the report. `backbone_rate` is a factor on eta_t for all
-    parameters but the classifier's, and so on their weight decay; 0 leaves them as they are. A whitened stem is not
-    trained.
+    parameters but the classifier's, and so on their weight decay; 0 leaves them. A whitened stem is not trained.
     """
     optim = config.optim
     kernels = (lambda params: jax.tree.map(lambda p: p.ndim > 1, params)) if optim.decay_mask == "kernels" else None

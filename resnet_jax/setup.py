@@ -12,7 +12,6 @@ from resnet_jax import config as config_lib
 from resnet_jax import train_state
 from resnet_jax.data import datasets, feed, pipelines, whitening
 from resnet_jax.disk import cache
-from resnet_jax.errors import UserError
 from resnet_jax.runs import model_size, processes, stored_config
 from resnet_jax.runs.plan import Plan
 from resnet_jax.runs.progress import say, waiting
@@ -69,8 +68,6 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
     on_devices = config.pipeline == "auto" and processes.all_agree(pipelines.prefers_devices(train, mesh))
     config = pipelines.without_auto(datasets.computed(config, train, len(dataset.class_names)), mesh, on_devices)
     plan = Plan.from_config(config, len(train.labels))
-    if plan.total_steps >= 2**31:
-        raise UserError(f"config.num_epochs {config.num_epochs} takes {plan.total_steps} steps: reduce it below 2**31")
     image_shape = train.images.shape[1:]
     model_size.check_images(config.model, *image_shape[:2])
     create = partial(train_state.create, config, len(dataset.class_names), image_shape, plan.steps_per_epoch, mesh)

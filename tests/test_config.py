@@ -94,6 +94,7 @@ RANGES = {
     "optim.name": ([], ["adam"]),  # another name needs other fields
     "optim.learning_rate": ([1e-6], [0.0, -0.01]),
     "optim.weight_decay": ([0], [-0.01]),
+    "model.activation": (["relu", "gelu"], ["tanh"]),
     "optim.decay_mask": (["all", "kernels"], ["none"]),
     "optim.max_grad_norm": ([0], [-0.01]),
     "optim.backbone_rate": ([0, 2.0], [-0.01]),

@@ -18,7 +18,7 @@ from resnet_jax.train_state import TrainState
 
 _HEAD = "classifier"  # the rest of the network is its backbone
 # The fields of `config.model` that say what is computed with the weights, and those that shape them.
-_COMPUTATION = ("stem", "downsample", "global_pool", "logit_scale", "batch_norm_epsilon")
+_COMPUTATION = ("stem", "downsample", "activation", "global_pool", "logit_scale", "batch_norm_epsilon")
 _SHAPES = ("block", "channel_list", "block_list")
 
 

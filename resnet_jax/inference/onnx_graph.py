@@ -27,6 +27,9 @@ class _Graph:
         self.params, self.stats = variables["params"], variables["batch_stats"]
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
+        if self.config.activation == "gelu":
+            self.weight("gelu/linear", np.array(np.sqrt(8 / np.pi)))
+            self.weight("gelu/cubic", np.array(np.sqrt(8 / np.pi) * 0.044715))
 
     def add(self, operation: str, *inputs: str, **attributes: Any) -> str:
         """Add a node; return the name of its output."""
@@ -58,6 +61,13 @@ class _Graph:
         names = [self.weight(f"{'/'.join((*module, norm))}/{key}", value) for key, value in figures.items()]
         return self.add("BatchNormalization", x, *names, epsilon=self.config.batch_norm_epsilon)
 
+    def activate(self, x: str) -> str:
+        """Add the network's activation; GELU, an operation of opset 20 only, as z * sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3))."""
+        if self.config.activation == "relu":
+            return self.add("Relu", x)
+        factor = self.add("Add", "gelu/linear", self.add("Mul", "gelu/cubic", self.add("Mul", x, x)))
+        return self.add("Mul", x, self.add("Sigmoid", self.add("Mul", x, factor)))
+
     def block(self, x: str, name: str, stride: int) -> str:
         """Add a residual block; the stride applies to the first 3x3 convolution and to the shortcut."""
         convs = sorted(key for key in self.params[name] if key.startswith("conv"))
@@ -66,10 +76,10 @@ class _Graph:
             strided = conv == ("conv1" if self.config.block == "basic" else "conv2")
             y = self.conv_norm(y, (name,), conv, f"norm{conv[-1]}", stride if strided else 1)
             if conv != convs[-1]:
-                y = self.add("Relu", y)
+                y = self.activate(y)
         if "shortcut_conv" in self.params[name]:
             x = self.conv_norm(x, (name,), "shortcut_conv", "shortcut_norm", stride)
-        return self.add("Relu", self.add("Add", y, x))
+        return self.activate(self.add("Add", y, x))
 
     def views(self, x: str, views: int) -> tuple[str, list[float]]:
         """Join the views of images [N, C, H, W] to [views * N, C, H, W]; return also the weight of each view.
@@ -120,13 +130,13 @@ def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelP
     if views > 1:
         x, shares = graph.views(x, views)
     imagenet = config.model.stem == "imagenet"
-    x = graph.add("Relu", graph.conv_norm(x, (), "stem_conv", "stem_norm", 2 if imagenet else 1))
+    x = graph.activate(graph.conv_norm(x, (), "stem_conv", "stem_norm", 2 if imagenet else 1))
     if imagenet:
         x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for i, blocks in enumerate(config.model.block_list, start=1):
         pools = i > 1 and config.model.downsample == "pool"
         if pools:
-            x = graph.add("Relu", graph.conv_norm(x, (), f"stage{i}_conv", f"stage{i}_norm", 1))
+            x = graph.activate(graph.conv_norm(x, (), f"stage{i}_conv", f"stage{i}_norm", 1))
             x = graph.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
         for j in range(1, blocks + 1):
             x = graph.block(x, f"stage{i}_block{j}", 2 if i > 1 and j == 1 and not pools else 1)

@@ -10,7 +10,7 @@ from resnet_jax.models import Layers
 
 def layers_for(mesh: Mesh, model: ConfigDict) -> Layers | None:
     """Return the layers of `kernels.layers` for `config.model` in float32 on CPUs; None, Flax's, for all else."""
-    return layers.for_mesh(mesh) if _could_be_ours(mesh, model) and native.library() else None
+    return layers.for_mesh(mesh, model.activation) if _could_be_ours(mesh, model) and native.library() else None
 
 
 def why_slow(mesh: Mesh, model: ConfigDict) -> str:

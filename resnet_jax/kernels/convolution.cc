@@ -1,4 +1,4 @@
-// Convolutions for a CPU in float32, with batch norm and ReLU in the same pass over memory, for XLA's foreign function interface.
+// Convolutions for a CPU in float32, with batch norm and activation in the same pass over memory, for XLA's foreign function interface.
 //
 // A 3x3 convolution of stride 1 uses Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, arXiv:1509.09308): a block of tiles
 // goes through transform, products and inverse transform while it is in the cache. Others are matrix products over gathered pixels.
@@ -151,21 +151,21 @@ struct Convolution {
 
 // ---- Instruction sets ----
 
+// For each instruction set, those with ReLU and those with GELU.
 struct Kernels {
-  int64_t lanes;
   void (*convolve)(Threads&, const Convolution&, const float* x, const float* affine, const float* w, float* y, float* sums);
   void (*input_gradient)(Threads&, const Convolution&, const float* x, const float* affine, const float* w, const float* y,
                          const float* dy, const float* dsums, float* dx, float* daffine);
   void (*kernel_gradient)(Threads&, const Convolution&, const float* x, const float* affine, const float* y, const float* dy,
                           const float* dsums, float* dw);
-  void (*add_relu)(Threads&, const float* y, const float* scale, const float* shift, const float* shortcut, int64_t pixels,
-                   int64_t channels, float* out);
-  void (*add_relu_gradient)(Threads&, const float* y, const float* scale, const float* out, const float* dout, int64_t pixels,
-                            int64_t channels, float* dy, float* dshortcut, float* sums);
-  void (*relu_max_pool)(Threads&, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
-                        int64_t channels, float* out);
-  void (*relu_max_pool_gradient)(Threads&, const float* y, const float* scale, const float* shift, const float* dout, int64_t rows,
-                                 int64_t width, int64_t channels, float* dy, float* sums);
+  void (*add_activate)(Threads&, const float* y, const float* scale, const float* shift, const float* shortcut, int64_t pixels,
+                       int64_t channels, float* out);
+  void (*add_activate_gradient)(Threads&, const float* y, const float* scale, const float* shift, const float* shortcut,
+                                const float* dout, int64_t pixels, int64_t channels, float* dy, float* dshortcut, float* sums);
+  void (*activate_max_pool)(Threads&, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
+                            int64_t channels, float* out);
+  void (*activate_max_pool_gradient)(Threads&, const float* y, const float* scale, const float* shift, const float* dout, int64_t rows,
+                                     int64_t width, int64_t channels, float* dy, float* sums);
 };
 
 namespace baseline {
@@ -211,16 +211,16 @@ int64_t most_lanes() {
 int64_t lanes = most_lanes();
 
 // The widest kernels whose vectors divide the channels.
-const Kernels& kernels_for(int64_t channels) {
+const Kernels& kernels_for(int64_t channels, bool gelu) {
 #ifdef __x86_64__
-  if (lanes >= 16 && channels % 16 == 0) return avx512::kernels;
-  if (lanes >= 8 && channels % 8 == 0) return avx2::kernels;
+  if (lanes >= 16 && channels % 16 == 0) return gelu ? avx512::kernels<avx512::Gelu> : avx512::kernels<avx512::Relu>;
+  if (lanes >= 8 && channels % 8 == 0) return gelu ? avx2::kernels<avx2::Gelu> : avx2::kernels<avx2::Relu>;
 #endif
-  return baseline::kernels;
+  return gelu ? baseline::kernels<baseline::Gelu> : baseline::kernels<baseline::Relu>;
 }
 
 // Gathered convolutions read any number of channels.
-const Kernels& kernels_for(const Convolution& c) { return kernels_for(c.winograd ? c.inputs | c.outputs : c.outputs); }
+const Kernels& kernels_for(const Convolution& c, bool gelu) { return kernels_for(c.winograd ? c.inputs | c.outputs : c.outputs, gelu); }
 
 // ---- The functions that XLA calls. Optional arrays, [2, channels], are empty where they are left out. ----
 
@@ -233,56 +233,58 @@ Convolution convolution_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> 
   return {x[0], x[1], x[2], x[3], w[3], w[0], stride, winograd};
 }
 
-ffi::Error Convolve(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array w, Result y, Result sums) {
+ffi::Error Convolve(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Result y, Result sums) {
   Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
-  kernels_for(c).convolve(threads, c, x.typed_data(), optional(affine), w.typed_data(), y->typed_data(), sums->typed_data());
+  kernels_for(c, gelu).convolve(threads, c, x.typed_data(), optional(affine), w.typed_data(), y->typed_data(), sums->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error InputGradient(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array w, Array y, Array dy, Array dsums, Result dx,
+ffi::Error InputGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Array y, Array dy, Array dsums, Result dx,
                          Result daffine) {
   Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
-  kernels_for(c).input_gradient(threads, c, x.typed_data(), optional(affine), w.typed_data(), y.typed_data(), dy.typed_data(),
+  kernels_for(c, gelu).input_gradient(threads, c, x.typed_data(), optional(affine), w.typed_data(), y.typed_data(), dy.typed_data(),
                                 dsums.typed_data(), dx->typed_data(), daffine->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error KernelGradient(Threads threads, int64_t stride, bool winograd, Array x, Array affine, Array y, Array dy, Array dsums, Result dw) {
+ffi::Error KernelGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array y, Array dy, Array dsums, Result dw) {
   Convolution c = convolution_of(x.dimensions(), dw->dimensions(), stride, winograd);
-  kernels_for(c).kernel_gradient(threads, c, x.typed_data(), optional(affine), y.typed_data(), dy.typed_data(), dsums.typed_data(),
+  kernels_for(c, gelu).kernel_gradient(threads, c, x.typed_data(), optional(affine), y.typed_data(), dy.typed_data(), dsums.typed_data(),
                                  dw->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error AddRelu(Threads threads, Array y, Array affine, Array shortcut, Result out) {
+ffi::Error AddActivate(Threads threads, bool gelu, Array y, Array affine, Array shortcut, Result out) {
   int64_t channels = affine.dimensions()[1];
-  kernels_for(channels)
-      .add_relu(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + channels, shortcut.typed_data(),
-                y.element_count() / channels, channels, out->typed_data());
+  kernels_for(channels, gelu)
+      .add_activate(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + channels, shortcut.typed_data(),
+                    y.element_count() / channels, channels, out->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error AddReluGradient(Threads threads, Array y, Array affine, Array out, Array dout, Result dy, Result dshortcut, Result daffine) {
+ffi::Error AddActivateGradient(Threads threads, bool gelu, Array y, Array affine, Array shortcut, Array dout, Result dy,
+                               Result dshortcut, Result daffine) {
   int64_t channels = affine.dimensions()[1];
-  kernels_for(channels)
-      .add_relu_gradient(threads, y.typed_data(), affine.typed_data(), out.typed_data(), dout.typed_data(), y.element_count() / channels,
-                         channels, dy->typed_data(), dshortcut->typed_data(), daffine->typed_data());
+  kernels_for(channels, gelu)
+      .add_activate_gradient(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + channels, shortcut.typed_data(),
+                             dout.typed_data(), y.element_count() / channels, channels, dy->typed_data(), dshortcut->typed_data(),
+                             daffine->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error ReluMaxPool(Threads threads, Array y, Array affine, Result out) {
+ffi::Error ActivateMaxPool(Threads threads, bool gelu, Array y, Array affine, Result out) {
   auto shape = y.dimensions();
-  kernels_for(shape[3])
-      .relu_max_pool(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], shape[0] * shape[1] / 2, shape[2],
-                     shape[3], out->typed_data());
+  kernels_for(shape[3], gelu)
+      .activate_max_pool(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], shape[0] * shape[1] / 2,
+                         shape[2], shape[3], out->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error ReluMaxPoolGradient(Threads threads, Array y, Array affine, Array dout, Result dy, Result daffine) {
+ffi::Error ActivateMaxPoolGradient(Threads threads, bool gelu, Array y, Array affine, Array dout, Result dy, Result daffine) {
   auto shape = y.dimensions();
-  kernels_for(shape[3])
-      .relu_max_pool_gradient(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], dout.typed_data(),
-                              shape[0] * shape[1] / 2, shape[2], shape[3], dy->typed_data(), daffine->typed_data());
+  kernels_for(shape[3], gelu)
+      .activate_max_pool_gradient(threads, y.typed_data(), affine.typed_data(), affine.typed_data() + shape[3], dout.typed_data(),
+                                  shape[0] * shape[1] / 2, shape[2], shape[3], dy->typed_data(), daffine->typed_data());
   return ffi::Error::Success();
 }
 
@@ -298,30 +300,30 @@ extern "C" int64_t vector_lanes() { return lanes; }
 extern "C" void set_vector_lanes(int64_t n) { lanes = n < most_lanes() ? n : most_lanes(); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(input_gradient, InputGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kernel_gradient, KernelGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd")
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(add_relu, AddRelu,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(add_activate, AddActivate,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(add_relu_gradient, AddReluGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(add_activate_gradient, AddActivateGradient,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(relu_max_pool, ReluMaxPool,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(activate_max_pool, ActivateMaxPool,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>()
                                          .Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(relu_max_pool_gradient, ReluMaxPoolGradient,
-                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(activate_max_pool_gradient, ActivateMaxPoolGradient,
+                                     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());

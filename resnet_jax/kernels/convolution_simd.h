@@ -9,6 +9,7 @@ constexpr int kRows = ROWS;
 constexpr int kPanel = 2 * kLanes;  // columns of a matrix product that are kept in registers
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -16,6 +17,41 @@ inline Vec relu(Vec v) { return 0.0f > v ? Vec{} : v; }  // NaN stays NaN
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- Activations ----
+
+struct Relu {
+  static constexpr bool monotone = true;
+  static Vec value(Vec z) { return relu(z); }
+  static Vec gradient(Vec z, Vec dvalue) { return z > 0.0f ? dvalue : Vec{}; }
+};
+
+// exp(x) to some units in the last place, for x from -87.3 to 88: 2^n exp(r) with |r| <= log(2) / 2, and Taylor's polynomial of
+// exp(r). Adding 1.5 * 2^23 rounds to n, and leaves it in the lowest bits.
+inline Vec exponential(Vec x) {
+  Vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;  // log(2) in two parts, the first exact in products with n
+  Vec series = 1.0f + r * (1.0f + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+  return series * (Vec)(((Ints)shifted << 23) + (127 << 23));  // a product, so that NaN stays NaN
+}
+
+// The form of GELU with tanh (Hendrycks and Gimpel, arXiv:1606.08415): z / (1 + exp(-u)), u = 2 sqrt(2 / pi) (z + 0.044715 z^3).
+// It falls up to z = -0.75 and rises from there, so its largest value is at the lowest or at the highest of several z.
+struct Gelu {
+  static constexpr bool monotone = false;
+  static constexpr float kLinear = 1.59576912f, kCubic = 0.0713548162f;
+  static Vec bounded(Vec z) {  // beyond 9.99 the gate is 0 or 1 in float32
+    z = z > 9.99f ? Vec{} + 9.99f : z;
+    return z < -9.99f ? Vec{} - 9.99f : z;
+  }
+  static Vec gate(Vec z) { return 1.0f / (1.0f + exponential(z * (-kLinear - kCubic * z * z))); }
+  static Vec value(Vec z) { return z * gate(bounded(z)); }
+  static Vec gradient(Vec z, Vec dvalue) {
+    z = bounded(z);
+    Vec s = gate(z);
+    return dvalue * (s + z * s * (1.0f - s) * (kLinear + 3 * kCubic * z * z));
+  }
+};
 
 // ---- Winograd's minimal filtering F(4x4, 3x3): output = A^T [(G kernel G^T) * (B^T input B)] A ----
 //
@@ -101,13 +137,14 @@ struct Identity {
   Channels channels(int64_t c) const { return {x + c}; }
 };
 
-// relu(x * scale + shift)
+// The activation A of x * scale + shift.
+template <class A>
 struct Activation {
   const float *x, *scale, *shift;
   struct Channels {
     const float* x;
     Vec scale, shift;
-    Vec operator()(int64_t at) const { return relu(load(x + at) * scale + shift); }
+    Vec operator()(int64_t at) const { return A::value(load(x + at) * scale + shift); }
   };
   Channels channels(int64_t c) const { return {x + c, load(scale + c), load(shift + c)}; }
 };
@@ -150,7 +187,8 @@ struct WriteWithMoments {
   Channels channels(int64_t c) const { return {y + c}; }
 };
 
-// The gradient of relu(x * scale + shift): writes that of x, sums those of scale and shift.
+// The gradient of the activation of x * scale + shift: writes that of x, sums those of scale and shift.
+template <class A>
 struct WriteActivationGradient {
   float* dx;
   const float *x, *scale, *shift;
@@ -161,7 +199,7 @@ struct WriteActivationGradient {
     Vec scale, shift;
     void operator()(int64_t at, Vec v, Vec& dscale, Vec& dshift) const {
       Vec value = load(x + at);
-      Vec passed = value * scale + shift > 0.0f ? v : Vec{};
+      Vec passed = A::gradient(value * scale + shift, v);
       store(dx + at, passed * scale);
       dscale += passed * value;
       dshift += passed;
@@ -469,20 +507,22 @@ inline void gathered_kernel_gradient(Threads& threads, const Gathering& g, const
 
 // ---- The end of a residual block ----
 
-// out = relu(y * scale + shift + shortcut), [pixels, channels].
-inline void add_relu(Threads& threads, const float* y, const float* scale, const float* shift, const float* shortcut, int64_t pixels,
-                     int64_t channels, float* out) {
+// out = the activation of y * scale + shift + shortcut, [pixels, channels].
+template <class A>
+inline void add_activate(Threads& threads, const float* y, const float* scale, const float* shift, const float* shortcut, int64_t pixels,
+                         int64_t channels, float* out) {
   int64_t blocks = (pixels + kPixelsAtOnce - 1) / kPixelsAtOnce;
   parallel_for(threads, blocks, [&](int64_t block) {
     for (int64_t p = block * kPixelsAtOnce; p < smaller(pixels, (block + 1) * kPixelsAtOnce); p++)
       for (int64_t at = p * channels, c = 0; c < channels; c += kLanes)
-        store(out + at + c, relu(load(y + at + c) * load(scale + c) + load(shift + c) + load(shortcut + at + c)));
+        store(out + at + c, A::value(load(y + at + c) * load(scale + c) + load(shift + c) + load(shortcut + at + c)));
   });
 }
 
 // Its gradients, from that of `out`: those of y and the shortcut, and of scale and shift, sums [2, channels].
-inline void add_relu_gradient(Threads& threads, const float* y, const float* scale, const float* out, const float* dout,
-                              int64_t pixels, int64_t channels, float* dy, float* dshortcut, float* sums) {
+template <class A>
+inline void add_activate_gradient(Threads& threads, const float* y, const float* scale, const float* shift, const float* shortcut,
+                                  const float* dout, int64_t pixels, int64_t channels, float* dy, float* dshortcut, float* sums) {
   int64_t blocks = (pixels + kPixelsAtOnce - 1) / kPixelsAtOnce;
   float* partial = scratch(kSumsScratch, blocks * 2 * channels);
   parallel_for(threads, blocks, [&](int64_t block) {
@@ -491,10 +531,11 @@ inline void add_relu_gradient(Threads& threads, const float* y, const float* sca
     memset(sum, 0, 2 * channels * sizeof(float));
     for (int64_t p = first; p < last; p++)
       for (int64_t at = p * channels, c = 0; c < channels; c += kLanes) {
-        Vec passed = load(out + at + c) > 0.0f ? load(dout + at + c) : Vec{};
+        Vec pixel = load(y + at + c);
+        Vec passed = A::gradient(pixel * load(scale + c) + load(shift + c) + load(shortcut + at + c), load(dout + at + c));
         store(dshortcut + at + c, passed);
         store(dy + at + c, passed * load(scale + c));
-        store(sum + c, load(sum + c) + passed * load(y + at + c));
+        store(sum + c, load(sum + c) + passed * pixel);
         store(sum + channels + c, load(sum + channels + c) + passed);
       }
   });
@@ -504,37 +545,50 @@ inline void add_relu_gradient(Threads& threads, const float* y, const float* sca
 // ---- Max-pool ----
 
 // The 2x2 pixels of y, in images of `width` pixels, that pixel (row, column) of a max-pool reads, and their largest activation.
+template <class A>
 struct Window {
   Window(const float* y, const Vec scale, const Vec shift, int64_t width, int64_t channels, int64_t row, int64_t column, int64_t c) {
     int64_t first = (2 * row * width + 2 * column) * channels + c;
     for (int i = 0; i < 4; i++) {
       at[i] = first + (i / 2 * width + i % 2) * channels;
       pixel[i] = load(y + at[i]);
-      active[i] = relu(pixel[i] * scale + shift);
+      z[i] = pixel[i] * scale + shift;
     }
-    Vec sum = active[0] + active[1] + active[2] + active[3];
-    largest = active[0];
-    for (int i = 1; i < 4; i++) largest = active[i] > largest ? active[i] : largest;
+    Vec lowest = z[0], sum = relu(z[0]);
+    chosen = z[0];
+    for (int i = 1; i < 4; i++) {
+      chosen = z[i] > chosen ? z[i] : chosen;
+      lowest = z[i] < lowest ? z[i] : lowest;
+      sum += relu(z[i]);
+    }
+    largest = A::value(chosen);
+    if constexpr (!A::monotone) {
+      Vec other = A::value(lowest);
+      chosen = other > largest ? lowest : chosen;
+      largest = other > largest ? other : largest;
+    }
     largest = sum == sum ? largest : sum;  // NaN stays NaN
   }
   int64_t at[4];
-  Vec pixel[4], active[4], largest;
+  Vec pixel[4], z[4], chosen, largest;  // the activation of `chosen` is the largest
 };
 
-// out = the largest relu(y * scale + shift) of each 2x2 pixels; `rows` counts the rows of `out` in all images.
-inline void relu_max_pool(Threads& threads, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
-                          int64_t channels, float* out) {
+// out = the largest activation of y * scale + shift of each 2x2 pixels; `rows` counts the rows of `out` in all images.
+template <class A>
+inline void activate_max_pool(Threads& threads, const float* y, const float* scale, const float* shift, int64_t rows, int64_t width,
+                              int64_t channels, float* out) {
   parallel_for(threads, rows, [&](int64_t row) {
     for (int64_t column = 0; column < width / 2; column++)
       for (int64_t c = 0; c < channels; c += kLanes)
         store(out + (row * (width / 2) + column) * channels + c,
-              Window(y, load(scale + c), load(shift + c), width, channels, row, column, c).largest);
+              Window<A>(y, load(scale + c), load(shift + c), width, channels, row, column, c).largest);
   });
 }
 
 // Its gradients, from that of `out`: that of y, which the first of equally large pixels gets, and sums [2, channels] of scale and shift.
-inline void relu_max_pool_gradient(Threads& threads, const float* y, const float* scale, const float* shift, const float* dout,
-                                   int64_t rows, int64_t width, int64_t channels, float* dy, float* sums) {
+template <class A>
+inline void activate_max_pool_gradient(Threads& threads, const float* y, const float* scale, const float* shift, const float* dout,
+                                       int64_t rows, int64_t width, int64_t channels, float* dy, float* sums) {
   int64_t at_once = round_up(kPixelsAtOnce, width / 2) / (width / 2), blocks = (rows + at_once - 1) / at_once;
   float* partial = scratch(kSumsScratch, blocks * 2 * channels);
   parallel_for(threads, blocks, [&](int64_t block) {
@@ -543,11 +597,11 @@ inline void relu_max_pool_gradient(Threads& threads, const float* y, const float
     for (int64_t row = block * at_once; row < smaller(rows, (block + 1) * at_once); row++)
       for (int64_t column = 0; column < width / 2; column++)
         for (int64_t c = 0; c < channels; c += kLanes) {
-          Window window(y, load(scale + c), load(shift + c), width, channels, row, column, c);
-          Vec left = window.largest > 0.0f ? load(dout + (row * (width / 2) + column) * channels + c) : Vec{};
+          Window<A> window(y, load(scale + c), load(shift + c), width, channels, row, column, c);
+          Vec left = A::gradient(window.chosen, load(dout + (row * (width / 2) + column) * channels + c));
           store(sum + channels + c, load(sum + channels + c) + left);
           for (int i = 0; i < 4; i++) {
-            Vec passed = window.active[i] == window.largest ? left : Vec{};
+            Vec passed = window.z[i] == window.chosen ? left : Vec{};
             left -= passed;
             store(dy + window.at[i], passed * load(scale + c));
             store(sum + c, load(sum + c) + passed * window.pixel[i]);
@@ -559,6 +613,7 @@ inline void relu_max_pool_gradient(Threads& threads, const float* y, const float
 
 // ---- What convolution.cc calls ----
 
+template <class A>
 inline void convolve(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, float* y, float* sums) {
   if (!c.winograd) {
     Gathering g = c.forward();
@@ -571,11 +626,12 @@ inline void convolve(Threads& threads, const Convolution& c, const float* x, con
   transform_kernels(threads, w, c.inputs, c.outputs, false, u);
   WriteWithMoments output{y};
   if (affine)
-    winograd(threads, Activation{x, affine, affine + c.inputs}, output, u, tiles, c.inputs, c.outputs, sums);
+    winograd(threads, Activation<A>{x, affine, affine + c.inputs}, output, u, tiles, c.inputs, c.outputs, sums);
   else
     winograd(threads, Identity{x}, output, u, tiles, c.inputs, c.outputs, sums);
 }
 
+template <class A>
 inline void input_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, const float* y,
                            const float* dy, const float* dsums, float* dx, float* daffine) {
   if (!c.winograd) {
@@ -593,21 +649,28 @@ inline void input_gradient(Threads& threads, const Convolution& c, const float* 
   transform_kernels(threads, w, c.outputs, c.inputs, true, u);
   WithMoments gradient{dy, y, dsums, dsums + c.outputs};
   if (affine)
-    winograd(threads, gradient, WriteActivationGradient{dx, x, affine, affine + c.inputs}, u, tiles, c.outputs, c.inputs, daffine);
+    winograd(threads, gradient, WriteActivationGradient<A>{dx, x, affine, affine + c.inputs}, u, tiles, c.outputs, c.inputs, daffine);
   else
     winograd(threads, gradient, Write{dx}, u, tiles, c.outputs, c.inputs, nullptr);
 }
 
+template <class A>
 inline void kernel_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* y,
                             const float* dy, const float* dsums, float* dw) {
   if (!c.winograd) return gathered_kernel_gradient(threads, c.forward(), x, dy, c.inputs, c.outputs, dw);
   Tiles tiles(c.batch, c.height, c.width);
   WithMoments gradient{dy, y, dsums, dsums + c.outputs};
   if (affine)
-    winograd_kernel_gradient(threads, Activation{x, affine, affine + c.inputs}, gradient, tiles, c.inputs, c.outputs, dw);
+    winograd_kernel_gradient(threads, Activation<A>{x, affine, affine + c.inputs}, gradient, tiles, c.inputs, c.outputs, dw);
   else
     winograd_kernel_gradient(threads, Identity{x}, gradient, tiles, c.inputs, c.outputs, dw);
 }
 
-constexpr Kernels kernels = {kLanes,   convolve,          input_gradient, kernel_gradient,
-                             add_relu, add_relu_gradient, relu_max_pool,  relu_max_pool_gradient};
+template <class A>
+constexpr Kernels kernels = {convolve<A>,
+                             input_gradient<A>,
+                             kernel_gradient<A>,
+                             add_activate<A>,
+                             add_activate_gradient<A>,
+                             activate_max_pool<A>,
+                             activate_max_pool_gradient<A>};

@@ -1,7 +1,7 @@
-"""The layers of `models.Layers` on the functions of `native`: batch norm and ReLU wait for what reads their result.
+"""The layers of `models.Layers` on the functions of `native`: batch norm and activation wait for what reads their result.
 
 A normalised array is kept as the convolution's output with the scale and shift of each channel. The next convolution applies
-them, and the ReLU, while it reads the images; so does `add_relu` at the end of a residual block. Parameters and running
+them, and the activation, while it reads the images; so does `add_activate` at the end of a residual block. Parameters and running
 statistics have the names, shapes and initial values of Flax's layers.
 """
 
@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from resnet_jax.kernels import native
-from resnet_jax.models import Layers, max_pool
+from resnet_jax.models import ACTIVATIONS, Layers, max_pool
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +36,11 @@ class Convolved:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Normalized:
-    """The array y * scale + shift, for y [B, H, W, C] and affine = (scale, shift) [2, C]; after a ReLU if `relu`."""
+    """The array y * scale + shift, for y [B, H, W, C] and affine = (scale, shift) [2, C]; its activation, if it has one."""
 
     y: jax.Array
     affine: jax.Array
-    relu: bool = field(default=False, metadata={"static": True})
+    activation: str = field(default="", metadata={"static": True})  # of `models.ACTIVATIONS`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,12 +54,12 @@ def value(x: jax.Array | Normalized) -> jax.Array:
         return x
     scale, shift = x.affine.reshape(2, 1, 1, 1, -1)
     normalized = x.y * scale + shift
-    return nn.relu(normalized) if x.relu else normalized
+    return ACTIVATIONS[x.activation](normalized) if x.activation else normalized
 
 
-def relu(x: Normalized) -> Normalized:
-    """Apply a ReLU."""
-    return replace(x, relu=True)
+def activate(activation: str, x: Normalized) -> Normalized:
+    """Apply an activation."""
+    return replace(x, activation=activation)
 
 
 class Conv(nn.Module):
@@ -82,8 +82,8 @@ class Conv(nn.Module):
                 value(x), w, (self.strides,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
             return Convolved(y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]))
-        if isinstance(x, Normalized) and x.relu and native.uses_winograd(x.y, w, self.strides, self.mesh):
-            return Convolved(*native.convolve(x.y, x.affine, w, self.strides, self.mesh))
+        if isinstance(x, Normalized) and x.activation and native.uses_winograd(x.y, w, self.strides, self.mesh):
+            return Convolved(*native.convolve(x.y, x.affine, w, self.strides, self.mesh, x.activation))
         return Convolved(*native.convolve(value(x), None, w, self.strides, self.mesh))
 
 
@@ -114,24 +114,29 @@ class BatchNorm(nn.Module):
         return Normalized(x.y, jnp.stack([scale, beta - mean * scale]))
 
 
-def add_relu(mesh: Mesh, x: Normalized, shortcut: jax.Array | Normalized) -> jax.Array:
-    """Return relu(x + shortcut)."""
+def add_activate(mesh: Mesh, activation: str, x: Normalized, shortcut: jax.Array | Normalized) -> jax.Array:
+    """Return the activation of x + shortcut."""
     if x.shape[-1] % 8:
-        return nn.relu(value(x) + value(shortcut))
-    return native.add_relu(x.y, x.affine, value(shortcut), mesh)
+        return ACTIVATIONS[activation](value(x) + value(shortcut))
+    return native.add_activate(x.y, x.affine, value(shortcut), mesh, activation)
 
 
-def relu_max_pool(mesh: Mesh, x: Normalized) -> jax.Array:
-    """Return `max_pool` of the array after a ReLU."""
+def activate_max_pool(mesh: Mesh, activation: str, x: Normalized) -> jax.Array:
+    """Return `max_pool` of the array's activation."""
     _, height, width, channels = x.shape
     if channels % 8 or height % 2 or width % 2:
-        return max_pool(value(relu(x)))
-    return native.relu_max_pool(x.y, x.affine, mesh)
+        return max_pool(value(activate(activation, x)))
+    return native.activate_max_pool(x.y, x.affine, mesh, activation)
 
 
 @cache
-def for_mesh(mesh: Mesh) -> Layers:
+def for_mesh(mesh: Mesh, activation: str) -> Layers:
     """Return the layers for float32 on a mesh of CPU devices."""
     return Layers(
-        partial(Conv, mesh=mesh), BatchNorm, relu, value, partial(add_relu, mesh), partial(relu_max_pool, mesh)
+        conv=partial(Conv, mesh=mesh),
+        norm=BatchNorm,
+        activate=partial(activate, activation),
+        value=value,
+        add_activate=partial(add_activate, mesh, activation),
+        activate_max_pool=partial(activate_max_pool, mesh, activation),
     )

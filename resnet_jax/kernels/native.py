@@ -25,10 +25,10 @@ _TARGETS = (
     "convolve",
     "input_gradient",
     "kernel_gradient",
-    "add_relu",
-    "add_relu_gradient",
-    "relu_max_pool",
-    "relu_max_pool_gradient",
+    "add_activate",
+    "add_activate_gradient",
+    "activate_max_pool",
+    "activate_max_pool_gradient",
 )
 _SHARDED, _REPLICATED = P("data"), P()
 
@@ -86,11 +86,11 @@ def uses_winograd(x: jax.Array, w: jax.Array, stride: int, mesh: Mesh) -> bool:
     return w.shape[0] == 3 and stride == 1 and channels % 8 == 0 and tiles >= 16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def convolve(
-    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh
+    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh, activation: str = "relu"
 ) -> tuple[jax.Array, jax.Array]:
-    """Convolve images, or relu(x * scale + shift) where an affine is given, padded by half the size of the kernel.
+    """Convolve images, or the activation of x * scale + shift where an affine is given, padded by half the size of the kernel.
 
     Args:
         x: [B, H, W, C].
@@ -98,6 +98,7 @@ def convolve(
         w: [size, size, C, K].
         stride: of the outputs, along both axes.
         mesh: the devices that x is sharded over.
+        activation: one of `models.ACTIVATIONS`.
 
     Returns:
         The outputs y [B, ceil(H / stride), ceil(W / stride), K], and [2, K], the sums of y and of y^2 by channel.
@@ -111,18 +112,21 @@ def convolve(
         mesh,
         [(x, _SHARDED), (_or_empty(affine), _REPLICATED), (w, _REPLICATED)],
         [((len(x), height, width, w.shape[3]), _SHARDED), ((2, w.shape[3]), _REPLICATED)],
+        activation,
         stride=np.int64(stride),
         winograd=winograd,
     )
     return y, sums
 
 
-def _convolve_forward(x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh) -> tuple[Any, Any]:
-    y, sums = convolve(x, affine, w, stride, mesh)
+def _convolve_forward(
+    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh, activation: str
+) -> tuple[Any, Any]:
+    y, sums = convolve(x, affine, w, stride, mesh, activation)
     return (y, sums), (x, affine, w, y)
 
 
-def _convolve_backward(stride: int, mesh: Mesh, residuals: Any, gradients: Any) -> tuple[Any, ...]:
+def _convolve_backward(stride: int, mesh: Mesh, activation: str, residuals: Any, gradients: Any) -> tuple[Any, ...]:
     x, affine, w, y = residuals
     dy, dsums = gradients
     winograd = uses_winograd(x, w, stride, mesh)
@@ -137,65 +141,71 @@ def _convolve_backward(stride: int, mesh: Mesh, residuals: Any, gradients: Any) 
         mesh,
         [*inputs, (w, _REPLICATED), *outputs],
         [(x.shape, _SHARDED), (_or_empty(affine).shape, _REPLICATED)],
+        activation,
         **attributes,
     )
-    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], **attributes)
+    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], activation, **attributes)
     return dx, None if affine is None else daffine, dw
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def add_relu(y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh) -> jax.Array:
-    """Return relu(y * scale + shift + shortcut), for y and the shortcut [B, H, W, C]."""
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def add_activate(
+    y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh, activation: str = "relu"
+) -> jax.Array:
+    """Return the activation of y * scale + shift + shortcut, for y and the shortcut [B, H, W, C]."""
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (shortcut, _SHARDED)]
     out: jax.Array
-    (out,) = _call("add_relu", mesh, arguments, [(y.shape, _SHARDED)])
+    (out,) = _call("add_activate", mesh, arguments, [(y.shape, _SHARDED)], activation)
     return out
 
 
-def _add_relu_forward(y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh) -> tuple[jax.Array, Any]:
-    out = add_relu(y, affine, shortcut, mesh)
-    return out, (y, affine, out)
+def _add_activate_forward(
+    y: jax.Array, affine: jax.Array, shortcut: jax.Array, mesh: Mesh, activation: str
+) -> tuple[jax.Array, Any]:
+    return add_activate(y, affine, shortcut, mesh, activation), (y, affine, shortcut)
 
 
-def _add_relu_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
-    y, affine, out = residuals
-    arguments = [(y, _SHARDED), (affine, _REPLICATED), (out, _SHARDED), (dout, _SHARDED)]
+def _add_activate_backward(mesh: Mesh, activation: str, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
+    y, affine, shortcut = residuals
+    arguments = [(y, _SHARDED), (affine, _REPLICATED), (shortcut, _SHARDED), (dout, _SHARDED)]
     results = [(y.shape, _SHARDED), (y.shape, _SHARDED), (affine.shape, _REPLICATED)]
-    dy, dshortcut, daffine = _call("add_relu_gradient", mesh, arguments, results)
+    dy, dshortcut, daffine = _call("add_activate_gradient", mesh, arguments, results, activation)
     return dy, daffine, dshortcut
 
 
-add_relu.defvjp(_add_relu_forward, _add_relu_backward)
+add_activate.defvjp(_add_activate_forward, _add_activate_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def relu_max_pool(y: jax.Array, affine: jax.Array, mesh: Mesh) -> jax.Array:
-    """Return the largest relu(y * scale + shift) of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C], H and W even.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def activate_max_pool(y: jax.Array, affine: jax.Array, mesh: Mesh, activation: str = "relu") -> jax.Array:
+    """Return the largest activation of y * scale + shift of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C], H and W even.
 
     The first of several pixels that are equally large has the whole gradient.
     """
     batch, height, width, channels = y.shape
     shape: tuple[int, ...] = (batch, height // 2, width // 2, channels)
+    arguments = [(y, _SHARDED), (affine, _REPLICATED)]
     out: jax.Array
-    (out,) = _call("relu_max_pool", mesh, [(y, _SHARDED), (affine, _REPLICATED)], [(shape, _SHARDED)])
+    (out,) = _call("activate_max_pool", mesh, arguments, [(shape, _SHARDED)], activation)
     return out
 
 
-def _relu_max_pool_forward(y: jax.Array, affine: jax.Array, mesh: Mesh) -> tuple[jax.Array, Any]:
-    return relu_max_pool(y, affine, mesh), (y, affine)
+def _activate_max_pool_forward(y: jax.Array, affine: jax.Array, mesh: Mesh, activation: str) -> tuple[jax.Array, Any]:
+    return activate_max_pool(y, affine, mesh, activation), (y, affine)
 
 
-def _relu_max_pool_backward(mesh: Mesh, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
+def _activate_max_pool_backward(mesh: Mesh, activation: str, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
     y, affine = residuals
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (dout, _SHARDED)]
-    dy, daffine = _call("relu_max_pool_gradient", mesh, arguments, [(y.shape, _SHARDED), (affine.shape, _REPLICATED)])
+    results = [(y.shape, _SHARDED), (affine.shape, _REPLICATED)]
+    dy, daffine = _call("activate_max_pool_gradient", mesh, arguments, results, activation)
     return dy, daffine
 
 
-relu_max_pool.defvjp(_relu_max_pool_forward, _relu_max_pool_backward)
+activate_max_pool.defvjp(_activate_max_pool_forward, _activate_max_pool_backward)
 
 
 def _or_empty(array: jax.Array | None) -> jax.Array:
@@ -212,6 +222,7 @@ def _call(
     mesh: Mesh,
     arguments: list[tuple[jax.Array, P]],
     results: list[tuple[tuple[int, ...], P]],
+    activation: str,
     **attributes: Any,
 ) -> Any:
     """Call a function on each device for its share of the batch; results that are not sharded are summed over the devices."""
@@ -221,6 +232,7 @@ def _call(
     shapes = [(shape[0] // shares, *shape[1:]) if spec == _SHARDED else shape for shape, spec in results]
     call = jax.ffi.ffi_call(f"resnet_jax_{name}", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
     arrays = [array for array, _ in arguments]
+    attributes["gelu"] = activation == "gelu"
     if shares == 1:
         return call(*arrays, **attributes)
 

@@ -56,11 +56,11 @@ def analyse(config: ConfigDict, state: TrainState, dataset: datasets.Dataset) ->
     """
     split = dataset.test
     activation_sums = jax.jit(partial(_activation_sums, config=config))
-    logits, relus = [], []
+    logits, activations = [], []
     for batch in pipelines.eval_batches(split, min(config.eval_batch_size, len(split.labels))):
-        batch_logits, batch_relus = jax.device_get(activation_sums(state, batch))
+        batch_logits, batch_activations = jax.device_get(activation_sums(state, batch))
         logits.append(batch_logits[batch["mask"]])
-        relus.append(batch_relus)
+        activations.append(batch_activations)
     probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)), np.float64)
     predictions = probabilities.argmax(axis=1)
     names = dataset.class_names
@@ -68,15 +68,15 @@ def analyse(config: ConfigDict, state: TrainState, dataset: datasets.Dataset) ->
     np.add.at(confusion, (split.labels, predictions), 1)
     shape = split.images.shape[1:]
     return {
-        "stages": _stages(config, state, shape, len(names), _merged(relus)),
+        "stages": _stages(config, state, shape, len(names), _merged(activations)),
         "class_names": list(names),
         "confusion": confusion.tolist(),
         "mistakes": _mistakes(split, predictions, probabilities.max(axis=1)),
     }
 
 
-def _ends_in_relu(module: nn.Module, method: str) -> bool:
-    """Whether a module's output is, or feeds, a ReLU: a block, its inner batch norms, and that of the stem or of a max-pool."""
+def _ends_in_activation(module: nn.Module, method: str) -> bool:
+    """Whether a module's output is, or feeds, an activation: a block, its inner batch norms, and that of the stem or of a max-pool."""
     if method != "__call__":
         return False
     if isinstance(module, models.BottleneckBlock | models.BasicBlock):
@@ -85,32 +85,40 @@ def _ends_in_relu(module: nn.Module, method: str) -> bool:
     return module.name in ("stem_norm", *inner) or bool(re.fullmatch(r"stage\d+_norm", module.name or ""))
 
 
-def _relus(network: Any, variables: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits, and the output [B, H, W, C] of every ReLU by a name such as "stage1_block2/norm1", in eval mode."""
+def _activations(
+    network: Any, activation: str, variables: Mapping[str, Any], images: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits, and what every activation gives [B, H, W, C], by a name such as "stage1_block2/norm1", in eval mode."""
     logits, captured = network(
-        variables, images, train=False, capture_intermediates=_ends_in_relu, mutable=["intermediates"]
+        variables, images, train=False, capture_intermediates=_ends_in_activation, mutable=["intermediates"]
     )
+
+    def activated(module: str, output: Any) -> jax.Array:
+        """A block's output, or the activation of a batch norm's."""
+        return models.ACTIVATIONS[activation](layers.value(output)) if "norm" in module else output
+
     flat = traverse_util.flatten_dict(captured["intermediates"])
-    return logits, {"/".join(path[:-1]): jax.nn.relu(layers.value(value[0])) for path, value in flat.items()}
+    return logits, {"/".join(path[:-1]): activated(path[-2], value[0]) for path, value in flat.items()}
 
 
 def _activation_sums(
     state: TrainState, batch: steps.Batch, *, config: ConfigDict
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-    """Logits of a batch, and sums over the examples that `mask` keeps, for each ReLU."""
+    """Logits of a batch, and sums over the examples that `mask` keeps, for each activation."""
     variables = state.variables
-    logits, relus = _relus(state.apply_fn, variables, steps.normalize(batch["images"], config.data))
+    images = steps.normalize(batch["images"], config.data)
+    logits, activations = _activations(state.apply_fn, config.model.activation, variables, images)
     mask = batch["mask"].astype(jnp.float32)[:, None, None, None]
 
     def sums(value: jax.Array) -> dict[str, jax.Array]:
         value = value.astype(jnp.float32) * mask
         return {
             "squares": jnp.sum(value**2),
-            "positive": jnp.sum(value > 0, axis=(0, 1, 2)),  # of each channel
+            "nonzero": jnp.sum(value != 0, axis=(0, 1, 2)),  # of each channel
             "count": jnp.sum(mask) * value[0].size,
         }
 
-    return logits, {name: sums(value) for name, value in relus.items()}
+    return logits, {name: sums(value) for name, value in activations.items()}
 
 
 def _merged(batches: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -122,18 +130,22 @@ def _merged(batches: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
 
 
 def _stages(
-    config: ConfigDict, state: TrainState, shape: tuple[int, ...], num_classes: int, relus: dict[str, dict[str, Any]]
+    config: ConfigDict,
+    state: TrainState,
+    shape: tuple[int, ...],
+    num_classes: int,
+    activations: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The stages in order, including stem and classifier.
 
     Returns:
-        {"name", "blocks", "shape": [H, W, C] of the output, or [C], "num_params"} per stage. A stage with ReLUs also has
-        "rms": the root mean square of its last ReLU's output, "zeros": the share of all ReLU outputs that are 0, and
+        {"name", "blocks", "shape": [H, W, C] of the output, or [C], "num_params"} per stage. A stage with activations also has
+        "rms": the root mean square of its output, "zeros": the share of all outputs of activations that are 0, and
         "dead": the share of channels that are 0 everywhere on every image.
     """
     variables = state.variables
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    _, outputs = jax.eval_shape(partial(_relus, state.apply_fn), variables, image)
+    _, outputs = jax.eval_shape(partial(_activations, state.apply_fn, config.model.activation), variables, image)
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}
     stages = []
     out_shape = [*shape]
@@ -153,12 +165,12 @@ def _stages(
             out_shape = list(outputs[last].shape[1:])
             if last == f"{name}_norm" and name != "stem":  # a max-pool follows, and no block
                 out_shape = [out_shape[0] // 2, out_shape[1] // 2, out_shape[2]]
-            sums = [relus[output] for output in in_stage]
-            positive = np.concatenate([of_relu["positive"] for of_relu in sums])
+            sums = [activations[output] for output in in_stage]
+            nonzero = np.concatenate([of_activation["nonzero"] for of_activation in sums])
             stage |= {
-                "rms": float(np.sqrt(relus[last]["squares"] / relus[last]["count"])),
-                "zeros": float(1 - positive.sum() / sum(of_relu["count"] for of_relu in sums)),
-                "dead": float(np.mean(positive == 0)),
+                "rms": float(np.sqrt(activations[last]["squares"] / activations[last]["count"])),
+                "zeros": float(1 - nonzero.sum() / sum(of_activation["count"] for of_activation in sums)),
+                "dead": float(np.mean(nonzero == 0)),
             }
         stages.append(stage | {"shape": [num_classes] if name == "classifier" else out_shape})
     return stages

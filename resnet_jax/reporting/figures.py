@@ -246,9 +246,9 @@ def draw_scale(groups: Sequence[Group]) -> Figure:
     return _by_stage(groups, "Scale of each stage's output", {"rms": "-"}, **settings)[0]
 
 
-def draw_relus(groups: Sequence[Group]) -> Figure:
-    """The share of ReLU outputs that are 0, and of channels that are 0 on every image."""
-    title = "ReLU: zero outputs as lines, dead channels as crosses"
+def draw_zeros(groups: Sequence[Group]) -> Figure:
+    """The share of outputs of activations that are 0, and of channels that are 0 on every image."""
+    title = "Activations: zero outputs as lines, dead channels as crosses"
     figure, axes = _by_stage(groups, title, {"zeros": "-", "dead": "none"}, ylim=(-0.03, 1))
     show_percent(axes.yaxis, "share")
     return figure

@@ -144,7 +144,7 @@ def pictures(groups: Sequence[Group]) -> list[Picture]:
             partial(figures.draw_grad_norm, groups),
         ),
         Picture("scale", "Activations on the test images, by stage.", partial(figures.draw_scale, groups)),
-        Picture("relus", "A dead channel is 0 on every test image.", partial(figures.draw_relus, groups)),
+        Picture("zeros", "A dead channel is 0 on every test image.", partial(figures.draw_zeros, groups)),
         *_by_data(groups),
     ]
     if pairs := optimizer_pairs(groups):

@@ -7,6 +7,8 @@ from fractions import Fraction
 
 from ml_collections import ConfigDict
 
+from resnet_jax.errors import UserError
+
 
 def total_steps(config: ConfigDict, num_examples: int) -> int:
     """Return the fewest steps whose images are `num_epochs` epochs or more.
@@ -54,9 +56,12 @@ class Plan:
 
     @classmethod
     def from_config(cls, config: ConfigDict, num_examples: int) -> "Plan":
-        """The plan of a run on so many training images."""
+        """The plan of a run on so many training images; a UserError if its steps are too many to count in int32."""
+        steps = total_steps(config, num_examples)
+        if steps >= 2**31:
+            raise UserError(f"config.num_epochs {config.num_epochs} takes {steps} steps: reduce it below 2**31")
         return cls(
-            total_steps(config, num_examples),
+            steps,
             config.batch_size,
             num_examples,
             config.eval_every_epochs,

@@ -35,6 +35,7 @@ LATER_FIELDS: dict[str, Any] = {
     "checkpoint_every_minutes": 0.0,
     "class_weights": "",
     "init_from": "",
+    "model.activation": "relu",
     "model.downsample": "stride",
     "model.global_pool": "mean",
     "model.logit_scale": 1.0,

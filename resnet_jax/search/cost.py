@@ -39,7 +39,7 @@ def of_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, ...])
         operations.append(2 * result.size * math.prod(kernel.shape[:-1]))
         return result
 
-    layers = models.flax_layers(jnp.float32)
+    layers = models.flax_layers(jnp.float32, config.activation)
     layers = layers._replace(conv=partial(layers.conv, conv_general_dilated=conv))
     in_float32 = config.copy_and_resolve_references()
     in_float32.dtype = "float32"

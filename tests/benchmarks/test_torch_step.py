@@ -21,7 +21,7 @@ from benchmarks import torch_step  # noqa: E402  needs PyTorch
 NETWORKS = {
     "final": ({}, 4_918_602),
     "resnet18": ({"block_list": (2, 2, 2, 2)}, 11_173_962),
-    "bottleneck": ({"block": "bottleneck", "channel_list": (8, 16), "block_list": (2, 1)}, None),
+    "bottleneck": ({"block": "bottleneck", "channel_list": (8, 16), "block_list": (2, 1), "activation": "gelu"}, None),
     "max-pools": (
         {
             "channel_list": (8, 12, 16),
@@ -29,6 +29,7 @@ NETWORKS = {
             "downsample": "pool",
             "global_pool": "max",
             "logit_scale": 0.125,
+            "activation": "gelu",
         },
         None,
     ),

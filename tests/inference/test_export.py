@@ -58,6 +58,7 @@ STRUCTURES = {
         "downsample": "pool",
         "global_pool": "max",
         "logit_scale": 0.125,
+        "activation": "gelu",
     },
     "no blocks": {"channel_list": (8,), "block_list": (0,)},
     "a stride on one pixel": {"channel_list": (8,) * 6, "block_list": (1,) * 6},

@@ -177,12 +177,13 @@ def test_with_a_rate_above_0_all_is_trained_and_batch_norm_follows_the_new_image
     [
         ({"model.channel_list": (8, 24)}, ["is another network, with config.model.channel_list (8, 16): set that"]),
         ({"model.block": "bottleneck"}, ["is another network, with config.model.block 'basic': set that"]),
+        ({"model.activation": "gelu"}, ["is another network, with config.model.activation 'relu': set that"]),
         ({"model.global_pool": "max"}, ["is another network, with config.model.global_pool 'mean': set that"]),
         ({"model.logit_scale": 0.5}, ["is another network, with config.model.logit_scale 1.0: set that"]),
         ({"init_from": "runs/absent"}, ["config.init_from: runs/absent holds no run"]),
         ({"init_from": "absent.safetensors"}, ["config.init_from: absent.safetensors cannot be used"]),
     ],
-    ids=["channels", "block", "pool", "scale", "no run", "no file"],
+    ids=["channels", "block", "activation", "pool", "scale", "no run", "no file"],
 )
 def test_weights_that_cannot_be_taken_are_one_line_and_nothing_is_written(tmp_path, tuned, fields, words):
     with pytest.raises(UserError) as refused:

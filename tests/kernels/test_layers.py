@@ -17,6 +17,8 @@ NETWORKS = {
     "bottleneck": {"channel_list": (16, 32), "block_list": (1, 1), "block": models.BottleneckBlock},
     "a stem for large images": {"channel_list": (16, 32), "block_list": (1, 1), "stem": "imagenet"},
     "max-pools": {"channel_list": (16, 32), "block_list": (0, 1), "downsample": "pool", "global_pool": "max"},
+    "gelu": {"channel_list": (16, 16, 32), "block_list": (0, 2, 1), "downsample": "pool", "activation": "gelu"},
+    "gelu, channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1), "activation": "gelu"},
     "no block": {"channel_list": (16,), "block_list": (0,)},
     "channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1)},
 }
@@ -25,7 +27,7 @@ NETWORKS = {
 def pair(**settings):
     """The network of Flax's layers and that of ours."""
     plain = models.ResNet(10, **settings)
-    return plain, plain.copy(layers=layers.for_mesh(train_state.make_mesh(1)))
+    return plain, plain.copy(layers=layers.for_mesh(train_state.make_mesh(1), plain.activation))
 
 
 def variables_of(network, size=16):

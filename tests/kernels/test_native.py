@@ -61,9 +61,9 @@ def normalized(x, affine):
     return x * scale + shift
 
 
-def definition(x, affine, w, stride):
+def definition(x, affine, w, stride, activation):
     """What `native.convolve` computes, in the words of `lax`."""
-    x = x if affine is None else jnp.maximum(normalized(x, affine), 0)
+    x = x if affine is None else models.ACTIVATIONS[activation](normalized(x, affine))
     padding = ((w.shape[0] // 2,) * 2,) * 2
     y = lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))])
@@ -95,48 +95,54 @@ def assert_equal_but_for_rounding(got, want, limit=4e-6):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("with_affine", [False, True], ids=["", "relu(x * scale + shift)"])
-def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shape, with_affine):
+@pytest.mark.parametrize("activation", ["", "relu", "gelu"])
+def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shape, activation):
     stride, mesh = shape[-1], train_state.make_mesh(1)
-    arguments, gradients = random_case(*shape, with_affine)
-    if with_affine and not native.uses_winograd(arguments[0], arguments[2], stride, mesh):
+    arguments, gradients = random_case(*shape, bool(activation))
+    if activation and not native.uses_winograd(arguments[0], arguments[2], stride, mesh):
         pytest.skip("only Winograd applies an affine")
-    got = results(lambda *arrays: native.convolve(*arrays, stride, mesh), arguments, gradients)
+    got = results(lambda *arrays: native.convolve(*arrays, stride, mesh, activation), arguments, gradients)
     with jax.enable_x64(True):
         arguments, gradients = jax.tree.map(lambda a: jnp.array(a, jnp.float64), (arguments, gradients))
-        want = results(lambda *arrays: definition(*arrays, stride), arguments, gradients)
+        want = results(lambda *arrays: definition(*arrays, stride, activation), arguments, gradients)
     assert_equal_but_for_rounding(got, want)
 
 
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
 @pytest.mark.parametrize("shape", BLOCK_ENDS)
-def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes, shape):
+def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes, shape, activation):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape, (2, shape[-1]), shape, shape)]
     mesh = train_state.make_mesh(1)
-    got = results(lambda *a: native.add_relu(*a, mesh), arrays[:3], arrays[3])
+    got = results(lambda *a: native.add_activate(*a, mesh, activation), arrays[:3], arrays[3])
     with jax.enable_x64(True):
         exact = [jnp.array(a, jnp.float64) for a in arrays]
-        want = results(lambda y, affine, x: jnp.maximum(normalized(y, affine) + x, 0), exact[:3], exact[3])
+        function = models.ACTIVATIONS[activation]
+        want = results(lambda y, affine, x: function(normalized(y, affine) + x), exact[:3], exact[3])
     assert_equal_but_for_rounding(got, want, limit=1e-6)
 
 
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
 @pytest.mark.parametrize("shape", POOLS)
-def test_a_max_pool_and_its_gradients_are_those_of_the_definition(lanes, shape):
+def test_a_max_pool_and_its_gradients_are_those_of_the_definition(lanes, shape, activation):
     batch, height, width, channels = shape
     rng = np.random.default_rng(0)
     shapes = shape, (2, channels), (batch, height // 2, width // 2, channels)
     *arrays, dout = (rng.standard_normal(s).astype(np.float32) for s in shapes)
-    got = results(lambda *a: native.relu_max_pool(*a, train_state.make_mesh(1)), arrays, dout)
+    got = results(lambda *a: native.activate_max_pool(*a, train_state.make_mesh(1), activation), arrays, dout)
     with jax.enable_x64(True):
         *exact, dout = (jnp.array(a, jnp.float64) for a in (*arrays, dout))
-        want = results(lambda y, affine: models.max_pool(jnp.maximum(normalized(y, affine), 0)), exact, dout)
+        function = models.ACTIVATIONS[activation]
+        want = results(lambda y, affine: models.max_pool(function(normalized(y, affine))), exact, dout)
     assert_equal_but_for_rounding(got, want, limit=1e-6)
 
 
 def test_the_first_of_equal_pixels_has_the_gradient_of_a_max_pool():
     affine, dout = np.array([[2.0] * 8, [0.5] * 8], np.float32), np.full((1, 1, 1, 8), 3, np.float32)
     _, dy, daffine = results(
-        lambda *a: native.relu_max_pool(*a, train_state.make_mesh(1)), (np.ones((1, 2, 2, 8), np.float32), affine), dout
+        lambda *a: native.activate_max_pool(*a, train_state.make_mesh(1)),
+        (np.ones((1, 2, 2, 8), np.float32), affine),
+        dout,
     )
     np.testing.assert_array_equal(dy[0, :, :, 0], [[6, 0], [0, 0]])
     np.testing.assert_array_equal(daffine, np.full((2, 8), 3))
@@ -162,8 +168,22 @@ def test_what_is_not_a_number_stays_so():
     y, sums = native.convolve(x, affine, w, 1, mesh)
     assert np.isnan(y[0, 3, 3]).all()
     assert np.isnan(sums).all()
-    assert np.isnan(native.add_relu(x, affine, x, mesh)[0, 3, 3, 5])
-    assert np.isnan(native.relu_max_pool(x, affine, mesh)[0, 1, 1, 5])
+    for activation in models.ACTIVATIONS:
+        assert np.isnan(native.add_activate(x, affine, x, mesh, activation)[0, 3, 3, 5])
+        assert np.isnan(native.activate_max_pool(x, affine, mesh, activation)[0, 1, 1, 5])
+
+
+def test_gelu_is_right_far_from_zero_too():
+    """Up to where float32's exponential ends, and beyond; [N, 8] values as the shortcut of zeros."""
+    z = np.concatenate([np.linspace(-100, 100, 20_001), np.linspace(-1, 1, 20_003), [-1e30, 1e30]]).astype(np.float32)
+    z = np.resize(z, (len(z) // 8 + 1, 1, 1, 8))
+    zeros, affine, mesh = np.zeros_like(z), np.zeros((2, 8), np.float32), train_state.make_mesh(1)
+    ours, vjp = jax.vjp(lambda z: native.add_activate(zeros, affine, z, mesh, "gelu"), z)
+    with jax.enable_x64(True):
+        exact, exact_vjp = jax.vjp(models.ACTIVATIONS["gelu"], jnp.array(z, jnp.float64))
+        slope = exact_vjp(jnp.ones_like(exact))[0]
+    np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(vjp(np.ones_like(z))[0], slope, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(16, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
@@ -194,12 +214,12 @@ rng = np.random.default_rng(0)
 for shape in BLOCK_ENDS:
     y, x, dy = (rng.standard_normal((40, *shape[1:])).astype(np.float32) for _ in range(3))
     affine = rng.standard_normal((2, shape[-1])).astype(np.float32)
-    print(train_state.digest(results(lambda *a: native.add_relu(*a, mesh), (y, affine, x), dy)))
+    print(train_state.digest(results(lambda *a: native.add_activate(*a, mesh), (y, affine, x), dy)))
 for shape in POOLS:
     y = rng.standard_normal((40, *shape[1:])).astype(np.float32)
     dy = rng.standard_normal((40, shape[1] // 2, shape[2] // 2, shape[3])).astype(np.float32)
     affine = rng.standard_normal((2, shape[-1])).astype(np.float32)
-    print(train_state.digest(results(lambda *a: native.relu_max_pool(*a, mesh), (y, affine), dy)))
+    print(train_state.digest(results(lambda *a: native.activate_max_pool(*a, mesh), (y, affine), dy)))
 """
 
 
@@ -236,10 +256,10 @@ for lanes in 4, 8, 16:
         jax.block_until_ready(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients))
         if shape[4] % 8 == 0:
             arguments = y, jax.numpy.ones((2, shape[4])), y
-            jax.block_until_ready(results(lambda *a: native.add_relu(*a, mesh), arguments, y))
+            jax.block_until_ready(results(lambda *a: native.add_activate(*a, mesh), arguments, y))
             if shape[1] % 2 == shape[2] % 2 == 0 and y.shape[1] % 2 == y.shape[2] % 2 == 0:
-                pooled = native.relu_max_pool(*arguments[:2], mesh)
-                jax.block_until_ready(results(lambda *a: native.relu_max_pool(*a, mesh), arguments[:2], pooled))
+                pooled = native.activate_max_pool(*arguments[:2], mesh)
+                jax.block_until_ready(results(lambda *a: native.activate_max_pool(*a, mesh), arguments[:2], pooled))
 print("no error")
 """
 

@@ -19,7 +19,7 @@ from configs import final, narrow, sgd, speedrun
 from reproduction import claims, tables
 from reproduction import report as reproduction_report
 from resnet_jax import config as config_lib
-from resnet_jax import optim, training
+from resnet_jax import models, optim, steps, training
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference.restore import restore_run
@@ -27,6 +27,7 @@ from resnet_jax.reporting import analysis, evaluation, figures, pages, report, s
 from resnet_jax.reporting.figures import Group
 from resnet_jax.runs import stored_config, workdir
 from resnet_jax.runs.exits import exit_on_user_error
+from resnet_jax.setup import setup
 
 
 def trained(folder, cache_dir, seed, optimizer="adamw"):
@@ -123,7 +124,7 @@ def test_the_most_confident_mistakes_are_those_of_the_test_split(runs, summaries
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_activations_are_those_of_every_relu(tiny_config, tmp_path, block):
+def test_zeros_are_those_of_every_activation(tiny_config, tmp_path, block):
     """Half of the inner channels of stage 1 are shut, and all of them in stage 2."""
     tiny_config.num_epochs, tiny_config.schedule.warmup_epochs, tiny_config.model.block = 0.1, 0.05, block
     training.train(tiny_config, tmp_path)
@@ -152,13 +153,30 @@ def test_activations_are_those_of_every_relu(tiny_config, tmp_path, block):
         assert first["dead"] == pytest.approx((4 + 8 * stem["dead"]) / 16)
 
 
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+def test_the_scale_of_a_stage_is_that_of_its_last_block(tiny_config, activation):
+    """Activated once: another GELU would change it."""
+    tiny_config.model.activation = activation
+    start = setup(tiny_config)
+    stage = analysis.analyse(start.config, start.state, start.dataset)["stages"][1]
+    _, captured = start.state.apply_fn(
+        start.state.variables,
+        steps.normalize(start.dataset.test.images[:], start.config.data),
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "stage1_block1",
+        mutable=["intermediates"],
+    )
+    output = captured["intermediates"]["stage1_block1"]["__call__"][0]
+    assert stage["rms"] == pytest.approx(np.sqrt(np.mean(np.square(output, dtype=np.float64))), rel=1e-5)
+
+
 # The page
 
 
 def test_the_page_shows_every_figure_and_needs_nothing_else(page, summaries):
     text = (page / "index.html").read_text()
     shown = set(re.findall(r'<figure id="(\w+)">', text))
-    expected = {"accuracy", "loss", "learning_rate", "grad_norm", "scale", "relus", "optimizers"}
+    expected = {"accuracy", "loss", "learning_rate", "grad_norm", "scale", "zeros", "optimizers"}
     assert shown == expected | {"per_class1", "architecture1", "confusion1", "confusion2"}
     assert {path.name for path in (page / "figures").iterdir()} == {f"{n}.{s}" for n in shown for s in ("png", "svg")}
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|url\(|@import|<script", text)
@@ -285,7 +303,7 @@ def points(axes, group):
     return found
 
 
-@pytest.mark.parametrize("draw", ["draw_learning_rate", "draw_grad_norm", "draw_scale", "draw_relus", "draw_per_class"])
+@pytest.mark.parametrize("draw", ["draw_learning_rate", "draw_grad_norm", "draw_scale", "draw_zeros", "draw_per_class"])
 def test_a_group_with_the_same_values_as_another_stays_visible(three_groups, draw):
     first, second = three_groups[1:]
     second.runs[0]["analysis"]["class_names"] = first.runs[0]["analysis"]["class_names"]
@@ -318,7 +336,7 @@ def test_a_class_without_test_images_has_no_accuracy(three_groups):
 
 
 def test_shares_are_shown_in_per_cent(three_groups):
-    drawn = {p.name: p.draw().axes[0] for p in report.pictures(three_groups) if p.name[:4] in ("opti", "accu", "relu")}
+    drawn = {p.name: p.draw().axes[0] for p in report.pictures(three_groups) if p.name[:4] in ("opti", "accu", "zero")}
     assert len(drawn) == 3
     for axes in (*drawn.values(), figures.draw_reliability({}).axes[0]):
         assert axes.yaxis.get_major_formatter()(0.725) == "72.5 %"
