@@ -31,6 +31,14 @@ def activate(activation: str, x: torch.Tensor) -> torch.Tensor:
     return functional.relu(x) if activation == "relu" else functional.gelu(x, approximate="tanh")
 
 
+class ConvMaxPool(nn.Conv2d):
+    """A convolution and a 2x2 max-pool."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply both."""
+        return functional.max_pool2d(super().forward(x), 2)
+
+
 class BasicBlock(nn.Module):
     """3x3 conv, BN, activation, 3x3 conv, BN, plus the shortcut, activation."""
 
@@ -105,12 +113,13 @@ class ResNet(nn.Module):
             layer.requires_grad_(config["stem"] != "whitened")
         self.num_layers, self.activation = len(config["block_list"]), config["activation"]
         for i, (channels, blocks) in enumerate(zip(config["channel_list"], config["block_list"], strict=True)):
-            down, layer, pools = nn.Sequential(), nn.Sequential(), i > 0 and config["downsample"] == "pool"
+            down, layer, pools = nn.Sequential(), nn.Sequential(), i > 0 and config["downsample"] != "stride"
             if pools:
                 outputs = channels * block.expansion
-                conv = nn.Conv2d(width, outputs, 3, padding=1, bias=False)
+                early = config["downsample"] == "pool_first"
+                conv = (ConvMaxPool if early else nn.Conv2d)(width, outputs, 3, padding=1, bias=False)
                 activation = nn.ReLU() if self.activation == "relu" else nn.GELU("tanh")
-                down.extend([conv, norm(outputs), activation, nn.MaxPool2d(2)])
+                down.extend([conv, norm(outputs), activation, nn.Identity() if early else nn.MaxPool2d(2)])
                 width = outputs
             for j in range(blocks):
                 layer.append(block(width, channels, 2 if i > 0 and j == 0 and not pools else 1, norm, self.activation))

@@ -144,7 +144,7 @@ FIELDS: dict[str, Field] = {
     "model.stem": choice("cifar", "imagenet", "whitened"),
     "model.channel_list": integers(1),
     "model.block_list": integers(0),
-    "model.downsample": choice("stride", "pool"),
+    "model.downsample": choice("stride", "pool", "pool_first"),
     "model.activation": choice("relu", "gelu"),
     "model.global_pool": choice("mean", "max"),
     "model.logit_scale": _POSITIVE,

@@ -25,7 +25,7 @@ def at_least_float32(dtype: Any) -> Any:
 class Layers(NamedTuple):
     """What a network is built of: Flax's layers, or those of `kernels.layers`, which pass on arrays in a form of their own."""
 
-    conv: Callable[..., Any]  # a module like `nn.Conv`, without bias or padding
+    conv: Callable[..., Any]  # a module like `nn.Conv`, without bias or padding; with `pool`, `max_pool` follows it
     norm: Callable[..., Any]  # a module like `nn.BatchNorm`, for what `conv` returns
     activate: Callable[[Any], Any]  # of what `norm` returns
     value: Callable[[Any], jax.Array]  # the array that `activate` returned; an array stays as it is
@@ -36,7 +36,12 @@ class Layers(NamedTuple):
 def flax_layers(dtype: Any, activation: str) -> Layers:
     """Return Flax's layers, which compute in `dtype`, with parameters of `at_least_float32`."""
     dtypes, activate = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}, ACTIVATIONS[activation]
-    conv, norm = partial(nn.Conv, use_bias=False, padding=0, **dtypes), partial(nn.BatchNorm, **dtypes)
+    norm = partial(nn.BatchNorm, **dtypes)
+
+    def conv(*args: Any, pool: bool = False, **settings: Any) -> Callable[[jax.Array], jax.Array]:
+        module = nn.Conv(*args, **{"use_bias": False, "padding": 0, **dtypes, **settings})
+        return (lambda x: max_pool(module(x))) if pool else module
+
     add_activate, activate_max_pool = lambda x, shortcut: activate(x + shortcut), lambda x: max_pool(activate(x))
     return Layers(conv, norm, activate, lambda x: x, add_activate, activate_max_pool)
 
@@ -99,8 +104,9 @@ class ResNet(nn.Module):
         block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. In all stages
             but the first, the first block has stride 2.
         block: `BasicBlock` or `BottleneckBlock`.
-        downsample: how all stages but the first halve the size: "stride", in their first block, or "pool", a 3x3 conv, BN,
-            activation and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018).
+        downsample: how all stages but the first halve the size: "stride", in their first block; "pool", a 3x3 conv, BN,
+            activation and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018); or "pool_first", the same with the
+            max-pool before BN (as in airbench94; Jordan, arXiv:2404.00498).
         activation: one of `ACTIVATIONS`; GELU in its form with tanh (Hendrycks and Gimpel, arXiv:1606.08415).
         global_pool: "mean" or "max" over the pixels of the last stage.
         logit_scale: factor on the logits.
@@ -151,10 +157,11 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = nn.max_pool(layers.value(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, (channels, blocks) in enumerate(zip(self.channel_list, self.block_list, strict=True)):
-            pools = i > 0 and self.downsample == "pool"
+            pools, early = i > 0 and self.downsample != "stride", self.downsample == "pool_first"
             if pools:
-                x = conv(channels * self.block.expansion, (3, 3), padding=1, name=f"stage{i + 1}_conv")(x)
-                x = layers.activate_max_pool(norm(name=f"stage{i + 1}_norm")(x))
+                x = conv(channels * self.block.expansion, (3, 3), padding=1, pool=early, name=f"stage{i + 1}_conv")(x)
+                x = norm(name=f"stage{i + 1}_norm")(x)
+                x = layers.activate(x) if early else layers.activate_max_pool(x)
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 and not pools else 1
                 x = self.block(channels, stride, layers, name=f"stage{i + 1}_block{j + 1}")(layers.value(x))

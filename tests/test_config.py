@@ -82,7 +82,7 @@ RANGES = {
     ),
     "model.block": (["basic", "bottleneck"], ["Basic"]),
     "model.stem": (["cifar", "imagenet"], [""]),
-    "model.downsample": (["stride", "pool"], ["max"]),
+    "model.downsample": (["stride", "pool", "pool_first"], ["max"]),
     "model.global_pool": (["mean", "max"], ["sum"]),
     "model.logit_scale": ([0.125, 2], [0.0, -1]),
     "model.channel_list": ([(1, 1, 1, 1)], [(1, 1, 1, 0)]),

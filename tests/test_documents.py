@@ -69,7 +69,7 @@ def test_the_readme_is_a_page():
 
 def test_the_core_reads_in_an_hour():
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "resnet_jax").glob("*.py")}
-    assert sum(lines.values()) <= 1640, lines
+    assert sum(lines.values()) <= 1650, lines
 
 
 def test_the_readme_links_to_every_document():

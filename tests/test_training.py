@@ -81,7 +81,8 @@ def config(request, tiny_config):
     if request.param == "muon":
         tiny_config.model.stem = "whitened"
         tiny_config.optim.name, tiny_config.optim.momentum, tiny_config.optim.adam_ratio = "muon_normalized", 0.9, 0.5
-        tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool"
+        tiny_config.optim.ema_decay, tiny_config.accumulation_steps, tiny_config.model.downsample = 0.9, 2, "pool_first"
+        tiny_config.model.activation = "gelu"
     if request.param == "best":
         recipe = best.get_config()
         tiny_config.optim, tiny_config.augment, tiny_config.schedule = recipe.optim, recipe.augment, recipe.schedule

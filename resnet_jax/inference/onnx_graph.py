@@ -42,8 +42,11 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
 
-    def conv_norm(self, x: str, module: tuple[str, ...], conv: str, norm: str, stride: int) -> str:
-        """Add a convolution without bias, padded by half its kernel, and batch norm with the running statistics."""
+    def conv_norm(self, x: str, module: tuple[str, ...], conv: str, norm: str, stride: int, pool: bool = False) -> str:
+        """Add a convolution without bias, padded by half its kernel, and batch norm with the running statistics.
+
+        A max-pool between the two keeps them apart: the largest of several pixels is not that after a negative scale.
+        """
         params, stats, name = self.params, self.stats, "/".join((*module, conv))
         for part in module:
             params, stats = params[part], stats[part]
@@ -52,14 +55,19 @@ class _Graph:
         scale, bias = (np.asarray(params[norm][key], np.float64) for key in ("scale", "bias"))
         half = kernel.shape[-1] // 2
         shape = {"strides": [stride, stride], "pads": [half] * 4}
-        if self.fold:
+        if self.fold and not pool:
             factor = scale / np.sqrt(variance + self.config.batch_norm_epsilon)
             folded = self.weight(f"{name}/kernel", kernel * factor[:, None, None, None])
             return self.add("Conv", x, folded, self.weight(f"{name}/bias", bias - mean * factor), **shape)
         x = self.add("Conv", x, self.weight(f"{name}/kernel", kernel), **shape)
+        x = self.max_pool(x) if pool else x
         figures = {"scale": scale, "bias": bias, "mean": mean, "var": variance}
         names = [self.weight(f"{'/'.join((*module, norm))}/{key}", value) for key, value in figures.items()]
         return self.add("BatchNormalization", x, *names, epsilon=self.config.batch_norm_epsilon)
+
+    def max_pool(self, x: str) -> str:
+        """Add the maximum of each 2x2 pixels."""
+        return self.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
 
     def activate(self, x: str) -> str:
         """Add the network's activation; GELU, an operation of opset 20 only, as z * sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3))."""
@@ -134,10 +142,11 @@ def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelP
     if imagenet:
         x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for i, blocks in enumerate(config.model.block_list, start=1):
-        pools = i > 1 and config.model.downsample == "pool"
+        pools, early = i > 1 and config.model.downsample != "stride", config.model.downsample == "pool_first"
         if pools:
-            x = graph.activate(graph.conv_norm(x, (), f"stage{i}_conv", f"stage{i}_norm", 1))
-            x = graph.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+            x = graph.conv_norm(x, (), f"stage{i}_conv", f"stage{i}_norm", 1, pool=early)
+            x = graph.activate(x)
+            x = x if early else graph.max_pool(x)
         for j in range(1, blocks + 1):
             x = graph.block(x, f"stage{i}_block{j}", 2 if i > 1 and j == 1 and not pools else 1)
     pool = {"mean": "GlobalAveragePool", "max": "GlobalMaxPool"}[config.model.global_pool]

@@ -153,11 +153,12 @@ struct Convolution {
 
 // For each instruction set, those with ReLU and those with GELU.
 struct Kernels {
-  void (*convolve)(Threads&, const Convolution&, const float* x, const float* affine, const float* w, float* y, float* sums);
+  void (*convolve)(Threads&, const Convolution&, const float* x, const float* affine, const float* w, float* y,
+                   uint8_t* which, float* sums);
   void (*input_gradient)(Threads&, const Convolution&, const float* x, const float* affine, const float* w, const float* y,
-                         const float* dy, const float* dsums, float* dx, float* daffine);
-  void (*kernel_gradient)(Threads&, const Convolution&, const float* x, const float* affine, const float* y, const float* dy,
-                          const float* dsums, float* dw);
+                         const uint8_t* which, const float* dy, const float* dsums, float* dx, float* daffine);
+  void (*kernel_gradient)(Threads&, const Convolution&, const float* x, const float* affine, const float* y,
+                          const uint8_t* which, const float* dy, const float* dsums, float* dw);
   void (*add_activate)(Threads&, const float* y, const float* scale, const float* shift, const float* shortcut, int64_t pixels,
                        int64_t channels, float* out);
   void (*add_activate_gradient)(Threads&, const float* y, const float* scale, const float* shift, const float* shortcut,
@@ -225,32 +226,39 @@ const Kernels& kernels_for(const Convolution& c, bool gelu) { return kernels_for
 // ---- The functions that XLA calls. Optional arrays, [2, channels], are empty where they are left out. ----
 
 using Array = ffi::Buffer<ffi::F32>;
+using Bytes = ffi::Buffer<ffi::U8>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-const float* optional(Array& a) { return a.element_count() ? a.typed_data() : nullptr; }
+template <class T>
+auto optional(T& a) {
+  return a.element_count() ? a.typed_data() : nullptr;
+}
 
 Convolution convolution_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> w, int64_t stride, bool winograd) {
   return {x[0], x[1], x[2], x[3], w[3], w[0], stride, winograd};
 }
 
-ffi::Error Convolve(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Result y, Result sums) {
+ffi::Error Convolve(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Result y,
+                    ffi::ResultBuffer<ffi::U8> which, Result sums) {
   Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
-  kernels_for(c, gelu).convolve(threads, c, x.typed_data(), optional(affine), w.typed_data(), y->typed_data(), sums->typed_data());
+  kernels_for(c, gelu).convolve(threads, c, x.typed_data(), optional(affine), w.typed_data(), y->typed_data(), optional(*which),
+                                sums->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error InputGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Array y, Array dy, Array dsums, Result dx,
-                         Result daffine) {
+ffi::Error InputGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array w, Array y, Bytes which,
+                         Array dy, Array dsums, Result dx, Result daffine) {
   Convolution c = convolution_of(x.dimensions(), w.dimensions(), stride, winograd);
-  kernels_for(c, gelu).input_gradient(threads, c, x.typed_data(), optional(affine), w.typed_data(), y.typed_data(), dy.typed_data(),
-                                dsums.typed_data(), dx->typed_data(), daffine->typed_data());
+  kernels_for(c, gelu).input_gradient(threads, c, x.typed_data(), optional(affine), w.typed_data(), y.typed_data(), optional(which),
+                                      dy.typed_data(), dsums.typed_data(), dx->typed_data(), daffine->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error KernelGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array y, Array dy, Array dsums, Result dw) {
+ffi::Error KernelGradient(Threads threads, int64_t stride, bool winograd, bool gelu, Array x, Array affine, Array y, Bytes which,
+                          Array dy, Array dsums, Result dw) {
   Convolution c = convolution_of(x.dimensions(), dw->dimensions(), stride, winograd);
-  kernels_for(c, gelu).kernel_gradient(threads, c, x.typed_data(), optional(affine), y.typed_data(), dy.typed_data(), dsums.typed_data(),
-                                 dw->typed_data());
+  kernels_for(c, gelu).kernel_gradient(threads, c, x.typed_data(), optional(affine), y.typed_data(), optional(which), dy.typed_data(),
+                                       dsums.typed_data(), dw->typed_data());
   return ffi::Error::Success();
 }
 
@@ -302,14 +310,14 @@ extern "C" void set_vector_lanes(int64_t n) { lanes = n < most_lanes() ? n : mos
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve,
                                      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
                                          .Arg<Array>().Arg<Array>().Arg<Array>()
-                                         .Ret<Array>().Ret<Array>());
+                                         .Ret<Array>().Ret<Bytes>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(input_gradient, InputGradient,
                                      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
-                                         .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+                                         .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Bytes>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kernel_gradient, KernelGradient,
                                      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("stride").Attr<bool>("winograd").Attr<bool>("gelu")
-                                         .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+                                         .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Bytes>().Arg<Array>().Arg<Array>()
                                          .Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(add_activate, AddActivate,
                                      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu")

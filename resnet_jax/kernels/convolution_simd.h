@@ -10,6 +10,7 @@ constexpr int kPanel = 2 * kLanes;  // columns of a matrix product that are kept
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -130,6 +131,7 @@ inline __attribute__((always_inline)) void transform_both_axes(Get get, Put put)
 // The pixels themselves.
 struct Identity {
   const float* x;
+  static constexpr bool pooled = false;
   struct Channels {
     const float* x;
     Vec operator()(int64_t at) const { return load(x + at); }
@@ -141,6 +143,7 @@ struct Identity {
 template <class A>
 struct Activation {
   const float *x, *scale, *shift;
+  static constexpr bool pooled = false;
   struct Channels {
     const float* x;
     Vec scale, shift;
@@ -152,6 +155,7 @@ struct Activation {
 // The gradient of y, where the loss depends on y, on its sums and on its sums of squares: dy + dsum + 2 y dsquares.
 struct WithMoments {
   const float *dy, *y, *dsum, *dsquares;
+  static constexpr bool pooled = false;
   struct Channels {
     const float *dy, *y;
     Vec dsum, dsquares;
@@ -160,11 +164,25 @@ struct WithMoments {
   Channels channels(int64_t c) const { return {dy + c, y + c, load(dsum + c), 2.0f * load(dsquares + c)}; }
 };
 
+// The same where y is a max-pool's output, and which[at] is the number of the pixel, of 2x2, that it took.
+struct FromMaxPool {
+  WithMoments gradient;
+  const uint8_t* which;
+  static constexpr bool pooled = true;
+  struct Channels {
+    WithMoments::Channels gradient;
+    const uint8_t* which;
+    Vec operator()(int64_t at) const { return gradient(at); }
+    Ints pixel(int64_t at) const { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(which + at), Ints); }
+  };
+  Channels channels(int64_t c) const { return {gradient.channels(c), which + c}; }
+};
+
 // ---- What is done with pixels as they are written: each adds up to two sums over the pixels ----
 
 struct Write {
   float* y;
-  static constexpr bool sums = false;
+  static constexpr bool sums = false, pooled = false;
   struct Channels {
     float* y;
     void operator()(int64_t at, Vec v, Vec&, Vec&) const { store(y + at, v); }
@@ -175,7 +193,7 @@ struct Write {
 // Also the sums of the values and of their squares.
 struct WriteWithMoments {
   float* y;
-  static constexpr bool sums = true;
+  static constexpr bool sums = true, pooled = false;
   struct Channels {
     float* y;
     void operator()(int64_t at, Vec v, Vec& sum, Vec& squares) const {
@@ -187,12 +205,37 @@ struct WriteWithMoments {
   Channels channels(int64_t c) const { return {y + c}; }
 };
 
+// The largest of each 2x2 pixels and the number of the first that is as large; the sums are of what is written.
+struct WriteMaxPool {
+  float* y;
+  uint8_t* which;
+  static constexpr bool sums = true, pooled = true;
+  struct Channels {
+    float* y;
+    uint8_t* which;
+    void operator()(int64_t at, const Vec* window, Vec& sum, Vec& squares) const {
+      Vec largest = window[0];
+      Ints number{};
+      for (int i = 1; i < 4; i++) {
+        auto larger = (window[i] > largest) | (window[i] != window[i]);  // NaN stays NaN
+        largest = larger ? window[i] : largest;
+        number = larger ? Ints{} + i : number;
+      }
+      store(y + at, largest);
+      *reinterpret_cast<Bytes*>(which + at) = __builtin_convertvector(number, Bytes);
+      sum += largest;
+      squares += largest * largest;
+    }
+  };
+  Channels channels(int64_t c) const { return {y + c, which + c}; }
+};
+
 // The gradient of the activation of x * scale + shift: writes that of x, sums those of scale and shift.
 template <class A>
 struct WriteActivationGradient {
   float* dx;
   const float *x, *scale, *shift;
-  static constexpr bool sums = true;
+  static constexpr bool sums = true, pooled = false;
   struct Channels {
     float* dx;
     const float* x;
@@ -277,6 +320,26 @@ struct Tile {
       : image(index / (tiles.rows * tiles.columns)), y(index / tiles.columns % tiles.rows * 4), x(index % tiles.columns * 4) {}
 };
 
+// Spreads the gradient of a max-pool's output over the N x N pixels from `before` (0 or 1) pixels above and left of a tile's first.
+template <int N, int before, class Channels>
+inline void read_windows(const Tiles& tiles, const Tile& tile, const Channels& window, int64_t channels, Vec (&pixels)[N][N]) {
+  int64_t height = tiles.height / 2, width = tiles.width / 2;
+#pragma GCC unroll 4
+  for (int a = 0; a < N / 2 + before; a++)
+#pragma GCC unroll 4
+    for (int b = 0; b < N / 2 + before; b++) {
+      int64_t y = tile.y / 2 - before + a, x = tile.x / 2 - before + b, at = ((tile.image * height + y) * width + x) * channels;
+      bool exists = y >= 0 && y < height && x >= 0 && x < width;
+      Vec gradient = exists ? window(at) : Vec{};
+      Ints taken = exists ? window.pixel(at) : Ints{};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        int row = 2 * a - before + i / 2, column = 2 * b - before + i % 2;
+        if (row >= 0 && row < N && column >= 0 && column < N) pixels[row][column] = taken == i ? gradient : Vec{};
+      }
+    }
+}
+
 // Transforms N x N pixels from `before` pixels above and left of a tile's first output; put(stream, c, value) takes the M x M results.
 template <int N, int M, void (*transform)(const Vec*, Vec*), int before, class Input, class Put>
 inline void read_tile(const Tiles& tiles, int64_t index, const Input& input, int64_t channels, Put put) {
@@ -287,7 +350,11 @@ inline void read_tile(const Tiles& tiles, int64_t index, const Input& input, int
   for (int64_t c = 0; c < channels; c += kLanes) {
     auto pixel = input.channels(c);
     auto write = [&](int i, int j, Vec value) { put(i * M + j, c, value); };
-    if (inside) {
+    if constexpr (Input::pooled) {
+      Vec pixels[N][N];
+      read_windows<N, before>(tiles, tile, pixel, channels, pixels);
+      transform_both_axes<N, M, transform>([&](int i, int j) { return pixels[i][j]; }, write);
+    } else if (inside) {
       transform_both_axes<N, M, transform>([&](int i, int j) { return pixel(origin + i * line + j * channels); }, write);
     } else {
       transform_both_axes<N, M, transform>(
@@ -354,7 +421,15 @@ inline void winograd(Threads& threads, const Input& input, const Output& output,
         auto pixel = output.channels(c);
         Vec first_sum{}, second_sum{};
         auto read = [&](int i, int j) { return load(v + (i * 6 + j) * stream + p * widest + c); };
-        if (rows >= 4 && columns >= 4)
+        if constexpr (Output::pooled) {
+          Vec windows[4][4];
+          transform_both_axes<6, 4, output_transform>(
+              read, [&](int i, int j, Vec value) { windows[i / 2 * 2 + j / 2][i % 2 * 2 + j % 2] = value; });
+          int64_t pooled = (tile.image * tiles.height + tile.y) / 2 * (tiles.width / 2) + tile.x / 2;
+          for (int i = 0; i < 4; i++)
+            if (i / 2 * 2 < rows && i % 2 * 2 < columns)
+              pixel((pooled + i / 2 * (tiles.width / 2) + i % 2) * outputs, windows[i], first_sum, second_sum);
+        } else if (rows >= 4 && columns >= 4)
           transform_both_axes<6, 4, output_transform>(
               read, [&](int i, int j, Vec value) { pixel(origin + i * line + j * outputs, value, first_sum, second_sum); });
         else
@@ -613,8 +688,28 @@ inline void activate_max_pool_gradient(Threads& threads, const float* y, const f
 
 // ---- What convolution.cc calls ----
 
+// Calls f with what reads the images: their activation where there is an affine.
+template <class A, class F>
+inline void with_input(const Convolution& c, const float* x, const float* affine, F f) {
+  if (affine)
+    f(Activation<A>{x, affine, affine + c.inputs});
+  else
+    f(Identity{x});
+}
+
+// Calls f with what reads the gradient of the outputs.
+template <class F>
+inline void with_gradient(const Convolution& c, const float* y, const uint8_t* which, const float* dy, const float* dsums, F f) {
+  WithMoments gradient{dy, y, dsums, dsums + c.outputs};
+  if (which)
+    f(FromMaxPool{gradient, which});
+  else
+    f(gradient);
+}
+
 template <class A>
-inline void convolve(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, float* y, float* sums) {
+inline void convolve(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, float* y,
+                     uint8_t* which, float* sums) {
   if (!c.winograd) {
     Gathering g = c.forward();
     float* panels = scratch(kKernelScratch, g.taps * c.inputs * round_up(c.outputs, kPanel));
@@ -624,16 +719,17 @@ inline void convolve(Threads& threads, const Convolution& c, const float* x, con
   Tiles tiles(c.batch, c.height, c.width);
   float* u = scratch(kKernelScratch, 36 * c.inputs * round_up(c.outputs, kPanel));
   transform_kernels(threads, w, c.inputs, c.outputs, false, u);
-  WriteWithMoments output{y};
-  if (affine)
-    winograd(threads, Activation<A>{x, affine, affine + c.inputs}, output, u, tiles, c.inputs, c.outputs, sums);
-  else
-    winograd(threads, Identity{x}, output, u, tiles, c.inputs, c.outputs, sums);
+  with_input<A>(c, x, affine, [&](auto input) {
+    if (which)
+      winograd(threads, input, WriteMaxPool{y, which}, u, tiles, c.inputs, c.outputs, sums);
+    else
+      winograd(threads, input, WriteWithMoments{y}, u, tiles, c.inputs, c.outputs, sums);
+  });
 }
 
 template <class A>
 inline void input_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* w, const float* y,
-                           const float* dy, const float* dsums, float* dx, float* daffine) {
+                           const uint8_t* which, const float* dy, const float* dsums, float* dx, float* daffine) {
   if (!c.winograd) {
     for (int64_t i = 0; i < c.stride * c.stride; i++) {
       Gathering g = c.backward(i / c.stride, i % c.stride);
@@ -647,23 +743,23 @@ inline void input_gradient(Threads& threads, const Convolution& c, const float* 
   Tiles tiles(c.batch, c.height, c.width);
   float* u = scratch(kKernelScratch, 36 * c.outputs * round_up(c.inputs, kPanel));
   transform_kernels(threads, w, c.outputs, c.inputs, true, u);
-  WithMoments gradient{dy, y, dsums, dsums + c.outputs};
-  if (affine)
-    winograd(threads, gradient, WriteActivationGradient<A>{dx, x, affine, affine + c.inputs}, u, tiles, c.outputs, c.inputs, daffine);
-  else
-    winograd(threads, gradient, Write{dx}, u, tiles, c.outputs, c.inputs, nullptr);
+  with_gradient(c, y, which, dy, dsums, [&](auto gradient) {
+    if (affine)
+      winograd(threads, gradient, WriteActivationGradient<A>{dx, x, affine, affine + c.inputs}, u, tiles, c.outputs, c.inputs, daffine);
+    else
+      winograd(threads, gradient, Write{dx}, u, tiles, c.outputs, c.inputs, nullptr);
+  });
 }
 
 template <class A>
 inline void kernel_gradient(Threads& threads, const Convolution& c, const float* x, const float* affine, const float* y,
-                            const float* dy, const float* dsums, float* dw) {
+                            const uint8_t* which, const float* dy, const float* dsums, float* dw) {
   if (!c.winograd) return gathered_kernel_gradient(threads, c.forward(), x, dy, c.inputs, c.outputs, dw);
   Tiles tiles(c.batch, c.height, c.width);
-  WithMoments gradient{dy, y, dsums, dsums + c.outputs};
-  if (affine)
-    winograd_kernel_gradient(threads, Activation<A>{x, affine, affine + c.inputs}, gradient, tiles, c.inputs, c.outputs, dw);
-  else
-    winograd_kernel_gradient(threads, Identity{x}, gradient, tiles, c.inputs, c.outputs, dw);
+  with_gradient(c, y, which, dy, dsums, [&](auto gradient) {
+    with_input<A>(c, x, affine,
+                  [&](auto input) { winograd_kernel_gradient(threads, input, gradient, tiles, c.inputs, c.outputs, dw); });
+  });
 }
 
 template <class A>

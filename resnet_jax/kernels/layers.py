@@ -63,12 +63,13 @@ def activate(activation: str, x: Normalized) -> Normalized:
 
 
 class Conv(nn.Module):
-    """`nn.Conv` without bias, with the sums that the batch norm after it needs."""
+    """`nn.Conv` without bias, and `max_pool` if it pools, with the sums that the batch norm after it needs."""
 
     features: int
     kernel_size: tuple[int, int]
     strides: int = 1
     padding: int = 0
+    pool: bool = False
     mesh: Any = None  # of CPU devices
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
@@ -76,15 +77,25 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array | Normalized) -> Convolved:
         """Convolve images."""
         w = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
-        if not native.supports(w, self.padding):
+        winograd = native.supports(w, self.padding) and native.uses_winograd(
+            x.y if isinstance(x, Normalized) else x, w, self.strides, self.mesh
+        )
+        if winograd and not (self.pool and (x.shape[1] % 2 or x.shape[2] % 2)):
+            images, affine, activation = value(x), None, "relu"
+            if isinstance(x, Normalized) and x.activation:
+                images, affine, activation = x.y, x.affine, x.activation
+            return Convolved(*native.convolve(images, affine, w, self.strides, self.mesh, activation, self.pool))
+        if native.supports(w, self.padding):
+            y, sums = native.convolve(value(x), None, w, self.strides, self.mesh)
+            if not self.pool:
+                return Convolved(y, sums)
+        else:
             padding = ((self.padding, self.padding),) * 2
             y = lax.conv_general_dilated(
                 value(x), w, (self.strides,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            return Convolved(y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]))
-        if isinstance(x, Normalized) and x.activation and native.uses_winograd(x.y, w, self.strides, self.mesh):
-            return Convolved(*native.convolve(x.y, x.affine, w, self.strides, self.mesh, x.activation))
-        return Convolved(*native.convolve(value(x), None, w, self.strides, self.mesh))
+        y = max_pool(y) if self.pool else y
+        return Convolved(y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]))
 
 
 class BatchNorm(nn.Module):

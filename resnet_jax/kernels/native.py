@@ -79,16 +79,22 @@ def supports(w: jax.Array, padding: int) -> bool:
     )
 
 
-def uses_winograd(x: jax.Array, w: jax.Array, stride: int, mesh: Mesh) -> bool:
+def uses_winograd(x: Any, w: jax.Array, stride: int, mesh: Mesh) -> bool:
     """Whether `convolve` uses Winograd: for 3x3 kernels of stride 1 and at least 16 tiles, as fewer cost more than they save."""
     batch, height, width, channels = x.shape
     tiles = batch // _shares(x, mesh) * -(-height // 4) * -(-width // 4)
     return w.shape[0] == 3 and stride == 1 and channels % 8 == 0 and tiles >= 16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def convolve(
-    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh, activation: str = "relu"
+    x: jax.Array,
+    affine: jax.Array | None,
+    w: jax.Array,
+    stride: int,
+    mesh: Mesh,
+    activation: str = "relu",
+    pool: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Convolve images, or the activation of x * scale + shift where an affine is given, padded by half the size of the kernel.
 
@@ -99,35 +105,44 @@ def convolve(
         stride: of the outputs, along both axes.
         mesh: the devices that x is sharded over.
         activation: one of `models.ACTIVATIONS`.
+        pool: return the largest of each 2x2 outputs; where `uses_winograd`, and H and W are even. The first of several that
+            are equally large has the whole gradient.
 
     Returns:
-        The outputs y [B, ceil(H / stride), ceil(W / stride), K], and [2, K], the sums of y and of y^2 by channel.
+        The outputs y [B, ceil(H / stride), ceil(W / stride), K], or [B, H / 2, W / 2, K], and [2, K], the sums of y and of
+        y^2 by channel.
     """
+    return _convolve_forward(x, affine, w, stride, mesh, activation, pool)[0]
+
+
+def _convolve_forward(
+    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh, activation: str, pool: bool
+) -> tuple[Any, Any]:
     winograd = uses_winograd(x, w, stride, mesh)
-    if affine is not None and not winograd:
-        raise ValueError("only Winograd applies an affine")
-    height, width = (-(-size // stride) for size in x.shape[1:3])
-    y, sums = _call(
+    if (affine is not None or pool) and not winograd:
+        raise ValueError("only Winograd applies an affine, and pools")
+    height, width = (-(-size // (2 if pool else stride)) for size in x.shape[1:3])
+    shape = (len(x), height, width, w.shape[3])
+    y, which, sums = _call(
         "convolve",
         mesh,
         [(x, _SHARDED), (_or_empty(affine), _REPLICATED), (w, _REPLICATED)],
-        [((len(x), height, width, w.shape[3]), _SHARDED), ((2, w.shape[3]), _REPLICATED)],
+        [
+            (_float32(shape), _SHARDED),
+            (_bytes(shape if pool else (0,)), _SHARDED),
+            (_float32((2, shape[3])), _REPLICATED),
+        ],
         activation,
         stride=np.int64(stride),
         winograd=winograd,
     )
-    return y, sums
+    return (y, sums), (x, affine, w, y, which)
 
 
-def _convolve_forward(
-    x: jax.Array, affine: jax.Array | None, w: jax.Array, stride: int, mesh: Mesh, activation: str
-) -> tuple[Any, Any]:
-    y, sums = convolve(x, affine, w, stride, mesh, activation)
-    return (y, sums), (x, affine, w, y)
-
-
-def _convolve_backward(stride: int, mesh: Mesh, activation: str, residuals: Any, gradients: Any) -> tuple[Any, ...]:
-    x, affine, w, y = residuals
+def _convolve_backward(
+    stride: int, mesh: Mesh, activation: str, pool: bool, residuals: Any, gradients: Any
+) -> tuple[Any, ...]:
+    x, affine, w, y, which = residuals
     dy, dsums = gradients
     winograd = uses_winograd(x, w, stride, mesh)
     if not winograd:
@@ -135,16 +150,12 @@ def _convolve_backward(stride: int, mesh: Mesh, activation: str, residuals: Any,
         dy, dsums = dy + dsum + 2 * y * dsquares, None
     attributes = {"stride": np.int64(stride), "winograd": winograd}
     inputs = [(x, _SHARDED), (_or_empty(affine), _REPLICATED)]
-    outputs = [(y, _SHARDED), (dy, _SHARDED), (_or_empty(dsums), _REPLICATED)]
+    outputs = [(y, _SHARDED), (which, _SHARDED), (dy, _SHARDED), (_or_empty(dsums), _REPLICATED)]
+    results = [(x, _SHARDED), (_or_empty(affine), _REPLICATED)]
     dx, daffine = _call(
-        "input_gradient",
-        mesh,
-        [*inputs, (w, _REPLICATED), *outputs],
-        [(x.shape, _SHARDED), (_or_empty(affine).shape, _REPLICATED)],
-        activation,
-        **attributes,
+        "input_gradient", mesh, [*inputs, (w, _REPLICATED), *outputs], results, activation, **attributes
     )
-    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w.shape, _REPLICATED)], activation, **attributes)
+    (dw,) = _call("kernel_gradient", mesh, [*inputs, *outputs], [(w, _REPLICATED)], activation, **attributes)
     return dx, None if affine is None else daffine, dw
 
 
@@ -158,7 +169,7 @@ def add_activate(
     """Return the activation of y * scale + shift + shortcut, for y and the shortcut [B, H, W, C]."""
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (shortcut, _SHARDED)]
     out: jax.Array
-    (out,) = _call("add_activate", mesh, arguments, [(y.shape, _SHARDED)], activation)
+    (out,) = _call("add_activate", mesh, arguments, [(y, _SHARDED)], activation)
     return out
 
 
@@ -171,7 +182,7 @@ def _add_activate_forward(
 def _add_activate_backward(mesh: Mesh, activation: str, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
     y, affine, shortcut = residuals
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (shortcut, _SHARDED), (dout, _SHARDED)]
-    results = [(y.shape, _SHARDED), (y.shape, _SHARDED), (affine.shape, _REPLICATED)]
+    results = [(y, _SHARDED), (y, _SHARDED), (affine, _REPLICATED)]
     dy, dshortcut, daffine = _call("add_activate_gradient", mesh, arguments, results, activation)
     return dy, daffine, dshortcut
 
@@ -186,10 +197,10 @@ def activate_max_pool(y: jax.Array, affine: jax.Array, mesh: Mesh, activation: s
     The first of several pixels that are equally large has the whole gradient.
     """
     batch, height, width, channels = y.shape
-    shape: tuple[int, ...] = (batch, height // 2, width // 2, channels)
+    shape = (batch, height // 2, width // 2, channels)
     arguments = [(y, _SHARDED), (affine, _REPLICATED)]
     out: jax.Array
-    (out,) = _call("activate_max_pool", mesh, arguments, [(shape, _SHARDED)], activation)
+    (out,) = _call("activate_max_pool", mesh, arguments, [(_float32(shape), _SHARDED)], activation)
     return out
 
 
@@ -200,12 +211,20 @@ def _activate_max_pool_forward(y: jax.Array, affine: jax.Array, mesh: Mesh, acti
 def _activate_max_pool_backward(mesh: Mesh, activation: str, residuals: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
     y, affine = residuals
     arguments = [(y, _SHARDED), (affine, _REPLICATED), (dout, _SHARDED)]
-    results = [(y.shape, _SHARDED), (affine.shape, _REPLICATED)]
+    results = [(y, _SHARDED), (affine, _REPLICATED)]
     dy, daffine = _call("activate_max_pool_gradient", mesh, arguments, results, activation)
     return dy, daffine
 
 
 activate_max_pool.defvjp(_activate_max_pool_forward, _activate_max_pool_backward)
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _bytes(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.uint8)
 
 
 def _or_empty(array: jax.Array | None) -> jax.Array:
@@ -221,16 +240,28 @@ def _call(
     name: str,
     mesh: Mesh,
     arguments: list[tuple[jax.Array, P]],
-    results: list[tuple[tuple[int, ...], P]],
+    results: list[tuple[jax.Array | jax.ShapeDtypeStruct, P]],
     activation: str,
     **attributes: Any,
 ) -> Any:
-    """Call a function on each device for its share of the batch; results that are not sharded are summed over the devices."""
+    """Call a function on each device for its share of the batch; results that are not sharded are summed over the devices.
+
+    Args:
+        name: of the function.
+        mesh: the devices.
+        arguments: arrays, each with how it is sharded.
+        results: what has the shapes and dtypes of the results, likewise.
+        activation: one of `models.ACTIVATIONS`.
+        attributes: of the function, besides.
+    """
     library()
     in_specs, out_specs = tuple(spec for _, spec in arguments), [spec for _, spec in results]
     shares = _shares(arguments[0][0], mesh)
-    shapes = [(shape[0] // shares, *shape[1:]) if spec == _SHARDED else shape for shape, spec in results]
-    call = jax.ffi.ffi_call(f"resnet_jax_{name}", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+    outputs = [
+        jax.ShapeDtypeStruct((a.shape[0] // shares, *a.shape[1:]) if spec == _SHARDED else a.shape, a.dtype)
+        for a, spec in results
+    ]
+    call = jax.ffi.ffi_call(f"resnet_jax_{name}", outputs)
     arrays = [array for array, _ in arguments]
     attributes["gelu"] = activation == "gelu"
     if shares == 1:

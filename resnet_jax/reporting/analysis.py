@@ -163,7 +163,9 @@ def _stages(
         if in_stage:
             last = max(in_stage, key=lambda output: (_block(output), "/" not in output))
             out_shape = list(outputs[last].shape[1:])
-            if last == f"{name}_norm" and name != "stem":  # a max-pool follows, and no block
+            if (
+                last == f"{name}_norm" and name != "stem" and config.model.downsample == "pool"
+            ):  # a max-pool follows, and no block
                 out_shape = [out_shape[0] // 2, out_shape[1] // 2, out_shape[2]]
             sums = [activations[output] for output in in_stage]
             nonzero = np.concatenate([of_activation["nonzero"] for of_activation in sums])

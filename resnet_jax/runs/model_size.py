@@ -19,10 +19,10 @@ def check(num_params: int, max_params: int) -> None:
 
 def check_images(model: ConfigDict, height: int, width: int) -> None:
     """Refuse images from which max-pools would leave no pixel, or that are smaller than the patches of a whitened layer."""
-    least = 2 ** (len(model.channel_list) - 1) if model.downsample == "pool" else 1
+    least = 2 ** (len(model.channel_list) - 1) if model.downsample != "stride" else 1
     least = {"whitened": max(least, 3), "imagenet": 4 * least - 3}.get(model.stem, least)
     if min(height, width) < least:
-        shorter = ", or make config.model.channel_list shorter" * (model.downsample == "pool")
+        shorter = ", or make config.model.channel_list shorter" * (model.downsample != "stride")
         raise UserError(
             f"the images have {height}x{width} pixels, and config.model needs {least}x{least}: set config.data.image_size "
             f"to {least} or more{shorter}"

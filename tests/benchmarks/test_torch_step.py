@@ -33,6 +33,7 @@ NETWORKS = {
         },
         None,
     ),
+    "max-pools first": ({"channel_list": (8, 12), "block_list": (0, 1), "downsample": "pool_first"}, None),
     "imagenet stem": ({"stem": "imagenet", "channel_list": (8, 16), "block_list": (1, 2)}, None),
 }
 

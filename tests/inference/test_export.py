@@ -60,6 +60,7 @@ STRUCTURES = {
         "logit_scale": 0.125,
         "activation": "gelu",
     },
+    "max-pools first": {"channel_list": (8, 12), "block_list": (0, 1), "downsample": "pool_first"},
     "no blocks": {"channel_list": (8,), "block_list": (0,)},
     "a stride on one pixel": {"channel_list": (8,) * 6, "block_list": (1,) * 6},
 }

@@ -18,6 +18,18 @@ NETWORKS = {
     "a stem for large images": {"channel_list": (16, 32), "block_list": (1, 1), "stem": "imagenet"},
     "max-pools": {"channel_list": (16, 32), "block_list": (0, 1), "downsample": "pool", "global_pool": "max"},
     "gelu": {"channel_list": (16, 16, 32), "block_list": (0, 2, 1), "downsample": "pool", "activation": "gelu"},
+    "max-pools first": {
+        "channel_list": (16, 16, 32),
+        "block_list": (0, 1, 1),
+        "downsample": "pool_first",
+        "activation": "gelu",
+        "global_pool": "max",
+    },
+    "max-pools first, channels that vectors do not divide": {
+        "channel_list": (12, 20),
+        "block_list": (0, 0),
+        "downsample": "pool_first",
+    },
     "gelu, channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1), "activation": "gelu"},
     "no block": {"channel_list": (16,), "block_list": (0,)},
     "channels that vectors do not divide": {"channel_list": (12, 20), "block_list": (1, 1)},

@@ -39,6 +39,12 @@ SHAPES = {  # batch, height, width, channels, channels of the output, size of th
     "stem": (4, 32, 32, 3, 64, 3, 1),
     "stem for large images": (2, 33, 31, 3, 64, 7, 2),
 }
+POOLED = {  # batch, height, width, channels, channels of the output
+    "stage 1": (4, 32, 32, 32, 64),
+    "stage 3": (10, 8, 8, 256, 256),
+    "sizes that tiles of 4 do not divide": (5, 6, 10, 24, 88),
+    "two pixels": (9, 2, 6, 8, 16),
+}
 BLOCK_ENDS = [(5, 7, 9, 24), (2, 32, 32, 64), (1, 1, 1, 8)]  # batch, height, width, channels
 POOLS = [(3, 6, 10, 24), (2, 32, 32, 64), (1, 2, 2, 8)]
 
@@ -108,6 +114,26 @@ def test_a_convolution_and_its_gradients_are_those_of_the_definition(lanes, shap
     assert_equal_but_for_rounding(got, want)
 
 
+@pytest.mark.parametrize("activation", ["", "relu"])
+@pytest.mark.parametrize("shape", POOLED.values(), ids=POOLED)
+def test_a_convolution_that_pools_and_its_gradients_are_those_of_the_definition(lanes, shape, activation):
+    mesh, (batch, height, width, _, outputs) = train_state.make_mesh(1), shape
+    arguments, _ = random_case(*shape, 3, 1, bool(activation))
+    rng = np.random.default_rng(1)
+    dy = rng.standard_normal((batch, height // 2, width // 2, outputs)).astype(np.float32)
+    gradients = dy, np.float32([[1.0], [0.1]]) * rng.standard_normal((2, outputs)).astype(np.float32)
+    got = results(lambda *arrays: native.convolve(*arrays, 1, mesh, activation, True), arguments, gradients)
+
+    def pooled(*arrays):
+        y = models.max_pool(definition(*arrays, 1, activation)[0])
+        return y, jnp.stack([y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))])
+
+    with jax.enable_x64(True):
+        arguments, gradients = jax.tree.map(lambda a: jnp.array(a, jnp.float64), (arguments, gradients))
+        want = results(pooled, arguments, gradients)
+    assert_equal_but_for_rounding(got, want)
+
+
 @pytest.mark.parametrize("activation", models.ACTIVATIONS)
 @pytest.mark.parametrize("shape", BLOCK_ENDS)
 def test_the_end_of_a_block_and_its_gradients_are_those_of_the_definition(lanes, shape, activation):
@@ -168,6 +194,8 @@ def test_what_is_not_a_number_stays_so():
     y, sums = native.convolve(x, affine, w, 1, mesh)
     assert np.isnan(y[0, 3, 3]).all()
     assert np.isnan(sums).all()
+    pooled, _ = native.convolve(x, affine, w, 1, mesh, "relu", True)
+    assert np.isnan(pooled[0, 1, 1]).all()
     for activation in models.ACTIVATIONS:
         assert np.isnan(native.add_activate(x, affine, x, mesh, activation)[0, 3, 3, 5])
         assert np.isnan(native.activate_max_pool(x, affine, mesh, activation)[0, 1, 1, 5])
