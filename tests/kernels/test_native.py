@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -214,12 +215,20 @@ def test_gelu_is_right_far_from_zero_too():
     np.testing.assert_allclose(vjp(np.ones_like(z))[0], slope, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 8, 16, 24, 3, 1), (6, 9, 7, 16, 24, 3, 2)])
-def test_two_devices_compute_the_same_each_on_its_share(shape):
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [((16, 8, 8, 16, 24, 3, 1), False), ((16, 8, 8, 16, 24, 3, 1), True), ((6, 9, 7, 16, 24, 3, 2), False)],
+)
+def test_two_devices_compute_the_same_each_on_its_share(shape, pool):
     *_, stride = shape
-    arguments, gradients = random_case(*shape, with_affine=stride == 1)
+    arguments, (dy, dsums) = random_case(*shape, with_affine=stride == 1)
+    gradients = dy[:, ::2, ::2] if pool else dy, dsums
+
+    def convolve(*arrays, mesh):
+        return native.convolve(*arrays, stride, mesh, "gelu", pool)
+
     one, two = (
-        results(jax.jit(lambda *arrays, mesh=mesh: native.convolve(*arrays, stride, mesh)), arguments, gradients)
+        results(jax.jit(partial(convolve, mesh=mesh)), arguments, gradients)
         for mesh in (train_state.make_mesh(1), train_state.make_mesh(2))
     )
     np.testing.assert_array_equal(one[0], two[0])  # the output
@@ -231,13 +240,17 @@ _DIGESTS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import numpy as np
-from test_native import BLOCK_ENDS, POOLS, SHAPES, native, random_case, results
+from test_native import BLOCK_ENDS, POOLED, POOLS, SHAPES, native, random_case, results
 from resnet_jax import train_state
 for shape in SHAPES.values():
     stride, mesh = shape[-1], train_state.make_mesh(1)
     (x, affine, w), gradients = random_case(40, *shape[1:], True)
     arguments = x, affine if native.uses_winograd(x, w, stride, mesh) else None, w
     print(train_state.digest(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients)))
+for shape in POOLED.values():
+    arguments, (dy, dsums) = random_case(40, *shape[1:], 3, 1, True)
+    gradients = dy[:, ::2, ::2], dsums
+    print(train_state.digest(results(lambda *a: native.convolve(*a, 1, mesh, "gelu", True), arguments, gradients)))
 rng = np.random.default_rng(0)
 for shape in BLOCK_ENDS:
     y, x, dy = (rng.standard_normal((40, *shape[1:])).astype(np.float32) for _ in range(3))
@@ -264,7 +277,7 @@ def test_no_result_depends_on_the_number_of_threads(request):
         )
         for threads in ("1", "2")
     )
-    assert len(one.stdout.split()) == len(SHAPES) + len(BLOCK_ENDS) + len(POOLS), one.stderr
+    assert len(one.stdout.split()) == sum(map(len, (SHAPES, POOLED, BLOCK_ENDS, POOLS))), one.stderr
     assert one.stdout == two.stdout
 
 
@@ -282,6 +295,10 @@ for lanes in 4, 8, 16:
         arguments = x, affine if native.uses_winograd(x, w, stride, mesh) else None, w
         y, _ = native.convolve(*arguments, stride, mesh)
         jax.block_until_ready(results(lambda *a: native.convolve(*a, stride, mesh), arguments, gradients))
+        if native.uses_winograd(x, w, stride, mesh) and shape[1] % 2 == shape[2] % 2 == 0:
+            pooled = gradients[0][:, ::2, ::2], gradients[1]
+            function = lambda *a: native.convolve(*a, stride, mesh, "gelu", True)
+            jax.block_until_ready(results(function, arguments, pooled))
         if shape[4] % 8 == 0:
             arguments = y, jax.numpy.ones((2, shape[4])), y
             jax.block_until_ready(results(lambda *a: native.add_activate(*a, mesh), arguments, y))
