@@ -15,7 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"speedrun.py takes :tune, not :{variant}")
     config = best.get_config(variant)
     config.batch_size = 1000
-    config.num_epochs = 11.0
+    config.num_epochs = 10.5
     config.eval_every_epochs = 11
     config.log_every_steps = 10
     config.pipeline = "device"
@@ -24,13 +24,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augment.cutout = 0
 
     config.model.stem = "whitened"
-    config.model.channel_list = (24, 64, 256, 256)
-    config.model.block_list = (0, 1, 1, 1)
+    config.model.channel_list = (32, 64, 256, 256)
+    config.model.block_list = (0, 1, 0, 1)
+    config.model.downsample = "pool_first"
+    config.model.activation = "gelu"
     config.model.logit_scale = 1 / 16
     config.model.batch_norm_momentum = 0.6
 
     config.optim = ConfigDict()
-    config.optim.name = "muon"
+    config.optim.name = "muon_normalized"
     config.optim.learning_rate = 0.2
     config.optim.adam_ratio = 0.1
     config.optim.backbone_rate = 1.0
@@ -38,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.b1 = 0.8
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.1
+    config.optim.weight_decay = 0.0
     config.optim.decay_mask = "kernels"
     config.optim.max_grad_norm = 0.0
     config.optim.ema_decay = 0.0
