@@ -101,8 +101,8 @@ class ResNet(nn.Module):
     Attributes:
         num_classes: size of the output.
         channel_list: channels of each stage; with bottleneck blocks, a stage outputs four times as many.
-        block_list: blocks of each stage, as long as `channel_list`; a stage of 0 blocks is the identity. In all stages
-            but the first, the first block has stride 2.
+        block_list: blocks of each stage, as long as `channel_list`; with `downsample` "stride", a
+            stage of 0 blocks is the identity.
         block: `BasicBlock` or `BottleneckBlock`.
         downsample: how all stages but the first halve the size: "stride", in their first block; "pool", a 3x3 conv, BN,
             activation and a 2x2 max-pool before their blocks (as in ResNet-9; Page, 2018); or "pool_first", the same with the
@@ -152,7 +152,7 @@ class ResNet(nn.Module):
         kernel, stride = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         x = conv(self.channel_list[0], kernel, stride, padding=kernel[0] // 2, name="stem_conv")(x)
         x = layers.activate(norm(name="stem_norm")(x))
-        if self.stem == "whitened":
+        if train and self.stem == "whitened":
             x = jax.lax.stop_gradient(x)
         if self.stem == "imagenet":
             x = nn.max_pool(layers.value(x), (3, 3), (2, 2), ((1, 1), (1, 1)))

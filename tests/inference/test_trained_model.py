@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from helpers import make_tiny_config
+from helpers import make_state, make_tiny_config
 from PIL import Image
 
 import resnet_jax
-from resnet_jax import models, steps
+from resnet_jax import models, steps, train_state
 from resnet_jax.data import datasets
 from resnet_jax.errors import UserError
 from resnet_jax.inference import trained_model
@@ -153,6 +153,14 @@ def test_saliency_is_the_size_of_the_likeliest_logits_gradient(model, images):
     assert found.shape == (1, 8, 8)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[0], slopes / slopes.max(), atol=1e-4)
+
+
+def test_saliency_of_a_network_whose_first_layer_is_not_trained(cache_dir):
+    config = make_tiny_config(cache_dir)
+    config.model.stem = "whitened"
+    state = make_state(config, 10, SHAPE, 1.0, train_state.make_mesh(1))
+    model = trained_model.Model(config, tuple("0123456789"), SHAPE, state.variables, 0)
+    test_saliency_is_the_size_of_the_likeliest_logits_gradient(model, datasets.load(config.data).test.images)
 
 
 def test_a_pixel_that_matters_more_changes_the_likeliest_logit_more(model, images):
