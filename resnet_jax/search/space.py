@@ -69,17 +69,22 @@ def _log_uniform(limits: tuple[float, float]) -> FloatDistribution:
     return FloatDistribution(limits[0], limits[1], log=True)
 
 
+def _has_width(stage: int, blocks: int, downsample: str) -> bool:
+    """Whether a stage's width matters: the stem has that of stage 0, and the others' blocks and max-pools have their own."""
+    return stage == 0 or blocks > 0 or downsample != "stride"
+
+
 def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | FloatDistribution]:
     """Return the ranges of refinement: the width and depth of each stage, and the recipe.
 
-    A stage without blocks stays empty, and a stage with blocks keeps at least one.
+    A stage without blocks stays without, and a stage with blocks keeps at least one.
     """
     search, step = config.search, config.search.width_step
     ranges: dict[str, IntDistribution | FloatDistribution] = {}
     for i, (width, depth) in enumerate(
         zip(around["model.channel_list"], around["model.block_list"], strict=True), start=1
     ):
-        if i == 1 or depth:  # the stem has the first stage's width
+        if _has_width(i - 1, depth, config.model.downsample):
             fewer = min(width - width / search.width_range, width - 1) // step
             more = (width * search.width_range - width) // step
             low, high = int(width - fewer * step), int(width + more * step)
@@ -169,7 +174,9 @@ def distinct(config: ConfigDict, candidates: Sequence[Fields]) -> list[Fields]:
     by_run: dict[str, Fields] = {}
     for fields in candidates:
         run = stored_config.deciding(stored_config.to_json(training_config(config, fields)))
-        used = [i == 0 or blocks > 0 for i, blocks in enumerate(run["model.block_list"])]
-        run["model.channel_list"] = [c * u for c, u in zip(run["model.channel_list"], used, strict=True)]
+        stages = enumerate(zip(run["model.channel_list"], run["model.block_list"], strict=True))
+        run["model.channel_list"] = [
+            width * _has_width(i, blocks, run["model.downsample"]) for i, (width, blocks) in stages
+        ]
         by_run.setdefault(json.dumps(run, sort_keys=True), fields)
     return [*by_run.values()]

@@ -118,6 +118,8 @@ def test_refinement_stays_around_the_best_and_can_repeat_it():
             assert all((other - width) % config.search.width_step == 0 for other in widths)
         else:
             assert widths == {width}
+    config.model.downsample = "pool"  # before the blocks of each stage, and it has the stage's width
+    assert len({space.refined(study.ask(), config, around)["model.channel_list"][3] for _ in range(20)}) > 1
     low, high = config.search.learning_rate
     assert all(low <= fields["optim.learning_rate"] <= high for fields in found)
     assert len({fields["schedule.warmup_epochs"] for fields in found}) > 100
@@ -145,6 +147,8 @@ def test_candidates_whose_runs_are_the_same_are_one(config):
     ]
     other = network | {"optim.learning_rate": 0.5}
     assert space.distinct(config, [*same, other]) == [network, other]
+    config.model.downsample = "pool_first"  # each stage has a convolution of its own
+    assert space.distinct(config, [*same, other]) == [network, same[1], other]
 
 
 def test_a_run_knows_nothing_of_the_search_and_its_budget(config):
