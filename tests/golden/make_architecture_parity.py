@@ -28,6 +28,10 @@ MODEL = {
     "stem": "cifar",
     "channel_list": [4, 8, 16, 32],
     "block_list": [3, 5, 3, 0],
+    "downsample": "stride",
+    "activation": "relu",
+    "global_pool": "mean",
+    "logit_scale": 1.0,
     "batch_norm_momentum": 0.9,
     "batch_norm_epsilon": 1e-5,
 }
