@@ -41,14 +41,16 @@ inline Vec exponential(Vec x) {
 struct Gelu {
   static constexpr bool monotone = false;
   static constexpr float kLinear = 1.59576912f, kCubic = 0.0713548162f;
-  static Vec bounded(Vec z) {  // beyond 9.99 the gate is 0 or 1 in float32
-    z = z > 9.99f ? Vec{} + 9.99f : z;
-    return z < -9.99f ? Vec{} - 9.99f : z;
-  }
+  static constexpr float kBound = 9.99f;  // there, the gate is 1 in float32; at -kBound it is below 2e-38
+  static Vec at_least(Vec z) { return z < -kBound ? Vec{} - kBound : z; }
+  static Vec at_most(Vec z) { return z > kBound ? Vec{} + kBound : z; }
   static Vec gate(Vec z) { return 1.0f / (1.0f + exponential(z * (-kLinear - kCubic * z * z))); }
-  static Vec value(Vec z) { return z * gate(bounded(z)); }
+  static Vec value(Vec z) {
+    z = at_least(z);
+    return z * gate(at_most(z));
+  }
   static Vec gradient(Vec z, Vec dvalue) {
-    z = bounded(z);
+    z = at_most(at_least(z));
     Vec s = gate(z);
     return dvalue * (s + z * s * (1.0f - s) * (kLinear + 3 * kCubic * z * z));
   }

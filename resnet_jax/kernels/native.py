@@ -121,6 +121,8 @@ def _convolve_forward(
     winograd = uses_winograd(x, w, stride, mesh)
     if (affine is not None or pool) and not winograd:
         raise ValueError("only Winograd applies an affine, and pools")
+    if pool and (x.shape[1] % 2 or x.shape[2] % 2):
+        raise ValueError(f"only images of even height and width are pooled, not {x.shape}")
     height, width = (-(-size // (2 if pool else stride)) for size in x.shape[1:3])
     shape = (len(x), height, width, w.shape[3])
     y, which, sums = _call(
