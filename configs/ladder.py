@@ -12,10 +12,13 @@ from configs import best, final, speedrun
 
 CHANGES: dict[str, dict[str, Any]] = {
     "nothing": {},
+    "muon": {"optim.name": "muon", "optim.weight_decay": 0.1},
     "nesterov": {"optim.name": "nesterov"},  # with best.py's rates
     "adamw": {"optim.name": "adamw"},  # with final.py's rates
     "no_whitening": {"model.stem": "cifar"},
+    "relu": {"model.activation": "relu"},
     "no_smoothing": {"label_smoothing": 0.0},
+    "late_pool": {"model.downsample": "pool"},
     "strides": {"model.downsample": "stride"},
     "random_flip": {"augment.flip": "random"},
     "black_border": {"augment.crop_fill": "black"},

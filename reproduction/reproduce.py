@@ -227,17 +227,19 @@ def narrow(arguments: argparse.Namespace) -> None:
 def ladder(arguments: argparse.Namespace) -> None:
     """Train the short runs with one change each, and add the accuracy and speed of each to one file."""
     from configs.ladder import CHANGES  # not before a missing package is named in one line
+    from resnet_jax.runs import stored_config
 
+    _, *overrides = config_flags(arguments)
+    unchanged = stored_config.to_json(command_line.load_config("configs/ladder.py", overrides))
     for seed in arguments.seeds:  # a seed's runs follow each other, so that their speeds can be compared
         for change in arguments.changes or CHANGES:
             flags = config_flags(arguments, f"configs/ladder.py:{change}")
             name = f"ladder-{change}"
             result = train(arguments, name, seed, flags)
-            config, environment = result["config"], result["environment"]
+            environment = result["environment"]
             path = result_path(arguments, "ladder", environment)
             protocol = {
-                "config": {field: config[field] for field in ("num_epochs", "data")}
-                | {"dtype": config["model"]["dtype"]},
+                "config": unchanged,
                 "cpu": environment["cpu"],
                 "versions": environment["versions"],
             }
