@@ -61,10 +61,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.stem = "cifar"  # 3x3; or "imagenet": 7x7, stride 2, max-pool; report, figure 6; or "whitened"
     config.model.channel_list = (64, 128, 256, 512)  # of each stage; report 2e
     config.model.block_list = (3, 5, 3, 0)  # of each stage; report 2e
-    config.model.downsample = (
-        "stride"  # of a stage's first block; or "pool", "pool_first": a convolution and a max-pool before it
-    )
-    config.model.activation = "relu"  # after each batch norm; or "gelu"
+    # "stride": of a stage's first block; "pool" and "pool_first": a convolution and a max-pool before the block
+    config.model.downsample = "stride"
+    config.model.activation = "relu"  # or "gelu"
     config.model.global_pool = "mean"  # of the last stage's pixels; or "max"
     config.model.logit_scale = 1.0  # factor on the logits
     config.model.batch_norm_momentum = 0.9  # weight of the old statistic; PyTorch's default, 1 - 0.1

@@ -13,7 +13,7 @@ def filters(images: Images, data: ConfigDict, count: int) -> np.ndarray:
     """Return filters that give uncorrelated outputs of variance 1 on the 3x3 patches of normalised images (Page, 2018, part 8).
 
     They are the patches' principal directions, each divided by its standard deviation, from the largest on, and the negatives
-    of all of them (Jordan, arXiv:2404.00498, section 3.2), so that the ReLU that follows loses nothing.
+    of all of them (Jordan, arXiv:2404.00498, section 3.2), so that the activation that follows loses nothing.
 
     Args:
         images: uint8 [N, H, W, 3], H and W at least 3. At most about 5,000 are read, at equal distances.

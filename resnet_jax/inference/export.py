@@ -148,7 +148,7 @@ def write_onnx(model: "Model", path: Path, fold: bool = False, opset: int = _OPS
     Args:
         model: the network.
         path: the file.
-        fold: fold batch norm into the convolutions.
+        fold: fold batch norm into the convolution right before it.
         opset: the version of ONNX's operators; an older runtime needs a lower one.
         views: as in `write_stablehlo`.
     """
@@ -231,7 +231,10 @@ def main(argv: Sequence[str]) -> None:
     )
     command_line.add_checkpoint_argument(parser)
     parser.add_argument(
-        "--fold-batch-norm", dest="fold", action="store_true", help="fold batch norm into the convolutions (onnx only)"
+        "--fold-batch-norm",
+        dest="fold",
+        action="store_true",
+        help="fold batch norm into the convolution right before it (onnx only)",
     )
     parser.add_argument(
         "--opset", type=int, metavar="N", help=f"version of ONNX's operators, 13 to 21 (default: {_OPSET}; onnx only)"

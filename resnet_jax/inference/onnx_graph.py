@@ -18,7 +18,7 @@ class _Graph:
 
     Args:
         model: the network.
-        fold: fold batch norm into the convolution before it.
+        fold: fold batch norm into the convolution right before it.
     """
 
     def __init__(self, model: "Model", fold: bool) -> None:
@@ -125,7 +125,7 @@ def build(model: "Model", fold: bool, opset: int, views: int = 1) -> onnx.ModelP
 
     Args:
         model: the network.
-        fold: fold batch norm into the convolutions.
+        fold: fold batch norm into the convolution right before it.
         opset: one of `OPSETS`.
         views: of each image, whose logits the graph averages: `steps.average_over_views`.
     """

@@ -28,6 +28,7 @@ from resnet_jax.runs.result import RunResult
 from resnet_jax.train_state import TrainState
 
 _MISTAKES = 16
+_ZERO = 1e-6  # GELU approaches 0 without reaching it
 
 
 def summarise(directory: Path) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _activation_sums(
         value = value.astype(jnp.float32) * mask
         return {
             "squares": jnp.sum(value**2),
-            "nonzero": jnp.sum(value != 0, axis=(0, 1, 2)),  # of each channel
+            "nonzero": jnp.sum(jnp.abs(value) > _ZERO, axis=(0, 1, 2)),  # of each channel
             "count": jnp.sum(mask) * value[0].size,
         }
 
@@ -140,8 +141,8 @@ def _stages(
 
     Returns:
         {"name", "blocks", "shape": [H, W, C] of the output, or [C], "num_params"} per stage. A stage with activations also has
-        "rms": the root mean square of its output, "zeros": the share of all outputs of activations that are 0, and
-        "dead": the share of channels that are 0 everywhere on every image.
+        "rms": the root mean square of its last activation's output, "zeros": the share of all outputs of activations that are
+        within `_ZERO` of 0, and "dead": the share of channels that are so everywhere on every image.
     """
     variables = state.variables
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -163,9 +164,8 @@ def _stages(
         if in_stage:
             last = max(in_stage, key=lambda output: (_block(output), "/" not in output))
             out_shape = list(outputs[last].shape[1:])
-            if (
-                last == f"{name}_norm" and name != "stem" and config.model.downsample == "pool"
-            ):  # a max-pool follows, and no block
+            # here a max-pool follows, and no block
+            if last == f"{name}_norm" and name != "stem" and config.model.downsample == "pool":
                 out_shape = [out_shape[0] // 2, out_shape[1] // 2, out_shape[2]]
             sums = [activations[output] for output in in_stage]
             nonzero = np.concatenate([of_activation["nonzero"] for of_activation in sums])

@@ -151,6 +151,16 @@ def test_folding_leaves_no_batch_norm(cache_dir, tmp_path):
         assert ("BatchNormalization" in operations) != fold
 
 
+def test_folding_leaves_the_batch_norms_after_max_pools(cache_dir, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export.write(random_model(cache_dir, **STRUCTURES["max-pools first"]), "onnx", tmp_path / "model.onnx", fold=True)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    pooled = [node.output[0] for node in nodes if node.op_type == "MaxPool"]
+    normalised = [node.input[0] for node in nodes if node.op_type == "BatchNormalization"]
+    assert len(pooled) == 1
+    assert normalised == pooled
+
+
 def test_a_file_that_computes_something_else_is_not_written(cache_dir, tmp_path, monkeypatch):
     model = random_model(cache_dir)
     monkeypatch.setitem(export.WRITERS, "safetensors", lambda m, path: lambda images: m.logits(images) * 1.001)
