@@ -211,10 +211,10 @@ def validate(config: ConfigDict, extra_fields: Mapping[str, Field] = MappingProx
     """
     values = flatten(config)
     fields = always = FIELDS | dict(extra_fields)
-    for choice, extra in (("optim.name", OPTIMIZER_FIELDS), ("schedule.name", SCHEDULE_FIELDS)):
-        if choice in values:
-            _check(choice, values[choice], FIELDS[choice])
-            fields = fields | extra[values[choice]]
+    for chooser, extra in (("optim.name", OPTIMIZER_FIELDS), ("schedule.name", SCHEDULE_FIELDS)):
+        if chooser in values:
+            _check(chooser, values[chooser], FIELDS[chooser])
+            fields = fields | extra[values[chooser]]
     for name in fields:
         if name not in values:
             chooser = f"{name.split('.')[0]}.name"

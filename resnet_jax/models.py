@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu}
+# The fields of `config.model` that say what is computed with the weights.
+COMPUTATION_FIELDS = ("stem", "downsample", "activation", "global_pool", "logit_scale", "batch_norm_epsilon")
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv:1502.01852, eq. 14
 
 
@@ -180,7 +182,6 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 def from_config(model: ConfigDict, num_classes: int, layers: Layers | None = None) -> ResNet:
     """Build the network that `config.model` describes, by default of Flax's layers."""
-    alike = ("stem", "downsample", "activation", "global_pool", "logit_scale", "batch_norm_epsilon")
     return ResNet(
         num_classes=num_classes,
         channel_list=tuple(model.channel_list),
@@ -189,5 +190,5 @@ def from_config(model: ConfigDict, num_classes: int, layers: Layers | None = Non
         batch_norm_momentum=model.batch_norm_momentum,
         dtype=jnp.dtype(model.dtype),
         layers=layers,
-        **{name: model[name] for name in alike},
+        **{name: model[name] for name in COMPUTATION_FIELDS},
     )

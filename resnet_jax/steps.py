@@ -20,6 +20,7 @@ from resnet_jax import kernels
 from resnet_jax.train_state import AveragedTrainState, TrainMetrics, TrainState
 
 Batch = Mapping[str, jax.Array]
+LossAndGradient = tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]
 BuildBatch = Callable[[Batch, Batch], Batch]
 
 
@@ -74,9 +75,7 @@ def mix(images: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (1 - share) * images + share * images[::-1], share.mean(axis=(1, 2, 3))
 
 
-def _of_part(
-    state: TrainState, batch: Batch, config: ConfigDict
-) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
+def _loss_and_gradient_of_part(state: TrainState, batch: Batch, config: ConfigDict) -> LossAndGradient:
     """Return what `loss_and_gradient` does, without accumulation."""
     frozen = config.optim.backbone_rate == 0  # all but the classifier: its batch norm uses the running statistics
 
@@ -94,9 +93,7 @@ def _of_part(
     return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
 
-def loss_and_gradient(
-    state: TrainState, batch: Batch, config: ConfigDict
-) -> tuple[tuple[jax.Array, tuple[jax.Array, optax.Params]], optax.Params]:
+def loss_and_gradient(state: TrainState, batch: Batch, config: ConfigDict) -> LossAndGradient:
     """Return ((loss [], (logits [B, num_classes], new batch_stats)), gradient) of a batch's mean loss.
 
     The batch is taken in `config.accumulation_steps` parts, one after another. Part i has the examples i, i + parts,
@@ -105,11 +102,12 @@ def loss_and_gradient(
     """
     parts = config.accumulation_steps
     if parts == 1:
-        return _of_part(state, batch, config)
+        return _loss_and_gradient_of_part(state, batch, config)
 
     def one_part(sums: tuple[optax.Params, optax.Params], part: Batch) -> Any:
         batch_stats, total = sums
-        (loss, (logits, batch_stats)), grads = _of_part(state.replace(batch_stats=batch_stats), part, config)
+        state_of_part = state.replace(batch_stats=batch_stats)
+        (loss, (logits, batch_stats)), grads = _loss_and_gradient_of_part(state_of_part, part, config)
         return (batch_stats, optax.tree.add(total, grads)), (loss, logits)
 
     split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)

@@ -108,6 +108,7 @@ class Run:
         hooks: called around each call, at validations and at a stop.
         startup_seconds: from `started` to the dispatch of this session's first step.
         compiled: the lengths of the calls so far; each is a program.
+        config, plan, progress, schedule, eval_step: made from `start`.
     """
 
     start: Setup
@@ -120,7 +121,7 @@ class Run:
     compiled: set[int] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Take `config` and `plan` from the start, and build `progress`, `schedule` and `eval_step`."""
+        """Make what is made from `start`."""
         config, plan = self.start.config, self.start.plan
         self.config, self.plan = config, plan
         self.progress = Progress(plan.total_steps, config.num_epochs, config.batch_size, jax.process_index() > 0)
@@ -166,9 +167,9 @@ def take_steps(run: Run, state: TrainState, make_step: feed.MakeStep | None = No
         return state
     run.progress.waiting("compiling the training step", _COMPILE_SECONDS if jax.default_backend() == "cpu" else None)
     make_step = make_step or feed.make_step
-    step_fn, steps_per_call = make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
+    step_fn, most_steps = make_step(config, start.train, start.mesh, state, first_step, plan.total_steps)
     pending: tuple[Call, StepMetrics] | None = None
-    for call in plan.calls(first_step, steps_per_call):
+    for call in plan.calls(first_step, most_steps):
         if pending and call.count not in run.compiled:  # so that its speed leaves out the compilation
             _log(run, state, *pending)
             pending = None

@@ -61,7 +61,7 @@ def _tf_data(
     def step_fn(state: TrainState, step: int, count: int) -> tuple[TrainState, StepMetrics]:
         return train_step(state, shard_batch(next(batches), mesh))
 
-    return step_fn, steps_per_call(config)
+    return step_fn, most_steps_per_call(config)
 
 
 def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
@@ -73,10 +73,10 @@ def _device(config: ConfigDict, train: Split, mesh: Mesh) -> tuple[StepFn, int]:
         draws = pipelines.train_draws(train, config, step, count, *here)
         return train_steps(state, data, put(draws, mesh, P(None, "data")))
 
-    return step_fn, steps_per_call(config)
+    return step_fn, most_steps_per_call(config)
 
 
-def steps_per_call(config: ConfigDict) -> int:
+def most_steps_per_call(config: ConfigDict) -> int:
     """Return the most steps of one call, for `config.pipeline`."""
     if config.pipeline == "tf_data":
         return 1

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from resnet_jax import train_state
+from resnet_jax import models, train_state
 from resnet_jax.data import feed
 from resnet_jax.errors import UserError
 from resnet_jax.inference import shipped, trained_model
@@ -17,9 +17,7 @@ from resnet_jax.setup import Setup
 from resnet_jax.train_state import TrainState
 
 _HEAD = "classifier"  # the rest of the network is its backbone
-# The fields of `config.model` that say what is computed with the weights, and those that shape them.
-_COMPUTATION = ("stem", "downsample", "activation", "global_pool", "logit_scale", "batch_norm_epsilon")
-_SHAPES = ("block", "channel_list", "block_list")
+_SHAPES = ("block", "channel_list", "block_list")  # the fields of `config.model` that shape the weights
 
 
 def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, Any]]:
@@ -51,7 +49,7 @@ def initialise(config: ConfigDict, start: Setup) -> tuple[TrainState, dict[str, 
     same_shapes = _shapes(weights) == _shapes(own)
     theirs = ", ".join(
         f"config.model.{field} {value!r}"
-        for field in (*_COMPUTATION, *(() if same_shapes else _SHAPES))
+        for field in (*models.COMPUTATION_FIELDS, *(() if same_shapes else _SHAPES))
         if (value := model.config.model[field]) != config.model[field]
     )
     if theirs or not same_shapes:
