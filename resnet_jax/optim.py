@@ -92,12 +92,12 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         undamped_first = optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - optim.dampening))
         update = optax.chain(decay, undamped_first, optax.trace(optim.momentum))
     steps = [clip, update, optax.scale_by_learning_rate(schedule)]
-    if optim.name == "muon_normalized":
-        normalize = optax.stateless_with_tree_map(lambda u, w: u + (w.shape[3] ** 0.5 / jnp.linalg.norm(w) - 1.0) * w)
-        steps.append(optax.masked(normalize, _hidden_convolutions))
     if optim.backbone_rate != 1:
         scale = optax.scale(optim.backbone_rate) if optim.backbone_rate else optax.set_to_zero()
         steps.append(optax.masked(scale, lambda params: {name: name != "classifier" for name in params}))
+    if optim.name == "muon_normalized" and optim.backbone_rate:
+        normalize = optax.stateless_with_tree_map(lambda u, w: u + (w.shape[3] ** 0.5 / jnp.linalg.norm(w) - 1.0) * w)
+        steps.append(optax.masked(normalize, _hidden_convolutions))
     if config.model.stem == "whitened":
         steps.append(optax.masked(optax.set_to_zero(), lambda params: {name: "stem" in name for name in params}))
     return optax.chain(*steps)

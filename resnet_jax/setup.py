@@ -49,12 +49,10 @@ def setup(config: ConfigDict, num_devices: int | None = None) -> Setup:
         num_devices: how many devices to use; all of them if None.
 
     Raises:
-        UserError: if the data or the devices are missing, the batch is not divisible by the devices, or the model has
-            more parameters than `config.model.max_params`.
+        UserError: if the data or the devices are missing, or the model has more parameters than `config.model.max_params`.
     """
     cache.keep_programs()
     mesh = train_state.make_mesh(num_devices)
-    config_lib.check_batch_size(config, mesh.size)
     own_paths = ("data.data_dir", "data.cache_dir")  # each process may have its own
     shared = {name: value for name, value in config_lib.flatten(config).items() if name not in own_paths}
     processes.check_agreement("config", json.dumps(shared))

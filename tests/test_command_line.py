@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, assert_user_error, launch, make_tiny_config, mistake_of_tool, rows, tool
 from PIL import Image
 
+from configs import final
 from resnet_jax import config
 from resnet_jax.cli import command_line
 from resnet_jax.cli.tools import TOOLS
@@ -203,6 +204,29 @@ def test_a_config_is_a_file_a_shipped_name_or_the_config_json_of_a_run(tmp_path,
     assert from_json.is_locked
     with pytest.raises(UserError, match=r"--config config.json:full: a config.json has no variants: leave out :full"):
         command_line.load_config("config.json:full")
+
+
+def test_a_colon_in_the_path_of_a_config(tmp_path):
+    run = tmp_path / "12:30"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(stored_config.to_json(final.get_config())))
+    assert command_line.load_config(run / "config.json").to_dict() == final.get_config().to_dict()
+    assert command_line.default_workdir(str(run / "config.json")) == run
+    (run / "mine.py").touch()
+    assert command_line.config_file(f"{run}/mine.py:small") == (run / "mine.py", ":small")
+
+
+def test_a_whole_number_can_stand_for_a_float(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from configs import final\n\ndef get_config():\n    config = final.get_config()\n"
+        "    del config.label_smoothing, config.num_epochs\n    config.label_smoothing, config.num_epochs = 0, 50\n"
+        "    return config\n"
+    )
+    from_file = command_line.load_config(tmp_path / "mine.py", ["--config.label_smoothing=0.25"])
+    assert (from_file.label_smoothing, from_file.num_epochs) == (0.25, 50.0)
+    (tmp_path / "config.json").write_text(json.dumps(stored_config.to_json(from_file) | {"num_epochs": 50}))
+    from_json = command_line.load_config(tmp_path / "config.json", ["--config.num_epochs=60.5"])
+    assert stored_config.extended(from_json, 70.5).num_epochs == 70.5
 
 
 def test_a_file_wins_over_the_shipped_config_of_its_name(tmp_path, monkeypatch):

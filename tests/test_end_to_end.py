@@ -35,13 +35,15 @@ def test_train_again_and_evaluate(tmp_path):
     assert (again.returncode, again.stderr) == (0, "")
     assert "is complete" in again.stdout
     evaluation = (*SMOKE, *workdir, "--mode", "eval")
-    evaluated = launch(*evaluation, XLA_FLAGS=xla_flags(1))
-    assert evaluated.returncode == 0, evaluated.stderr
-    report = json.loads((run / "eval.json").read_text())
-    assert report["test"]["accuracy"] == result["test_accuracy"]
-    assert report["environment"]["devices"] == ["cpu"]
-    refused = launch(*evaluation, XLA_FLAGS=xla_flags(3))
+    for devices in (1, 3):  # which do not divide the batches of the training
+        evaluated = launch(*evaluation, XLA_FLAGS=xla_flags(devices))
+        assert evaluated.returncode == 0, evaluated.stderr
+        report = json.loads((run / "eval.json").read_text())
+        assert report["test"]["accuracy"] == result["test_accuracy"]
+        assert report["environment"]["devices"] == ["cpu"] * devices
+    refused = launch(*SMOKE, "--workdir", tmp_path / "other", XLA_FLAGS=xla_flags(3))
     assert_user_error(refused, "batch_size 128 is not divisible by 3 devices")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):

@@ -256,6 +256,27 @@ def test_muon_orthogonalises_the_hidden_convolutions_and_leaves_the_rest_to_adam
         np.testing.assert_allclose(updates[module][leaf], -rate * (0.25 * nesterov * np.sign(g) + decay * p), atol=2e-6)
 
 
+def test_a_slower_backbone_keeps_the_norms_of_muon(final_config):
+    config = with_optimizer(final_config, "muon_normalized", momentum=0.9, adam_ratio=0.25, b1=0.8, b2=0.99, eps=1e-8)
+    rng = np.random.default_rng(0)
+    params = {name: {"kernel": jnp.array(rng.normal(size=(3, 3, 4, 8)), jnp.float32)} for name in ("stem_conv", "conv")}
+    grads = jax.tree.map(lambda p: jnp.array(rng.normal(size=p.shape), jnp.float32), params)
+
+    def change(rate, backbone_rate):
+        """How far a step moves the kernel from that of the right norm."""
+        config.optim.backbone_rate = backbone_rate
+        tx = optim.make_optimizer(config, lambda step: rate)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        kernel = params["conv"]["kernel"]
+        return kernel + updates["conv"]["kernel"] - kernel * np.sqrt(8) / np.linalg.norm(kernel)
+
+    np.testing.assert_allclose(change(0.1, 0.25), change(0.025, 1.0), atol=1e-6)
+    config.optim.backbone_rate = 0.0
+    tx = optim.make_optimizer(config, lambda step: 0.1)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert not any(map(np.any, jax.tree.leaves(updates)))
+
+
 def test_a_linear_schedule_is_a_triangle(final_config):
     final_config.schedule.name = "warmup_linear"
     final_config.num_epochs, final_config.schedule.warmup_epochs, final_config.schedule.min_ratio = 10.0, 2.0, 0.1

@@ -206,7 +206,7 @@ def load_config(
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:
             _make_configs_importable(file)
-            config = _get_config(file, variant)
+            config = stored_config.with_floats(_get_config(file, variant), fields)
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
         config = values["config"].value
@@ -255,7 +255,10 @@ def config_file(source: str | os.PathLike[str]) -> tuple[Path, str]:
     Raises:
         UserError: if there is no such file and no shipped config of that name.
     """
-    name, colon, variant = os.fspath(source).partition(":")
+    pieces = os.fspath(source).split(":")
+    names = (":".join(pieces[:count]) for count in range(1, len(pieces) + 1))  # a folder's name may have a colon
+    name = next((name for name in names if Path(os.path.expanduser(name)).is_file()), pieces[0])
+    variant = os.fspath(source)[len(name) :]
     file = Path(os.path.expanduser(name))
     if not file.is_file() and name in _shipped_names():
         file = host.CONFIGS / f"{name}.py"
@@ -263,7 +266,7 @@ def config_file(source: str | os.PathLike[str]) -> tuple[Path, str]:
         near = difflib.get_close_matches(name, _shipped_names(), 1)
         hint = f"did you mean {near[0]}? Give" if near else "give"
         raise UserError(f"--config {name} is not a file: {hint} a config file, or one of {', '.join(_shipped_names())}")
-    return file, (colon + variant) * bool(variant)
+    return file, variant if variant != ":" else ""
 
 
 def _shipped_names() -> list[str]:
@@ -326,7 +329,7 @@ def run(main: Tool) -> NoReturn:
             if sys.stdout:  # None once nobody reads it
                 sys.stdout.flush()
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     if code != 2 and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         sys.exit(code)  # JAX then takes leave of the other processes
     exit_immediately(code)

@@ -131,6 +131,8 @@ def _read(data: ConfigDict, in_memory: bool) -> tuple[Arrays, str]:
     folder, splits = Path(builder.data_path), sources.tfds_splits(builder, part, data.num_threads)
     if splits.get("test") != "test" and "test" in builder.info.splits:
         part += " tested on validation"
+    if "validation" in splits:
+        part += " validated on validation"
     read = partial(sources.read_tfds, builder, splits, data.image_size, data.num_threads)
     return _cached(data, folder, folder.iterdir(), read, in_memory, part), "splits " + ", ".join(splits.values())
 
@@ -399,7 +401,7 @@ def describe(dataset: Dataset, train: Split, validation: Split) -> dict[str, Any
 
 
 def summary(dataset: Dataset, train: Split, validation: Split, data: ConfigDict) -> str:
-    """Say in one line what a data set holds; `config` is `config.data`."""
+    """Say in one line what a data set holds; `data` is `config.data`."""
     counts = (
         f"{len(train.labels):,} training, {len(validation.labels):,} validation and {len(dataset.test.labels):,} test"
     )

@@ -89,11 +89,12 @@ def png(image: np.ndarray) -> bytes:
 def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tuple[list[Path], int]:
     """Find the images in a folder and the folders within it: their paths, sorted, and the number of other files.
 
-    Hidden files and folders, and what macOS and Windows leave behind, are passed over and not counted.
+    Links to folders are not followed, and count as other files. Hidden files and folders, and what macOS and Windows leave behind, are passed over and not counted.
     """
     paths, others = [], 0
     for directory, folders, names in os.walk(folder, onerror=onerror):
         folders[:] = [name for name in folders if not _is_left_behind(name)]
+        others += sum(Path(directory, name).is_symlink() for name in folders)
         for name in names:
             path = Path(directory, name)
             if _is_left_behind(name):

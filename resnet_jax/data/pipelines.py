@@ -113,11 +113,13 @@ def without_auto(config: ConfigDict, mesh: Mesh, on_devices: bool) -> ConfigDict
 
 
 def check(config: ConfigDict, split: Split, mesh: Mesh) -> None:
-    """Check that the config's pipeline and augmentation suit the training images, before anything is written.
+    """Check that a run can train on these images and devices, before anything is written.
 
     Raises:
-        UserError: if the images do not fit in the devices' memory, or are too small or too large for the augmentation.
+        UserError: if the batch is not divisible by the devices, or the images do not fit in their memory, or are too small
+            or too large for the augmentation.
     """
+    config_lib.check_batch_size(config, mesh.size)
     if config.pipeline == "device":
         check_fits(split, mesh)
     elif not has_tensorflow():

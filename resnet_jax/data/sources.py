@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -85,7 +85,7 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
         if not classes:
             raise UserError(f"{root} holds no images: put them in {root}/<class>/")
         for directory in classes:
-            paths, others_here = images.find(directory)
+            paths, others_here = images.find(directory, _raise)
             others += others_here
             if not paths:
                 raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
@@ -101,6 +101,10 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
     if others:
         print(f"{one_line(folder)}: {images.left_out(others)}")
     return files, layout
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _parts(folder: Path) -> tuple[dict[str, Path], str]:
@@ -245,7 +249,9 @@ def tfds_name_and_part(name: str) -> tuple[str, str]:
 
 
 def tfds_splits(builder: Any, training_part: str = "", num_threads: int = 0) -> dict[str, str]:
-    """Return the split of each part of a TFDS set: its only one is "train"; without a labelled "test", "validation" is the test set.
+    """Return the split of each part of a TFDS set.
+
+    Its only split is "train". Without a labelled "test", "validation" is the test set.
 
     Args:
         builder: of the set.
@@ -257,8 +263,8 @@ def tfds_splits(builder: Any, training_part: str = "", num_threads: int = 0) -> 
     """
     there = list(builder.info.splits)
     splits = {"train": "train", "test": "test" if "test" in there else "validation"}
-    if {"test", "validation"} <= set(there) and not _is_labelled(builder, "test", num_threads):
-        splits["test"] = "validation"
+    if {"test", "validation"} <= set(there):
+        splits["validation" if _is_labelled(builder, "test", num_threads) else "test"] = "validation"
     if len(there) == 1:
         splits = {"train": there[0]}
     for split in splits.values():

@@ -88,7 +88,7 @@ def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
-class _Best(policy.PreservationPolicy):
+class _KeepBest(policy.PreservationPolicy):
     """Keep the checkpoint with the best validation.
 
     Attributes:
@@ -98,11 +98,11 @@ class _Best(policy.PreservationPolicy):
     validations: Mapping[int, Validation] = MappingProxyType({})
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: policy.PreservationContext) -> Sequence[bool]:
-        best = _best([checkpoint.step for checkpoint in checkpoints], self.validations)
+        best = _best_kept([checkpoint.step for checkpoint in checkpoints], self.validations)
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _best(steps: Sequence[int], validations: Mapping[int, Validation]) -> int | None:
+def _best_kept(steps: Sequence[int], validations: Mapping[int, Validation]) -> int | None:
     """The step with the best validation; if its checkpoint is not one of `steps`, perhaps damaged, the best of those."""
     best = best_step(validations)
     return best if best in steps else best_step({step: validations[step] for step in steps if step in validations})
@@ -122,7 +122,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, validations: Mapping[int, Validation], read_only: bool = False) -> None:
         self._directory, self._validations = directory.absolute(), validations
-        self._best = _Best()
+        self._keep_best = _KeepBest()
         self._thread, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
         me = jax.process_index()
@@ -133,7 +133,7 @@ class Checkpoints:
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}),
         )
         writing = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), self._best]),
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), self._keep_best]),
             cleanup_tmp_directories=True,
         )
         with self._readable():
@@ -196,7 +196,7 @@ class Checkpoints:
         step, latest = int(state.step), self.latest
         if latest is not None and step <= latest:
             raise ValueError(f"the checkpoint of step {step} must be later than the latest, of step {latest}")
-        self._best.validations = dict(self._validations)
+        self._keep_best.validations = dict(self._validations)
         if jax.process_count() > 1:
             with self._writable():
                 self._write(step, state, meta, check)
@@ -225,7 +225,7 @@ class Checkpoints:
         if which == "latest":
             return steps[-1]
         if which == "best":
-            best = _best(steps, self._validations)
+            best = _best_kept(steps, self._validations)
             return steps[-1] if best is None else best
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which!r} must be best, latest or a step")

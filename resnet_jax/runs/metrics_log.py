@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one JSON object a line, and the same figures as TensorBoard events."""
 
 import json
+import math
 import os
 import platform
 import time
@@ -102,7 +103,8 @@ def best_step(validated: Mapping[int, Validation]) -> int | None:
         highest = max(highest, new, key=lambda validation: validation.accuracy)
         lowest = highest.accuracy - highest.standard_error
         before = None if best is None else validated[best]
-        if before is None or before.accuracy < lowest or (new.accuracy >= lowest and new.loss <= before.loss):
+        lower = before is None or new.loss <= before.loss or math.isnan(before.loss)
+        if before is None or before.accuracy < lowest or (new.accuracy >= lowest and lower):
             best = step
     return best
 

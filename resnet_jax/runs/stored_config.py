@@ -82,8 +82,16 @@ def from_json(values: Mapping[str, Any], extra_fields: Mapping[str, Field] = Map
         section, _, leaf = name.rpartition(".")
         holder = nested.setdefault(section, {}) if section else nested
         holder[leaf] = _tuples(value) if fields[name].type is tuple else value
-    config = ConfigDict(nested)
+    config = with_floats(ConfigDict(nested), fields)
     validate(config, extra_fields)
+    return config
+
+
+def with_floats(config: ConfigDict, fields: Mapping[str, Field]) -> ConfigDict:
+    """A config with 50.0 for the 50 of a field that holds a float: a value of ml_collections keeps the type it began with."""
+    values = {n: v for n, v in flatten(config).items() if n in fields and fields[n].type is float}
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({n: float(v) for n, v in values.items() if type(v) is int})
     return config
 
 

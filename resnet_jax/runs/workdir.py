@@ -32,8 +32,10 @@ INITIAL_WEIGHTS = "initial_weights.json"  # only in the folder of a run whose fi
 def check(directory: Path, config: ConfigDict) -> ConfigDict:
     """Check that a folder can take a run of this config, or resume one; nothing is written.
 
+    Where a run ended before its first checkpoint, nothing is left to resume: a run of any config can begin.
+
     Returns:
-        The config, with the numbers that the folder's run computed when it began.
+        The config; of a run that is resumed, with the numbers that it computed when it began.
 
     Raises:
         UserError: if the folder cannot be written, or its run has another config; the message names the fields.
@@ -44,8 +46,7 @@ def check(directory: Path, config: ConfigDict) -> ConfigDict:
         if remains:
             raise UserError(f"{remains[0]} exists without the config.json of its run: choose another --workdir")
         return config
-    filled = with_computed(directory, config)
-    return filled if remains else config  # a run that ended before its first checkpoint begins anew
+    return with_computed(directory, config) if remains else config
 
 
 def check_writable(directory: Path) -> None:
@@ -227,6 +228,8 @@ class Workdir:
         for later in [s for s in self.validations if s > step]:
             del self.validations[later]
         if self._lock:
+            if not restored:
+                (self.path / INITIAL_WEIGHTS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             epochs = _epochs_of_result(self.path)
             if epochs is not None and epochs != self._config.num_epochs:
                 self.check_lock()
@@ -361,6 +364,9 @@ def _locked(directory: Path, bytes_needed: int) -> Iterator[IO[str]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{directory}: another process is training in it: choose another --workdir") from error
+        except OSError as error:
+            reason = f"cannot be locked ({error.strerror})"
+            raise UserError(f"--workdir {directory} {reason}: choose a folder on a file system with flock") from error
         with files.writable(directory):
             checkpoints = directory / "checkpoints"  # perhaps a link to another disk
             free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free

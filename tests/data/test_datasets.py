@@ -1,3 +1,4 @@
+import errno
 import gc
 import http.server
 import io
@@ -530,6 +531,27 @@ def test_a_class_of_a_folder_without_images_is_refused(data, tmp_path, part):
     refusal(data, f"folder:{root}", root / part / "wasp", "holds no images")
 
 
+def test_a_folder_within_a_class_that_cannot_be_read_is_named(data, tmp_path, monkeypatch):
+    root = folder(tmp_path)
+    (root / "train/ant/more").mkdir()
+    scan = os.scandir
+
+    def scandir(directory="."):
+        if str(directory).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+        return scan(directory)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refusal(data, f"folder:{root}", "cannot be read", "Permission denied", root / "train/ant/more")
+
+
+def test_links_to_folders_within_a_class_are_counted_as_left_out(data, tmp_path, capsys):
+    root = folder(tmp_path)
+    (root / "train/ant/elsewhere").symlink_to(root / "train/bee")
+    assert load(data, f"folder:{root}").train.labels.tolist() == [0, 0, 1, 1]
+    assert "left out a file that is no image" in capsys.readouterr().out
+
+
 def test_test_images_that_are_training_images_too_are_counted_in_a_warning(data, tmp_path, capsys):
     root = folder(tmp_path)
     load(data, f"folder:{root}")
@@ -899,6 +921,17 @@ def test_a_tfds_test_split_without_labels_is_not_the_test_set(data):
     toy = load(data, "toy_contest")
     assert toy.layout == "splits train, validation"
     assert (toy.train.labels.tolist(), toy.test.labels.tolist()) == ([0, 1] * 3, [0, 1] * 2)
+
+
+def test_a_tfds_validation_split_is_the_validation_set(data):
+    import toy_tfds
+
+    toy_tfds.ToyValidated(data_dir=data.data_dir).download_and_prepare()
+    for _ in range(2):  # the second from the cache
+        toy = load(data, "toy_validated")
+        assert toy.layout == "splits train, test, validation"
+        train, validation = datasets.validation_split(toy, data)
+        assert [len(split.labels) for split in (train, validation, toy.test)] == [6, 2, 4]
 
 
 def test_a_part_of_a_tfds_set_is_its_training_set_and_has_a_cache_of_its_own(data, monkeypatch):

@@ -1,6 +1,7 @@
 """A TFDS data set that is not CIFAR: 6 + 4 grey images of 5x7 pixels; importing this registers it as "toy_grey".
 
-And "toy_one_split", of 10 such images in one split, and "toy_contest", whose test images have no labels."""
+And "toy_one_split", of 10 such images in one split, "toy_contest", whose test images have no labels, and "toy_validated",
+which has a split "validation" too."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,3 +42,10 @@ class ToyContest(ToyGrey):
     def _split_generators(self, _: Any) -> dict[str, Any]:
         train, validation, test = (self._generate_examples(count) for count in (6, 4, 3))
         return {"train": train, "validation": validation, "test": ((i, {**e, "label": -1}) for i, e in test)}
+
+
+class ToyValidated(ToyGrey):
+    """The same images, and 2 in a split "validation"."""
+
+    def _split_generators(self, _: Any) -> dict[str, Any]:
+        return super()._split_generators(_) | {"validation": self._generate_examples(2)}

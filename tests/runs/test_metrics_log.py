@@ -1,6 +1,7 @@
 """Which validation is the best: the choice of the checkpoint that a run tests and ships."""
 
 import json
+import math
 import random
 
 import pytest
@@ -15,6 +16,7 @@ CHOICES = {
     "equal ones go to the later step": ({1: (0.9, 0.3), 2: (0.9, 0.3)}, 2),
     "a lower loss does not save a clearly lower accuracy": ({1: (0.91, 0.4), 2: (0.88, 0.1)}, 1),
     "the best so far is left behind": ({1: (0.90, 0.1), 2: (0.91, 0.2), 3: (0.93, 0.9)}, 3),
+    "any loss is better than none": ({1: (0.9, math.nan), 2: (0.9, 0.3), 3: (0.9, math.nan)}, 2),
     "many small steps down do not add up": ({1: (0.93, 0.5), 2: (0.92, 0.4), 3: (0.91, 0.3), 4: (0.90, 0.2)}, 2),
 }
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -122,6 +123,8 @@ def test_a_folder_takes_one_config_and_names_the_fields_of_another(tmp_path, tin
     tiny_config.log_every_steps, tiny_config.data.data_dir = 3, "elsewhere"
     workdir.check(tmp_path, tiny_config)
     tiny_config.optim.learning_rate, tiny_config.model.block_list = 0.5, (2, 2)
+    assert workdir.check(tmp_path, tiny_config) == tiny_config  # nothing was saved
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"model.block_list: \[1, 1\] -> \[2, 2\]; optim.learning_rate: 0.01 -> 0.5"):
         workdir.check(tmp_path, tiny_config)
 
@@ -150,6 +153,15 @@ def test_a_folder_takes_one_process_at_a_time_and_any_after_it(tmp_path, tiny_co
         pass
 
 
+def test_a_file_system_without_locks_is_named(tmp_path, tiny_config, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=rf"--workdir {tmp_path} cannot be locked \(No locks available\): choose"):
+        workdir.open_workdir(tmp_path, tiny_config, META).__enter__()
+
+
 def test_the_disk_must_have_room_for_what_the_checkpoints_do_not_take_yet(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30_000_000))
     with pytest.raises(UserError, match=r"has 30\.0 MB free, and the run's checkpoints take 40\.0 MB more"):
@@ -176,6 +188,7 @@ def test_a_json_file_of_another_form_is_one_line(tmp_path, content):
 
 def test_an_unreadable_config_is_one_line(tmp_path, tiny_config):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"config.json cannot be used"):
         workdir.check(tmp_path, tiny_config)
 
