@@ -62,7 +62,7 @@ def flops_per_image(config: ConfigDict, train: Split, state: train_state.TrainSt
 def train_step(config: ConfigDict, start: Setup) -> timing.Contender:
     """Measure the train step alone, on one batch in the devices' memory: as many steps a call as in training."""
     batch, _ = feed.batch_of_step(config, start.train, start.mesh, 0)
-    state, count = jax.tree.map(jnp.copy, start.state), start.plan.steps_per_call(feed.steps_per_call(config))
+    state, count = jax.tree.map(jnp.copy, start.state), start.plan.steps_per_call(feed.most_steps_per_call(config))
     arguments: tuple[steps.Batch, ...]
     if config.pipeline == "device":
         repeated = jax.tree.map(lambda array: jnp.broadcast_to(array, (count, *array.shape)), jax.device_get(batch))
