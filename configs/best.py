@@ -2,6 +2,8 @@
 
 python launch.py --config configs/best.py          # all 50,000 training images, the last checkpoint
 python launch.py --config configs/best.py:tune     # 45,000, and 5,000 to compare recipes on
+
+Test accuracy over six views: 95.15 % (1 seed), in 96 minutes on two shared CPU cores; docs/recipes.md says more.
 """
 
 from ml_collections import ConfigDict

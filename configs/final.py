@@ -3,6 +3,8 @@
 python launch.py --config configs/final.py          # 45,000 training images, 5,000 to choose the checkpoint
 python launch.py --config configs/final.py:full     # all 50,000 training images, the last checkpoint
 python launch.py --config configs/final.py:smoke    # the same code path in a few steps of a tiny model, on digits
+
+Test accuracy: 93.42 ± 0.01 % (3 seeds), in 2 minutes on an H200; docs/results.md says more.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"final.py takes :full or :smoke, not :{variant}")
     config = ConfigDict()
     config.seed = 0  # for the parameters, the order of the images and their augmentation
-    config.init_from = ""  # a run or .safetensors whose weights to start from; "" to draw them from the seed
+    config.init_from = ""  # "final-cifar10", a run or a .safetensors: the first weights; "" to draw them
     config.batch_size = 128  # images per step, over all devices; report 3b
     config.accumulation_steps = 1  # parts of a batch, one after another, whose gradients are averaged: less memory
     config.num_epochs = 50.0  # passes over the training images; report 3b

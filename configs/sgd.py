@@ -1,6 +1,8 @@
 """The report's baseline: the final model trained by SGD with momentum, dampening, L2 and step decay.
 
 python launch.py --config configs/sgd.py
+
+Test accuracy: 88.52 ± 0.26 % (3 seeds), in 2 to 3 minutes on an H200 that others used too; docs/results.md says more.
 """
 
 from ml_collections import ConfigDict

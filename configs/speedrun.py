@@ -1,7 +1,9 @@
-"""94 % of CIFAR-10's test images in minutes on two CPU cores; docs/recipes.md says what was measured.
+"""94 % of CIFAR-10's test images in minutes on two CPU cores.
 
 python launch.py --config configs/speedrun.py          # all 50,000 training images, the last checkpoint
 python launch.py --config configs/speedrun.py:tune     # 45,000, and 5,000 to compare recipes on
+
+Test accuracy over six views: 94.22 ± 0.09 % (5 seeds), in 8.5 minutes on two CPU cores; docs/recipes.md says more.
 """
 
 from ml_collections import ConfigDict

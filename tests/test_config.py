@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import re
+import statistics
 from functools import partial
 
 import pytest
@@ -378,3 +379,21 @@ def test_fields_that_leave_the_result_are_known_fields():
 
 def test_checking_a_config_imports_neither_jax_nor_tensorflow():
     assert not re.search(r"^\s*(import|from) (jax|flax|tensorflow)", inspect.getsource(config_lib), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("module", "figure", "files"),
+    [
+        (final, "test_accuracy", "final-h200-seed*"),
+        (sgd, "test_accuracy", "sgd-h200-seed*"),
+        *((narrow, "test_accuracy", f"cpu-narrow-{v}-seed*") for v in NARROW),
+        (best, "test_accuracy_over_views", "best-cpu-seed*"),
+        (speedrun, "test_accuracy_over_views", "speedrun-cpu-seed*"),
+    ],
+)
+def test_a_docstring_states_the_accuracy_of_the_results(module, figure, files):
+    accuracies = [100 * json.loads(path.read_text())[figure] for path in ROOT.glob(f"results/{files}.json")]
+    mean = f"{statistics.mean(accuracies):.2f}"
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    assert f"{mean}{spread} %" in module.__doc__
+    assert f"({len(accuracies)} seed" in module.__doc__
