@@ -123,9 +123,15 @@ def temperatures(directory: Path, step: int) -> dict[int, float]:
         raise UserError(f"{path} cannot be used ({error}): {hint}") from error
 
 
-def keep_temperature(directory: Path, step: int, views: int, temperature: float) -> None:
-    """Store a temperature; replace those of other checkpoints, and a corrupt file."""
-    by_views = {views: temperature}
+def keep_temperature(directory: Path, step: int, views: int, temperature: float | None) -> None:
+    """Store a temperature, or remove one, for None; replace those of other checkpoints, and a corrupt file."""
+    by_views: dict[int, float] = {}
     with suppress(UserError):
-        by_views = temperatures(directory, step) | by_views
+        by_views = temperatures(directory, step)
+    by_views.pop(views, None)
+    if temperature is not None:
+        by_views[views] = temperature
+    if not by_views:
+        (directory / "temperature.json").unlink(missing_ok=True)
+        return
     files.write_json(directory / "temperature.json", {"checkpoint_step": step, "temperature": to_names(by_views)})

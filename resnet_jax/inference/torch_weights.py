@@ -24,6 +24,7 @@ from resnet_jax.cli import command_line
 from resnet_jax.cli.command_line import ArgumentParser
 from resnet_jax.disk import files
 from resnet_jax.errors import UserError, reason
+from resnet_jax.inference import shipped
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 _MODULES = {
@@ -271,6 +272,8 @@ def main_save(argv: Sequence[str]) -> None:
     path = _checked(arguments.file)
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"{path} cannot be written: give a file in a folder that exists")
+    if path.exists() and path.resolve() == shipped.find(arguments.run).resolve():
+        raise UserError(f"the weights would replace {arguments.run}: give another file")
     save(arguments.run, arguments.checkpoint, path)
 
 

@@ -127,10 +127,7 @@ class Model:
 
     def logits(self, images: Any, views: int = 1) -> np.ndarray:
         """Return the logits, float32 [N, num_classes]; arguments and errors are those of `predict`."""
-        if os.getpid() != self._process:
-            raise UserError(
-                'JAX does not survive a fork: load the network in each process, and start it with multiprocessing\'s "spawn"'
-            )
+        self._check_process()
         if views not in config_lib.VIEWS or isinstance(views, bool):  # True was `flip` once
             raise ValueError(f"views must be 1, 2 or 6, got {views}")
         if views > 1 and self._program_views > 1:
@@ -144,6 +141,12 @@ class Model:
             padded = np.pad(part, [(0, padding), (0, 0), (0, 0), (0, 0)])
             logits.append(np.asarray(self._logits(self._variables, padded, views=views))[: len(part)])
         return np.concatenate(logits)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UserError(
+                'JAX does not survive a fork: load the network in each process, and start it with multiprocessing\'s "spawn"'
+            )
 
     def in_float32(self) -> "Model":
         """Return the same network, computing everything in float32."""
@@ -165,6 +168,7 @@ class Model:
             UserError: if the network was loaded from a `.stablehlo`.
             ValueError: if the images are not as described.
         """
+        self._check_process()
         batch = as_batch(images, self.image_shape)
         scale = np.float32(1.0 if batch.dtype == np.uint8 else 255.0)
         maps = [np.asarray(self._saliency(self.variables, image[None] * scale))[0] for image in batch]

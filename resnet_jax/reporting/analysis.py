@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from resnet_jax import models, steps
 from resnet_jax.data import datasets, images, pipelines
+from resnet_jax.errors import UserError
 from resnet_jax.inference.restore import restore_run
 from resnet_jax.kernels import layers
 from resnet_jax.runs import metrics_log, stored_config
@@ -38,6 +39,10 @@ def summarise(directory: Path) -> dict[str, Any]:
         UserError: if the run is not complete, or its data or checkpoint cannot be loaded.
     """
     result = RunResult.read(directory, "give another run")
+    if result.test_accuracy is None:
+        raise UserError(
+            f"{directory} is a trial of a search, which was not tested: train its config as a run of its own"
+        )
     config = stored_config.from_json(result.config)
     setup, state, _ = restore_run(config, directory, "best")
     return dataclasses.asdict(result) | {

@@ -69,6 +69,7 @@ def run(
         curves = {"uncalibrated": test["calibration"]}
         if temperature is not None:
             curves[f"at temperature {temperature:.3g}"] = test["calibrated"]["calibration"]
+        if fit_temperature:
             calibration.keep_temperature(directory, step, views, temperature)
         figures.save(partial(figures.draw_reliability, curves), directory / f"reliability{kind}.png", "light", "white")
         print(f"written to {directory / f'eval{kind}.json'}")

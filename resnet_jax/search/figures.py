@@ -92,9 +92,9 @@ def columns(search: Summary) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
     for row in rows:
         fields = config | row["fields"]
-        blocks = fields["model.block_list"]
+        blocks, downsample = fields["model.block_list"], fields.get("model.downsample", "stride")
         for i, width in enumerate(fields["model.channel_list"]):
-            values.setdefault(f"channels {i + 1}", []).append(width if i == 0 or blocks[i] else 0)
+            values.setdefault(f"channels {i + 1}", []).append(width * space.has_width(i, blocks[i], downsample))
         for i, depth in enumerate(blocks):
             values.setdefault(f"blocks {i + 1}", []).append(depth)
         for field, label in space.RECIPE.items():

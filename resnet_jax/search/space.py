@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def _log_uniform(limits: tuple[float, float]) -> FloatDistribution:
     return FloatDistribution(limits[0], limits[1], log=True)
 
 
-def _has_width(stage: int, blocks: int, downsample: str) -> bool:
+def has_width(stage: int, blocks: int, downsample: str) -> bool:
     """Whether a stage's width matters: the stem has that of stage 0, and the others' blocks and max-pools have their own."""
     return stage == 0 or blocks > 0 or downsample != "stride"
 
@@ -84,16 +85,18 @@ def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | F
     for i, (width, depth) in enumerate(
         zip(around["model.channel_list"], around["model.block_list"], strict=True), start=1
     ):
-        if _has_width(i - 1, depth, config.model.downsample):
-            fewer = min(width - width / search.width_range, width - 1) // step
-            more = (width * search.width_range - width) // step
-            low, high = int(width - fewer * step), int(width + more * step)
-            ranges[f"channels_{i}"] = IntDistribution(low, high, step=step)
+        if has_width(i - 1, depth, config.model.downsample):
+            whitened = i == 1 and config.model.stem == "whitened"  # its width is even, and 2 to 54
+            smallest, largest, multiple = (2, 54, step * (1 + step % 2)) if whitened else (1, math.inf, step)
+            fewer = min(width - width / search.width_range, width - smallest) // multiple
+            more = (min(width * search.width_range, largest) - width) // multiple
+            low, high = int(width - fewer * multiple), int(width + more * multiple)
+            ranges[f"channels_{i}"] = IntDistribution(low, high, step=multiple)
         if depth:
             ranges[f"blocks_{i}"] = IntDistribution(max(1, depth - search.block_range), depth + search.block_range)
     ranges["learning_rate"] = _log_uniform(search.learning_rate)
     ranges["weight_decay"] = _log_uniform(search.weight_decay)
-    if config.schedule.name == "warmup_cosine":
+    if "warmup_epochs" in config.schedule:
         ranges["warmup_share"] = FloatDistribution(*search.warmup_share)
     return ranges
 
@@ -140,8 +143,8 @@ def from_json(fields: Mapping[str, Any]) -> Fields:
 def name(fields: Mapping[str, Any]) -> str:
     """Describe a candidate: "[3, 5, 3, 0] x [64, 128, 256, 512], lr 0.0051"."""
     text = f"{list(fields['model.block_list'])} x {list(fields['model.channel_list'])}"
-    labels = RECIPE | {"seed": "seed"}
-    return text + "".join(f", {label} {fields[field]:.2g}" for field, label in labels.items() if field in fields)
+    text += "".join(f", {label} {fields[field]:.2g}" for field, label in RECIPE.items() if field in fields)
+    return text + (f", seed {fields['seed']}" if "seed" in fields else "")
 
 
 def training_config(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
@@ -176,7 +179,7 @@ def distinct(config: ConfigDict, candidates: Sequence[Fields]) -> list[Fields]:
         run = stored_config.deciding(stored_config.to_json(training_config(config, fields)))
         stages = enumerate(zip(run["model.channel_list"], run["model.block_list"], strict=True))
         run["model.channel_list"] = [
-            width * _has_width(i, blocks, run["model.downsample"]) for i, (width, blocks) in stages
+            width * has_width(i, blocks, run["model.downsample"]) for i, (width, blocks) in stages
         ]
         by_run.setdefault(json.dumps(run, sort_keys=True), fields)
     return [*by_run.values()]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import optuna
 from ml_collections import ConfigDict
+from optuna.exceptions import StorageInternalError
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -60,8 +61,9 @@ def opened(where: str, create: bool) -> Iterator[Storage]:
             raise UserError(
                 f"--storage {_shown(where)}: give the path of a journal file, or postgresql://USER@HOST/DATABASE"
             )
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
         raise UserError(f"--storage {_shown(where)} cannot be used ({reason}): fix this, or give another") from error
 
 

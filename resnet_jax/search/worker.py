@@ -196,8 +196,12 @@ class Worker:
             confirmed = [space.from_json(fields) for fields in study.user_attrs["candidates"]]
             study.set_user_attr("candidates", space.distinct(self.config, [*confirmed, *self.candidates(stage)]))
         if stage == "confirm":
+            enqueued = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
             for point in stages.confirmations(self.config, study):
-                study.enqueue_trial(point, skip_if_exists=True)
+                if (
+                    point not in enqueued
+                ):  # Optuna's `skip_if_exists` takes large seeds that follow each other for equal
+                    study.enqueue_trial(point)
         return study
 
     def others(self, stage: str) -> dict[str, optuna.Study]:
@@ -225,6 +229,9 @@ class Worker:
         """Claim a running trial whose worker has ended; None if there is none."""
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if lock_file := lock(self.folder(stage, frozen.number) / ".worker", wait=False):
+                if study.get_trials(deepcopy=False)[frozen.number].state.is_finished():  # before the lock was free
+                    lock_file.close()
+                    continue
                 self.say(f"{stage} {frozen.number}: resumed, because its worker ended")
                 study.sampler = stages.sampler(self.config, study, stage)
                 if claim := self.prepared(study, stage, optuna.Trial(study, frozen._trial_id), lock_file):

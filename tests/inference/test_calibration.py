@@ -97,6 +97,11 @@ def test_a_temperature_out_of_range_is_refused_and_can_be_fitted_again(tmp_path,
     calibration.keep_temperature(tmp_path, 7, 1, 0.5)
     calibration.keep_temperature(tmp_path, 7, 6, 1.1)
     assert calibration.temperatures(tmp_path, 7) == {1: 0.5, 2: 1.5, 6: 1.1}
+    for views in (2, 6):
+        calibration.keep_temperature(tmp_path, 7, views, None)
+    assert calibration.temperatures(tmp_path, 7) == {1: 0.5}
+    calibration.keep_temperature(tmp_path, 7, 1, None)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

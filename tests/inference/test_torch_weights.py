@@ -138,6 +138,11 @@ def test_a_run_goes_through_pytorchs_names_and_gives_the_same_evaluation(tmp_pat
     assert reports[0]["test"] == reports[1]["test"]
     again = tmp_path / "again.safetensors"
     tool("weights", "save", second, again)
+    export = tmp_path / "first" / "model.safetensors"
+    tool("export", first, "--format=safetensors")
+    kept = export.read_bytes()
+    assert "the weights would replace" in mistake_of_tool(capfd, "weights", "save", export, export)
+    assert export.read_bytes() == kept
     before, after = safetensors.numpy.load_file(weights), safetensors.numpy.load_file(again)
     assert before.keys() == after.keys()
     for name in before:

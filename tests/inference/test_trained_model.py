@@ -290,7 +290,8 @@ def test_the_package_gives_nothing_else():
         resnet_jax.lead  # noqa: B018
 
 
-def test_a_forked_process_says_what_to_do_and_does_not_hang(model, images):
+@pytest.mark.parametrize("use", ["predict", "saliency"])
+def test_a_forked_process_says_what_to_do_and_does_not_hang(model, images, use):
     model.predict(images[:1])
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -298,7 +299,7 @@ def test_a_forked_process_says_what_to_do_and_does_not_hang(model, images):
         child = os.fork()
     if not child:
         try:
-            model.predict(images[:1])
+            getattr(model, use)(images[:1])
         except UserError as error:
             os.write(writer, str(error).encode())
         finally:

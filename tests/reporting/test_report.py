@@ -52,6 +52,15 @@ def runs(tmp_path_factory, cache_dir):
     ]
 
 
+def test_a_run_that_was_not_tested_is_one_line(runs, tmp_path):
+    trial = tmp_path / "confirm-0000"
+    shutil.copytree(runs[0], trial)
+    result = json.loads((trial / "result.json").read_text())
+    (trial / "result.json").write_text(json.dumps(result | {"test_accuracy": None, "test_loss": None}))
+    with pytest.raises(UserError, match=f"{trial} is a trial of a search, which was not tested"):
+        analysis.summarise(trial)
+
+
 @pytest.fixture(scope="module")
 def summaries(runs, tmp_path_factory):
     """Their summaries, as files."""

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from helpers import SEARCH, launch, made_once, mistake_of_tool, rows, tool
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from configs import final, narrow
 from configs import search as search_config
@@ -123,6 +125,18 @@ def test_refinement_stays_around_the_best_and_can_repeat_it():
     low, high = config.search.learning_rate
     assert all(low <= fields["optim.learning_rate"] <= high for fields in found)
     assert len({fields["schedule.warmup_epochs"] for fields in found}) > 100
+
+
+def test_refinement_of_a_whitened_stem_keeps_to_the_widths_that_it_can_have():
+    config = search_config.get_config()
+    config.model.stem, config.search.width_step, config.schedule.name = "whitened", 1, "warmup_linear"
+    around = {"model.channel_list": (48, 100), "model.block_list": (1, 1)}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = [space.refined(study.ask(), config, around) for _ in range(200)]
+    assert {fields["model.channel_list"][0] for fields in found} == {*range(32, 55, 2)}
+    assert len({fields["schedule.warmup_epochs"] for fields in found}) > 100
+    for fields in found[:5]:
+        space.training_config(config, fields)
 
 
 def test_refinement_of_a_narrow_stage_and_of_a_schedule_without_warm_up():
@@ -343,10 +357,13 @@ def test_a_signal_in_a_trial_that_ends_by_itself_ends_the_worker(run):
     assert len(run(by_width, "grid")["grid"].trials) == 4
 
 
-def test_any_seed_of_a_config_will_do(run, config):
-    config.seed = 2**32 - 1
-    found = run(by_width, "grid", "refine", "confirm")
-    assert {trial.params["seed"] for trial in found["confirm"].trials} == {0, 1}
+@pytest.mark.parametrize(("seed", "seeds"), [(2**32 - 1, {0, 1}), (20_240_601, {20_240_602, 20_240_603})])
+def test_any_seed_of_a_config_will_do(run, config, seed, seeds):
+    config.seed = seed
+    confirm = run(by_width, "grid", "refine", "confirm")["confirm"]
+    points = [(trial.params["candidate"], trial.params["seed"]) for trial in confirm.trials]
+    candidates = len(confirm.user_attrs["candidates"])
+    assert sorted(points) == [(candidate, of) for candidate in range(candidates) for of in sorted(seeds)]
 
 
 def test_trials_that_fall_behind_are_pruned_at_their_validations(run, config):
@@ -822,3 +839,23 @@ def test_a_mistake_of_the_report_is_one_line_and_writes_nothing(run, tmp_path, m
     line = mistake_of_tool(capsys, "search", "report", *arguments)
     assert words in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lost_database_is_one_line(tmp_path):
+    lost = optuna.exceptions.StorageInternalError("a commit failed")
+    with (
+        pytest.raises(UserError, match=r"study.journal cannot be used \(gone\): fix this"),
+        studies.opened(str(tmp_path / "study.journal"), create=True),
+    ):
+        raise lost from OperationalError("select", {}, Exception("gone"))
+
+
+def test_a_trial_that_ends_while_another_worker_waits_for_its_lock_is_left_alone(run, config, tmp_path, monkeypatch):
+    run(by_width, "grid")
+    with studies.opened(str(tmp_path / "study.journal"), create=False) as opened:
+        study = studies.existing(opened, "s")["grid"]
+        listed = copy.copy(study.trials[0])
+        listed.state = TrialState.RUNNING  # as it was before
+        now = study.get_trials
+        monkeypatch.setattr(study, "get_trials", lambda states=None, **of: [listed] if states else now(**of))
+        assert worker.Worker(config, "s", opened, tmp_path / "runs").adopt(study, "grid") is None
