@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from helpers import ROOT
 
+from resnet_jax import train_state
 from resnet_jax.data import augment_jax, augment_tf, pipelines, sampling
 from resnet_jax.data.datasets import Split
 from resnet_jax.errors import UserError
@@ -90,10 +91,10 @@ def test_the_draws_of_processes_make_up_those_of_the_batches(split, config, proc
 )
 def test_images_too_small_for_the_augmentation_are_refused(split, config, fields, message):
     config.augment.update({"crop_padding": 15, "crop_fill": "reflect", "cutout": 16})
-    pipelines.check(config, split, mesh=None)
+    pipelines.check(config, split, train_state.make_mesh(1))
     config.augment.update(fields)
     with pytest.raises(UserError, match=message) as refused:
-        pipelines.check(config, split, mesh=None)
+        pipelines.check(config, split, train_state.make_mesh(1))
     assert "\n" not in str(refused.value)
 
 
@@ -101,7 +102,7 @@ def test_images_too_small_for_the_augmentation_are_refused(split, config, fields
 def test_images_too_large_for_the_augmentation_are_refused(config, name):
     def check(side):
         images = np.broadcast_to(np.uint8(0), (2, 8, side, 3))
-        pipelines.check(config, Split(images, np.zeros(2, np.int32)), mesh=None)
+        pipelines.check(config, Split(images, np.zeros(2, np.int32)), train_state.make_mesh(1))
 
     for other in pipelines._IN_INT32:
         config.augment[other] = type(config.augment[other])()
@@ -118,7 +119,7 @@ def test_a_part_of_a_batch_with_one_image_cannot_be_mixed(split, config, images)
     with pytest.raises(
         UserError, match=f"batch_size {images} leaves one image in each of config.accumulation_steps {images} parts"
     ):
-        pipelines.check(config, split, mesh=None)
+        pipelines.check(config, split, train_state.make_mesh(1))
 
 
 @every_ingredient
