@@ -201,10 +201,10 @@ def test_the_ladders_runs_join_one_file_by_change_and_seed(tmp_path):
 @pytest.mark.slow
 def test_the_ladder_does_not_mix_runs_of_two_recipes(tmp_path):
     short = ("ladder", "--changes", "nothing", "--seeds")
-    before = results_of(tmp_path, *short, "0", "1")["ladder-cpu.json"]
+    before = results_of(tmp_path, *short, "0", "1", epochs=30)["ladder-cpu.json"]
     before["protocol"]["config"]["batch_size"] += 1  # as if `speedrun.py` had changed since
     (tmp_path / "results" / "ladder-cpu.json").write_text(json.dumps(before), "utf-8")
-    after = results_of(tmp_path, *short, "0")["ladder-cpu.json"]
+    after = results_of(tmp_path, *short, "0", epochs=30)["ladder-cpu.json"]
     assert [*after["changes"]["nothing"]["runs"]] == ["0"]
 
 
