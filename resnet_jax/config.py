@@ -178,6 +178,8 @@ SCHEDULE_FIELDS: dict[str, dict[str, Field]] = {
     "step": {"schedule.decay_every_epochs": _POSITIVE, "schedule.decay_factor": _FACTOR},
 }
 
+WHITENED_WIDTHS = range(2, 55, 2)  # the first of `model.channel_list`: filters and their negatives, of 3x3x3 values
+
 ALL_FIELDS = FIELDS | {
     k: v for extra in (OPTIMIZER_FIELDS, SCHEDULE_FIELDS) for f in extra.values() for k, v in f.items()
 }
@@ -255,7 +257,7 @@ def _check_together(config: ConfigDict) -> None:
             f"config.augment.resized_crop_area is {config.augment.resized_crop_area} and config.augment.crop_padding "
             f"{config.augment.crop_padding}: set one of them to 0, because both crop the image"
         )
-    if config.model.stem == "whitened" and (channels[0] % 2 or not 2 <= channels[0] <= 54):
+    if config.model.stem == "whitened" and channels[0] not in WHITENED_WIDTHS:
         raise UserError(
             f"config.model.channel_list begins with {channels[0]}: the whitened stem needs an even number from 2 to 54"
         )

@@ -4,9 +4,8 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
@@ -86,13 +85,16 @@ def png(image: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tuple[list[Path], int]:
+def find(folder: Path) -> tuple[list[Path], int]:
     """Find the images in a folder and the folders within it: their paths, sorted, and the number of other files.
 
     Links to folders are not followed, and count as other files. Hidden files and folders, and what macOS and Windows leave behind, are passed over and not counted.
+
+    Raises:
+        OSError: if a folder cannot be read.
     """
     paths, others = [], 0
-    for directory, folders, names in os.walk(folder, onerror=onerror):
+    for directory, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not _is_left_behind(name)]
         others += sum(Path(directory, name).is_symlink() for name in folders)
         for name in names:
@@ -104,6 +106,10 @@ def find(folder: Path, onerror: Callable[[OSError], object] | None = None) -> tu
             else:
                 others += 1
     return sorted(paths), others
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def is_image(path: Path) -> bool:

@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -85,7 +85,7 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
         if not classes:
             raise UserError(f"{root} holds no images: put them in {root}/<class>/")
         for directory in classes:
-            paths, others_here = images.find(directory, _raise)
+            paths, others_here = images.find(directory)
             others += others_here
             if not paths:
                 raise UserError(f"{directory} holds no images ({images.NAMES}): add some, or remove the folder")
@@ -101,10 +101,6 @@ def list_folder(folder: Path) -> tuple[list[LabelledFile], str]:
     if others:
         print(f"{one_line(folder)}: {images.left_out(others)}")
     return files, layout
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def _parts(folder: Path) -> tuple[dict[str, Path], str]:

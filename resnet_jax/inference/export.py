@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     beside = arguments.run.with_suffix("") if shipped.find(arguments.run).is_file() else arguments.run / "model"
     path = arguments.output or Path(f"{beside}.{arguments.format}")
-    if path.exists() and path.resolve() == shipped.find(arguments.run).resolve():
+    if shipped.is_file_of(arguments.run, path):
         raise UserError(f"the export would replace {arguments.run}: give another file with --output")
     if path.suffix != f".{arguments.format}":
         raise UserError(f"--output {path}: the file name must end in .{arguments.format}")

@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
 
@@ -47,10 +47,6 @@ def read_npz(path: Path) -> np.ndarray:
         return np.asarray(arrays["images" if "images" in names else names[0]])
 
 
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} cannot be read ({error.strerror}): fix this, or leave it out") from error
-
-
 def listed(arguments: Sequence[str]) -> list[Path]:
     """List the files that the arguments name; say how many files of folders and patterns were left out.
 
@@ -62,7 +58,11 @@ def listed(arguments: Sequence[str]) -> list[Path]:
         path = Path(os.path.expanduser(argument))
         others = 0
         if path.is_dir():
-            matches, others = images.find(path, _refuse)
+            try:
+                matches, others = images.find(path)
+            except OSError as error:
+                what = f"{error.filename} cannot be read ({error.strerror})"
+                raise UserError(f"{what}: fix this, or leave it out") from error
         elif path.exists():
             matches = [path]
         else:

@@ -17,3 +17,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     """Return the file of the shipped weights that `source` names; the path `source` if it exists or names none."""
     path = Path(os.path.expanduser(source))
     return FOLDER / f"{path}.safetensors" if str(path) in names() and not path.exists() else path
+
+
+def is_file_of(source: str | os.PathLike[str], path: Path) -> bool:
+    """Whether `path` is, perhaps through a link, the file that `find` returns."""
+    return path.exists() and path.resolve() == find(source).resolve()

@@ -272,7 +272,7 @@ def main_save(argv: Sequence[str]) -> None:
     path = _checked(arguments.file)
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"{path} cannot be written: give a file in a folder that exists")
-    if path.exists() and path.resolve() == shipped.find(arguments.run).resolve():
+    if shipped.is_file_of(arguments.run, path):
         raise UserError(f"the weights would replace {arguments.run}: give another file")
     save(arguments.run, arguments.checkpoint, path)
 

@@ -86,8 +86,10 @@ def _around(config: ConfigDict, around: Fields) -> dict[str, IntDistribution | F
         zip(around["model.channel_list"], around["model.block_list"], strict=True), start=1
     ):
         if has_width(i - 1, depth, config.model.downsample):
-            whitened = i == 1 and config.model.stem == "whitened"  # its width is even, and 2 to 54
-            smallest, largest, multiple = (2, 54, step * (1 + step % 2)) if whitened else (1, math.inf, step)
+            smallest, largest, multiple = 1, math.inf, step
+            if i == 1 and config.model.stem == "whitened":
+                widths = config_lib.WHITENED_WIDTHS
+                smallest, largest, multiple = widths[0], widths[-1], math.lcm(step, widths.step)
             fewer = min(width - width / search.width_range, width - smallest) // multiple
             more = (min(width * search.width_range, largest) - width) // multiple
             low, high = int(width - fewer * multiple), int(width + more * multiple)

@@ -198,9 +198,8 @@ class Worker:
         if stage == "confirm":
             enqueued = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
             for point in stages.confirmations(self.config, study):
-                if (
-                    point not in enqueued
-                ):  # Optuna's `skip_if_exists` takes large seeds that follow each other for equal
+                # Optuna's `skip_if_exists` would take large seeds that follow each other for equal.
+                if point not in enqueued:
                     study.enqueue_trial(point)
         return study
 
